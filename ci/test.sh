@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Format, lint, types, tests; arguments go to pytest: bash ci/test.sh tests/policy -k vocab
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+ruff format --check .
+ruff check .
+mypy
+# One thread per process: tests start several ranks, and the numbers must not depend on the machine's cores.
+export OMP_NUM_THREADS=1
+exec python -m pytest -q "$@"
