@@ -1,0 +1,229 @@
+"""Fine-tune a small model twice, on one process and tensor-parallel, and show that the numbers are the same.
+
+    bash ci/quickstart.sh                  # makes the environment first
+    python examples/quickstart.py          # in an environment that has the package
+
+Ends with an error if the two runs differ by more than the limits below.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+EXAMPLES = Path(os.path.relpath(Path(__file__).resolve().parent))  # relative: the commands shown stay readable
+BIN = Path(sys.executable).parent  # not resolved: an environment's python is a link to another one
+PROMPT = "import os\nimport"
+
+# fp32 against fp32: only the order of additions differs. Two single-process runs that split the same batches
+# differently end up 3e-7 (loss), 6e-7 (gradient norm) and 2e-5 (weights) apart.
+MAX_LOSS_DIFFERENCE = 1e-5  # relative, every step
+MAX_GRAD_NORM_DIFFERENCE = 1e-5  # relative, every step
+MAX_WEIGHT_DIFFERENCE = 3e-4  # absolute, after the last step
+
+# A terminal when there is one; in a log, tables of a readable width.
+console = Console(width=None if sys.stdout.isatty() else 110)
+
+
+@dataclass
+class Run:
+    """What one training run left behind."""
+
+    folder: Path
+    records: list[dict]
+    seconds: float
+
+    def series(self, key: str) -> dict[int, float]:
+        return {record["step"]: record[key] for record in self.records if key in record}
+
+
+@dataclass
+class Check:
+    what: str
+    difference: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.limit  # False for nan
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The caller's environment without settings that would change one of the runs."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("TP_PLUGIN_", "ACCELERATE_"))}
+    env["OMP_NUM_THREADS"] = "1"  # one thread per process in both runs
+    env["TOKENIZERS_PARALLELISM"] = "false"
+    if not sys.stderr.isatty():
+        env["TQDM_MININTERVAL"] = "5"  # progress bars in a log: a line every five seconds is enough
+    return env | extra
+
+
+def run(*command: object, env: dict[str, str], capture: bool = False) -> str:
+    """Run a program, stop here if it fails. Its progress goes straight to the terminal."""
+    words = [str(word) for word in command]
+    console.print(Text("$ " + shlex.join([Path(words[0]).name, *words[1:]]), "dim"))
+    result = subprocess.run(words, env=env, stdout=subprocess.PIPE if capture else None, text=True)
+    if result.returncode:
+        raise SystemExit(f"quickstart failed: exit status {result.returncode} from the command above")
+    return result.stdout or ""
+
+
+def train(config: Path, folder: Path, work: Path, args: argparse.Namespace, env: dict[str, str]) -> Run:
+    log_file = work / f"{folder.name}.jsonl"
+    launch = [BIN / "accelerate", "launch", "--config_file", config, EXAMPLES / "finetune.py"]
+    files = ["--model", work / "checkpoint", "--data", work / "corpus.txt", "--output", folder, "--log-file", log_file]
+    # A clipping limit below the usual gradient norm, so that clipping is always at work.
+    settings = ["--max-steps", args.steps, "--eval-every", max(args.steps // 2, 1), "--batch-size", 8, "--accum", 2]
+    settings += ["--lr", 1e-3, "--max-grad-norm", 0.5]
+    start = time.perf_counter()
+    run(*launch, *files, *settings, env=env)
+    seconds = time.perf_counter() - start
+    return Run(folder, [json.loads(line) for line in log_file.read_text().splitlines()], seconds)
+
+
+def read_reports(folder: Path) -> list[dict]:
+    reports = [json.loads(path.read_text()) for path in folder.glob("rank*.json")]
+    if not reports:
+        raise SystemExit(f"quickstart failed: no rank reported to {folder}; was the run tensor-parallel at all?")
+    return sorted(reports, key=lambda report: report["rank"])
+
+
+def relative_difference(ours: dict[int, float], reference: dict[int, float]) -> float:
+    if ours.keys() != reference.keys():
+        return float("inf")
+    return max(abs(ours[step] - reference[step]) / max(abs(reference[step]), 1e-12) for step in reference)
+
+
+def compare(tp: Run, single: Run, weight_difference: float) -> list[Check]:
+    def differs(key: str) -> float:
+        return relative_difference(tp.series(key), single.series(key))
+
+    return [
+        Check("training loss, relative, worst step", differs("loss"), MAX_LOSS_DIFFERENCE),
+        Check("evaluation loss, relative", differs("eval_loss"), MAX_LOSS_DIFFERENCE),
+        Check("gradient norm, relative, worst step", differs("grad_norm"), MAX_GRAD_NORM_DIFFERENCE),
+        Check("learning rate", differs("lr"), 0.0),
+        Check("number of evaluated blocks", differs("eval_blocks"), 0.0),
+        Check("saved weights, absolute, worst element", weight_difference, MAX_WEIGHT_DIFFERENCE),
+    ]
+
+
+def curve_table(tp: Run, single: Run, rows: int = 12) -> Table:
+    table = Table(title="The same script, one process and tp_size 2", title_justify="left")
+    table.add_column("step", justify="right")
+    for quantity in ("loss", "grad norm"):
+        for column in (f"{quantity}, 1 process", "tp_size 2", "|difference|"):
+            table.add_column(column, justify="right")
+    single_loss, tp_loss = single.series("loss"), tp.series("loss")
+    single_norm, tp_norm = single.series("grad_norm"), tp.series("grad_norm")
+    steps = sorted(single_loss.keys() & tp_loss.keys())
+    shown = set(steps[:: max(len(steps) // rows, 1)]) | set(steps[-1:])
+    for step in sorted(shown):
+        row = [str(step)]
+        for reference, ours in ((single_loss, tp_loss), (single_norm, tp_norm)):
+            row += [
+                f"{reference[step]:.6f}",
+                f"{ours[step]:.6f}",
+                f"{abs(reference[step] - ours[step]):.1e}",
+            ]
+        table.add_row(*row)
+    table.add_section()
+    single_eval, tp_eval = single.series("eval_loss"), tp.series("eval_loss")
+    for step in sorted(single_eval.keys() & tp_eval.keys()):
+        difference = f"{abs(single_eval[step] - tp_eval[step]):.1e}"
+        table.add_row(f"eval {step}", f"{single_eval[step]:.6f}", f"{tp_eval[step]:.6f}", difference)
+    return table
+
+
+def memory_table(reports: list[dict]) -> Table:
+    table = Table(title="Bytes of parameters per rank", title_justify="left")
+    for column in ("rank", "tp rank", "dp rank", "bytes", "of the whole model"):
+        table.add_column(column, justify="right")
+    for report in reports:
+        held, whole = report["parameter_bytes"], report["whole_parameter_bytes"]
+        ranks = (str(report[key]) for key in ("rank", "tp_rank", "dp_rank"))
+        table.add_row(*ranks, f"{held:,}", f"{held / whole:.1%}")
+    return table
+
+
+def collectives_table(report: dict) -> Table:
+    forwards = report["forwards"]
+    table = Table(title=f"Collectives of one rank, per micro-batch (mean over {forwards})", title_justify="left")
+    table.add_column("operation / group")
+    table.add_column("count", justify="right")
+    table.add_column("bytes", justify="right")
+    for name, total in sorted(report["collectives"].items()):
+        table.add_row(name, f"{total['count'] / forwards:,.2f}", f"{total['bytes'] / forwards:,.0f}")
+    return table
+
+
+def check_table(checks: list[Check]) -> Table:
+    table = Table(title="Agreement", title_justify="left")
+    for column, justify in (("quantity", "left"), ("difference", "right"), ("limit", "right"), ("", "left")):
+        table.add_column(column, justify=justify)
+    for check in checks:
+        verdict = "[green]ok[/]" if check.passed else "[red]DIFFERS[/]"
+        limit = f"{check.limit:.0e}" if check.limit else "equal"
+        table.add_row(check.what, f"{check.difference:.1e}", limit, verdict)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", choices=["llama", "gpt2"], default="llama")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--work", type=Path, default=Path("out/quickstart"), help="replaced if it exists")
+    args = parser.parse_args()
+
+    start = time.perf_counter()
+    work = args.work
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    # The reference never meets the plugin, nor does the process that reloads the result.
+    plain = environment(TP_PLUGIN_DISABLE="1")
+
+    console.rule("[bold]1/4  A small checkpoint, a tokenizer and a text")
+    make = ["--output", work / "checkpoint", "--text", work / "corpus.txt", "--arch", args.arch]
+    run(sys.executable, EXAMPLES / "make_checkpoint.py", *make, env=plain)
+
+    console.rule("[bold]2/4  examples/finetune.py on one process")
+    single = train(EXAMPLES / "configs" / "single.yaml", work / "single", work, args, plain)
+
+    console.rule("[bold]3/4  examples/finetune.py with tp_size: 2")
+    reporting = environment(TP_PLUGIN_REPORT=str(work / "report"))
+    (work / "report").mkdir()
+    tp = train(EXAMPLES / "configs" / "tp2.yaml", work / "tp2", work, args, reporting)
+    reports = read_reports(work / "report")
+
+    console.rule("[bold]4/4  The saved checkpoint, in plain transformers")
+    check = [EXAMPLES / "check_checkpoint.py", tp.folder, "--reference", single.folder, "--prompt", PROMPT]
+    reloaded = json.loads(run(sys.executable, *check, env=plain, capture=True).splitlines()[-1])
+    for text, style in ((PROMPT, "bold"), (reloaded["continuation"], "cyan")):
+        console.print(Text(text, style), end="")
+    console.print("\n")
+
+    checks = compare(tp, single, reloaded["weight_difference"])
+    for table in (curve_table(tp, single), memory_table(reports), collectives_table(reports[0]), check_table(checks)):
+        console.print(table)
+    console.print(
+        f"Training took {single.seconds:.0f} s on one process, {tp.seconds:.0f} s on two; "
+        f"everything {time.perf_counter() - start:.0f} s. Files: {work}"
+    )
+    failed = [check.what for check in checks if not check.passed]
+    if failed:
+        raise SystemExit(f"quickstart FAILED: tp_size 2 differs from one process in: {'; '.join(failed)}")
+    console.print("[green]tp_size 2 gives the numbers of one process.[/]")
+
+
+if __name__ == "__main__":
+    main()
