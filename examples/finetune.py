@@ -76,7 +76,7 @@ def evaluate(accelerator: Accelerator, model: torch.nn.Module, loader: DataLoade
     losses = []
     for batch in loader:
         loss = model(**batch).loss
-        # One value per block, so that gather_for_metrics can drop the blocks that only filled up the last batch.
+        # The batch's mean, once per block: gather_for_metrics drops those that only filled up the last batch.
         losses.append(accelerator.gather_for_metrics(loss.float().repeat(len(batch["input_ids"]))))
     model.train()
     losses = torch.cat(losses)
