@@ -1,0 +1,188 @@
+"""Launch an ordinary Accelerate script the way a user does, and read what it wrote.
+
+Nothing here imports the plugin: the only things a run knows of tensor parallelism are the keys in its config file
+(or command line, or environment). `TP_PLUGIN_DISABLE=1` makes a plain run an oracle that the plugin cannot touch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+SCRIPTS = Path(__file__).parent / "scripts"
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Layout:
+    tp: int
+    dp: int
+
+    def __str__(self) -> str:
+        return f"tp{self.tp}dp{self.dp}"
+
+    @property
+    def plain(self) -> Layout:
+        """The run this one has to agree with: the same number of processes, each one device wide."""
+        return Layout(1, self.dp)
+
+    def groups(self) -> list[list[int]]:
+        """Global ranks of each TP group; the index in the outer list is the process the script sees."""
+        return [list(range(d * self.tp, (d + 1) * self.tp)) for d in range(self.dp)]
+
+
+@dataclass
+class Run:
+    out: Path
+    layout: Layout
+    code: int
+    output: str
+    seconds: float
+    _json: dict[str, object] = field(default_factory=dict)
+
+    def _read(self, name: str):
+        if name not in self._json:
+            path = self.out / name
+            assert path.exists(), f"{path} was never written.\n{self.tail()}"
+            self._json[name] = json.loads(path.read_text())
+        return self._json[name]
+
+    @property
+    def report(self):
+        """What the script's main process wrote."""
+        return self._read("report.json")
+
+    @property
+    def ranks(self) -> list:
+        """What each rank wrote, by global rank."""
+        return [self._read(f"rank{r}.json") for r in range(self.layout.tp * self.layout.dp)]
+
+    def tail(self, lines: int = 60) -> str:
+        return f"--- exit code {self.code} after {self.seconds:.0f} s; the output's end:\n" + "\n".join(
+            self.output.splitlines()[-lines:]
+        )
+
+    def of(self, script: str) -> Run:
+        """One script's part of a chained run."""
+        part = self.out / script
+        errors = sorted(part.glob("error.rank*.txt"))
+        assert not errors, f"{script} at {self.layout} failed:\n" + "\n".join(e.read_text() for e in errors)
+        assert part.is_dir(), f"{script} at {self.layout} was not reached.\n{self.tail()}"
+        return Run(part, self.layout, self.code, self.output, self.seconds)
+
+
+class Bench:
+    """Runs scripts, each distinct launch once per session: comparing costs nothing, launching costs seconds."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.runs: dict[tuple, Run] = {}
+
+    def run(self, scripts: str | list[str], tp: int = 1, dp: int = 1, args: tuple[str, ...] = (), **options) -> Run:
+        """Like `launch`, but demands success: a failing run fails every test that reads it, with its output."""
+        run = self.launch(scripts, tp, dp, args, **options)
+        if isinstance(scripts, str):  # a chain's parts fail one by one, in Run.of
+            assert run.code == 0, f"{scripts} at {run.layout} failed\n{run.tail()}"
+        return run
+
+    def launch(
+        self,
+        scripts: str | list[str],
+        tp: int = 1,
+        dp: int = 1,
+        args: tuple[str, ...] = (),
+        entry: str = "yaml",
+        config: dict | None = None,
+        timeout: float = 150,
+    ) -> Run:
+        names = [scripts] if isinstance(scripts, str) else list(scripts)
+        key = (tuple(names), tp, dp, tuple(args), entry, json.dumps(config, sort_keys=True))
+        if key not in self.runs:
+            out = self.root / f"{len(self.runs):02d}-{'+'.join(names)}-tp{tp}dp{dp}"
+            out.mkdir(parents=True)
+            program = [str(SCRIPTS / f"{names[0]}.py")]
+            if not isinstance(scripts, str):
+                program = [str(SCRIPTS / "chain.py"), "--scripts", ",".join(names)]
+            command, env = _command(out, tp, dp, entry, config or {})
+            self.runs[key] = _execute([*command, *program, "--out", str(out), *args], env, out, Layout(tp, dp), timeout)
+        run = self.runs[key]
+        assert run.code != TIMED_OUT, f"{names} at {run.layout} did not end within {timeout} s\n{run.tail()}"
+        return run
+
+
+TIMED_OUT = -1000
+
+
+def _command(out: Path, tp: int, dp: int, entry: str, extra: dict) -> tuple[list[str], dict[str, str]]:
+    """The command line and the environment of one launch; `entry` is the door by which tp_size comes in."""
+    world = tp * dp
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "TP_PLUGIN_", "PARALLELISM_"))}
+    env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    config: dict = {
+        "compute_environment": "LOCAL_MACHINE",
+        "use_cpu": True,
+        "num_processes": world,
+        "num_machines": 1,
+        "machine_rank": 0,
+        "mixed_precision": "no",
+        "main_process_port": 0,  # torchrun picks a free one
+    }
+    options: list[str] = []
+    if tp == 1:
+        # Accelerate 1.15's own MULTI_CPU starts one process only, so the plain oracle for dp=2 goes by MULTI_GPU.
+        config["distributed_type"] = "NO" if dp == 1 else "MULTI_GPU"
+        env |= {"TP_PLUGIN_DISABLE": "1", "ACCELERATE_USE_CPU": "true"}
+    elif entry == "torchrun":
+        env |= {"TP_PLUGIN_TP_SIZE": str(tp), "ACCELERATE_USE_CPU": "true"}
+        return [str(BIN / "torchrun"), "--nproc_per_node", str(world), "--master_port", "0"], env
+    elif entry == "command line":
+        config["distributed_type"] = "MULTI_CPU"
+        options = ["--tp_size", str(tp)]
+    else:
+        config |= {"distributed_type": "MULTI_GPU" if entry == "yaml multi_gpu" else "MULTI_CPU", "tp_size": tp}
+    path = out / "config.yaml"
+    config |= extra
+    path.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}))
+    return [str(BIN / "accelerate"), "launch", "--config_file", str(path), *options], env
+
+
+def _execute(command: list[str], env: dict[str, str], out: Path, layout: Layout, timeout: float) -> Run:
+    token = uuid.uuid4().hex
+    log = out / "output.log"
+    started = time.monotonic()
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            command, env=env | {"BLACKBOX_RUN": token}, cwd=out, stdout=sink, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            code = TIMED_OUT
+        finally:
+            _end_all(process, token)
+    return Run(out, layout, code, log.read_text(errors="replace"), time.monotonic() - started)
+
+
+def _end_all(process: subprocess.Popen, token: str) -> None:
+    """End what is left of this launch and nothing else.
+
+    torchrun gives each worker a session of its own, so the launcher's process group does not hold them; the token in
+    their environment does.
+    """
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"BLACKBOX_RUN={token}".encode() in (path / "environ").read_bytes():
+                os.kill(int(path.name), signal.SIGKILL)
+        except (OSError, ProcessLookupError):
+            continue  # not ours to read, or gone meanwhile
+    process.wait()

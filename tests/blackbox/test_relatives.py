@@ -1,0 +1,36 @@
+"""Scripts near the classic loop agree with as many plain processes, too."""
+
+from __future__ import annotations
+
+import pytest
+
+from .compare import LOSS, NORM, WEIGHTS, close, tensors_close, tensors_in
+
+CASES = [("llama", 2, 2), ("gpt2", 4, 1)]
+SECTIONS = ["optimizer after the model", "split batches", "teacher", "own embeddings", "wrapped", "classification"]
+SECTIONS += ["two models", "skipped", "generation"]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda c: f"{c[0]}-tp{c[1]}dp{c[2]}")
+def runs(request, bench, checkpoints):
+    model, tp, dp = request.param
+    args = ("--models", str(checkpoints["llama"].parent), "--model", model)
+    return bench.run("relatives", tp, dp, args), bench.run("relatives", 1, dp, args)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_section(runs, section):
+    run, plain = runs
+    for process, group in enumerate(run.layout.groups()):
+        expected = dict(plain.ranks[process][section])
+        assert "failed" not in expected, f"the plain run failed:\n{expected['failed']}"
+        for rank in group:
+            got = dict(run.ranks[rank][section])
+            assert "failed" not in got, f"rank {rank} failed:\n{got['failed']}"
+            assert got.keys() == expected.keys()
+            for key in expected:
+                tolerance = NORM if key == "norms" else LOSS
+                close(got[key], expected[key], tolerance, f"{section}, rank {rank}: {key}")
+    state = f"states/{section}.safetensors"
+    if (plain.out / state).exists():
+        tensors_close(tensors_in(run.out / state), tensors_in(plain.out / state), WEIGHTS, section)
