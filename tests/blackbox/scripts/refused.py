@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 def main():
     args = arguments().parse_args()
-    Accelerator()
+    accelerator = Accelerator()
     found = {}
     for path in sorted(args.models.iterdir()):
         for how in ("pretrained", "config"):
@@ -19,7 +19,7 @@ def main():
                 if how == "pretrained":
                     AutoModelForCausalLM.from_pretrained(path)
                 else:
-                    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+                    accelerator.prepare(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)))
                 found[f"{path.name} from {how}"] = None
             except Exception as error:
                 traceback.print_exc()
