@@ -1,0 +1,1 @@
+"""Policies of this project: one file per family, each a table. They reach the registry as entry points."""

@@ -1,0 +1,105 @@
+"""Groups of gloo ranks, spawned once per test session and reused over all cases.
+
+``run(world, function, *args)`` calls a module-level function in every rank and returns the ranks' results. A rank that
+raises fails the test with its traceback; a rank that hangs fails it by the groups' timeout.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import importlib
+import os
+import queue
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+TIMEOUT = 40
+"""Seconds for one collective, and for one case."""
+
+_pools: dict[int, Pool] = {}
+
+
+class WorkerError(RuntimeError):
+    """What one or more ranks raised, with their tracebacks."""
+
+
+class Pool:
+    def __init__(self, world: int):
+        self.world = world
+        context = mp.get_context("spawn")
+        self.tasks = [context.Queue() for _ in range(world)]
+        self.results = context.Queue()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.processes = [
+            context.Process(target=_work, args=(rank, world, port, self.tasks[rank], self.results), daemon=True)
+            for rank in range(world)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        for tasks in self.tasks:
+            tasks.put((function.__module__, function.__qualname__, args))
+        answers: dict[int, tuple[bool, Any]] = {}
+        try:
+            while len(answers) < self.world:
+                rank, ok, value = self.results.get(timeout=TIMEOUT + 30)
+                answers[rank] = (ok, value)
+        except queue.Empty:
+            self.stop()
+            missing = sorted(set(range(self.world)) - set(answers))
+            raise WorkerError(f"ranks {missing} of {self.world} gave no answer in {TIMEOUT + 30} s") from None
+        failed = {rank: value for rank, (ok, value) in answers.items() if not ok}
+        if failed:
+            if len(failed) < self.world:
+                self.stop()  # collectives may be out of step: the next case starts a fresh group
+            raise WorkerError("\n".join(f"--- rank {rank} ---\n{text}" for rank, text in sorted(failed.items())))
+        return [answers[rank][1] for rank in range(self.world)]
+
+    def stop(self) -> None:
+        _pools.pop(self.world, None)
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Results of ``function(*args)`` on each of ``world`` ranks, in rank order."""
+    if world not in _pools:
+        _pools[world] = Pool(world)
+    return _pools[world].run(function, *args)
+
+
+@atexit.register
+def stop_all() -> None:
+    for pool in list(_pools.values()):
+        pool.stop()
+
+
+def _work(rank: int, world: int, port: int, tasks: Any, results: Any) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
+    )
+    torch.set_num_threads(1)
+    sys.path.insert(0, os.path.dirname(__file__))
+    timeout = datetime.timedelta(seconds=TIMEOUT)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=timeout)
+    while True:
+        module, name, args = tasks.get()
+        try:
+            target: Any = importlib.import_module(module)
+            for part in name.split("."):
+                target = getattr(target, part)
+            results.put((rank, True, target(*args)))
+        except BaseException:
+            results.put((rank, False, traceback.format_exc()))

@@ -1,0 +1,62 @@
+"""The two operators of Megatron-LM (Shoeybi et al. 2019, section 3) and what the vocabulary needs, with autograd.
+
+``f`` (:func:`enter`): identity forward, all-reduce backward; stands where activations enter a sharded block.
+``g`` (:func:`reduce`): all-reduce forward, identity backward; stands after a row-parallel product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tp_plugin.parallel.mesh import Group
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # a copy: autograd may hand the same gradient to another consumer
+        return ctx.group.all_reduce(grad.clone(memory_format=torch.contiguous_format)), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        return group.all_reduce(x.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+class _GatherLast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group, ctx.width = group, x.shape[-1]
+        return torch.cat(group.all_gather(x), dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # every rank computed the same loss from the whole logits, so each takes its own columns of one gradient
+        return grad.narrow(-1, ctx.group.rank * ctx.width, ctx.width).contiguous(), None
+
+
+def enter(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """``f``: ``x`` itself; its gradient is summed over ``group``."""
+    return _Enter.apply(x, group) if group.size > 1 and x.requires_grad else x
+
+
+def reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """``g``: the sum of ``x`` over ``group``; the gradient passes unchanged."""
+    return _Reduce.apply(x, group) if group.size > 1 else x
+
+
+def gather_last(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """The tensors of all ranks side by side along the last dimension, (…, n) → (…, n · size)."""
+    return _GatherLast.apply(x, group) if group.size > 1 else x

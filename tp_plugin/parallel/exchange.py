@@ -1,0 +1,202 @@
+"""One-sided reads: the leader of a TP group fetches its peers' shards whenever it wants the whole tensor.
+
+Scripts save on the main process alone, or on all; they cannot be asked to make their peers call a collective. So
+each rank serves its shards from a thread, and only the leader (TP rank 0) asks. Two things keep this exact:
+
+- a read is answered only when both ranks' weights are at the same point of the program (``fingerprint``: in-place
+  versions of all parameters and the content of replicated ones); a peer that lags is waited for, a peer that has moved
+  on is an error on the leader;
+- a peer that makes the same call as its leader waits there until it has been read, and a peer that leaves the script
+  stays until its leader leaves too.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from multiprocessing.connection import Client, Connection, Listener
+from typing import Any, Protocol
+
+import torch
+
+from tp_plugin.errors import DivergenceError
+from tp_plugin.parallel.mesh import Mesh
+
+PATIENCE = float(os.environ.get("TP_PLUGIN_READ_TIMEOUT", "30"))
+"""Seconds that a read waits for a peer to reach the same point of the program."""
+
+
+class Source(Protocol):
+    """Something whose local tensors other ranks may read."""
+
+    def fingerprint(self) -> object:
+        """A value that is equal on two ranks exactly when their weights are at the same point of the program."""
+
+    def local(self, key: str) -> torch.Tensor:
+        """This rank's tensor of that name."""
+
+
+class Exchange:
+    """This rank's server and its connections to the other ranks of the TP group."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+        self.clock = 0  # guarded forwards so far: equal on all ranks of the group at equal points of the program
+        self.in_collective = False
+        self.leaving = False
+        self._sources: dict[str, Source] = {}
+        self._served: Counter[tuple[str, str, int]] = Counter()
+        self._called: Counter[tuple[str, str, int]] = Counter()
+        self._served_changed = threading.Condition()
+        self._links: dict[int, Connection] = {}
+        self._key = mesh.control.broadcast_object(secrets.token_bytes(32) if mesh.is_leader else None)
+        hosts = mesh.control.gather_objects(socket.gethostname())
+        host = "127.0.0.1" if len(set(hosts)) == 1 else socket.gethostbyname(hosts[mesh.tp.rank])
+        self._listener = Listener((host, 0), backlog=mesh.tp_size, authkey=self._key)
+        self._addresses = mesh.control.gather_objects(self._listener.address)
+        threading.Thread(target=self._accept, name="tp-exchange", daemon=True).start()
+
+    def publish(self, uid: str, source: Source) -> None:
+        """Let other ranks read ``source`` under ``uid`` (the same on all ranks)."""
+        self._sources[uid] = source
+
+    def withdraw(self, uid: str) -> None:
+        """Stop serving ``uid``."""
+        self._sources.pop(uid, None)
+
+    def read(self, uid: str, key: str, rank: int) -> torch.Tensor:
+        """The tensor ``key`` of ``uid`` on TP rank ``rank``, on the CPU. For the leader only.
+
+        Raises:
+            DivergenceError: the peer is gone, or its weights did not come to this rank's point within PATIENCE.
+        """
+        mine = self._sources[uid].fingerprint()
+        try:
+            link = self._link(rank)
+            link.send(("read", uid, key, self.clock, mine))
+            answer = link.recv()
+            if answer[0] != "tensor":
+                raise DivergenceError(
+                    f"cannot read {key!r} from TP rank {rank}: {answer[1]}. Call the saving function at the same place "
+                    "on every rank, before anything changes the weights"
+                )
+            dtype, shape = answer[1], answer[2]
+            raw = link.recv_bytes()
+        except (EOFError, OSError) as error:
+            reason = error or "connection closed"
+            raise DivergenceError(f"cannot read {key!r}: TP rank {rank} has left ({reason})") from error
+        if not raw:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(dtype).view(shape)
+
+    def wait_until_read(self, uid: str, key: str) -> None:
+        """On a peer: stay in this call until the leader, in the same call, has read the tensor.
+
+        Returns at once if the leader already has, and gives up when the leader has gone on without reading.
+        """
+        at = (uid, key, self.clock)
+        self._called[at] += 1
+        while True:
+            with self._served_changed:
+                if self._served_changed.wait_for(lambda: self._served[at] >= self._called[at], timeout=0.25):
+                    return
+            status = self._leader_status()
+            if status is None or status["leaving"] or status["clock"] > self.clock:
+                return
+
+    def farewell(self) -> None:
+        """At exit: a peer serves until its leader leaves too, or waits for it in a collective that can't happen."""
+        self.leaving = True
+        if self.mesh.is_leader or _crashed:
+            return
+        while (status := self._leader_status()) and not status["leaving"] and not status["in_collective"]:
+            time.sleep(0.05)
+
+    def _leader_status(self) -> dict[str, Any] | None:
+        try:
+            link = self._link(0)
+            link.send(("status",))
+            return link.recv()
+        except (EOFError, OSError):
+            return None  # the leader is gone
+
+    def _link(self, rank: int) -> Connection:
+        if rank not in self._links:
+            self._links[rank] = Client(self._addresses[rank], authkey=self._key)
+        return self._links[rank]
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                link = self._listener.accept()
+            except Exception:  # a stranger with a wrong key, or the process ends: neither concerns the peers
+                if self._listener._listener is None:  # type: ignore[attr-defined]
+                    return
+                continue
+            threading.Thread(target=self._serve, args=(link,), name="tp-exchange-link", daemon=True).start()
+
+    def _serve(self, link: Connection) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                request = link.recv()
+                if request[0] == "status":
+                    link.send({"clock": self.clock, "in_collective": self.in_collective, "leaving": self.leaving})
+                else:
+                    self._answer(link, *request[1:])
+
+    def _answer(self, link: Connection, uid: str, key: str, clock: int, theirs: object) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            source = self._sources.get(uid)
+            if source is not None and source.fingerprint() == theirs:
+                break
+            if time.monotonic() > deadline:
+                link.send(("refused", "its weights are at another point of the program" if source else "no such model"))
+                return
+            time.sleep(0.005)
+        try:
+            tensor = source.local(key).detach().cpu().contiguous()
+        except Exception as error:  # told to the asking rank, which raises it
+            link.send(("refused", repr(error)))
+            return
+        if source.fingerprint() != theirs:
+            link.send(("refused", "its weights changed while they were read"))
+            return
+        link.send(("tensor", tensor.dtype, tuple(tensor.shape)))
+        link.send_bytes(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        with self._served_changed:
+            self._served[uid, key, clock] += 1
+            self._served_changed.notify_all()
+
+
+_exchange: Exchange | None = None
+_crashed = False
+
+
+def exchange(mesh: Mesh) -> Exchange:
+    """The exchange of this process; collective over the TP group at its first call."""
+    global _exchange
+    if _exchange is None or _exchange.mesh is not mesh:
+        _exchange = Exchange(mesh)
+        atexit.register(_exchange.farewell)
+        _note_crashes()
+    return _exchange
+
+
+def _note_crashes() -> None:
+    # a rank that died of an exception must not wait at exit: its peers may be waiting for it in a collective
+    previous = sys.excepthook
+
+    def note(kind: type[BaseException], value: BaseException, trace: Any) -> None:
+        global _crashed
+        _crashed = True
+        previous(kind, value, trace)
+
+    sys.excepthook = note

@@ -1,0 +1,123 @@
+"""Before each top-level forward: are the ranks of the TP group still one process?
+
+One all-gather of 40 bytes on the control group compares the batch, the generators and the place in the program. Another
+batch is an error on every rank; unequal generators are set to the leader's, as the group is one process and has one.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_plugin.errors import DivergenceError
+from tp_plugin.parallel import rng
+from tp_plugin.parallel.exchange import Exchange
+from tp_plugin.parallel.mesh import Mesh
+
+_SAMPLE = 1 << 16
+"""Elements of a device tensor that are copied to the host for hashing; larger ones are sampled and summed."""
+
+
+class Guard:
+    """Watches the forwards of one sharded model; ``audit`` runs every ``audit_every`` training forwards."""
+
+    def __init__(self, mesh: Mesh, exchange: Exchange, audit: Callable[[], None] | None = None, audit_every: int = 0):
+        self.mesh, self.exchange = mesh, exchange
+        self.audit, self.audit_every = audit, audit_every
+        self.training_forwards = 0
+        self._depth = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
+        return Guard(self.mesh, self.exchange)  # a copy is another model: no audit of the original's parameters
+
+    def pre_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook (with kwargs) of a model and of its inner models; checks at the outermost call only."""
+        self._depth += 1
+        if self._depth > 1:
+            return
+        self._check(module, args, kwargs)
+        if module.training and torch.is_grad_enabled():
+            self.training_forwards += 1
+            if self.audit and self.audit_every and self.training_forwards % self.audit_every == 0:
+                self.audit()
+
+    def hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook (always called) that closes what :meth:`pre_hook` opened."""
+        self._depth = max(0, self._depth - 1)
+
+    @torch._dynamo.disable
+    def _check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = _tensors(args, kwargs)
+        digests = {name: _digest(tensor) for name, tensor in inputs.items()}
+        batch = zlib.crc32(repr(sorted(digests.items())).encode())
+        mode = 2 * module.training + torch.is_grad_enabled()
+        self.exchange.clock += 1
+        place = [self.exchange.clock, zlib.crc32(type(module).__name__.encode()), mode]
+        mine = torch.tensor([*place, batch, rng.fingerprint()])
+        self.exchange.in_collective = True
+        everyone = torch.stack(self.mesh.control.all_gather(mine))
+        self.exchange.in_collective = False
+        unequal = (everyone != everyone[0]).any(dim=0).tolist()
+        if any(unequal[:4]):
+            self._depth = 0
+            self._explain(module, digests, mode)
+        if unequal[4]:
+            rng.synchronize(self.mesh.control)
+
+    def _explain(self, module: nn.Module, digests: dict[str, Any], mode: int) -> None:
+        phase = f"{'training' if mode & 2 else 'evaluation'}, grad {'on' if mode & 1 else 'off'}"
+        call = f"{type(module).__name__} ({phase})"
+        theirs = self.mesh.control.gather_objects((call, digests))
+        where = f"forward {self.exchange.clock}, TP group of ranks {list(self.mesh.tp.ranks)}"
+        calls = {rank: call for rank, (call, _) in zip(self.mesh.tp.ranks, theirs, strict=True)}
+        if len(set(calls.values())) > 1:
+            raise DivergenceError(f"{where}: the ranks are at different places of the script: {calls}")
+        names = sorted({name for _, digest in theirs for name in digest})
+        name = next((n for n in names if len({repr(digest.get(n)) for _, digest in theirs}) > 1), "?")
+        digests_of = zip(self.mesh.tp.ranks, theirs, strict=True)
+        seen = ", ".join(f"rank {rank}: {_show(digest.get(name))}" for rank, (_, digest) in digests_of)
+        raise DivergenceError(
+            f"{where}: the ranks are about to compute on different batches; {name!r} differs ({seen}). Ranks of a TP "
+            "group are one process and must see one batch: pass the loader through accelerator.prepare, or shard the "
+            "data by accelerator.process_index / num_processes instead of RANK or LOCAL_RANK"
+        )
+
+
+def _tensors(args: Any, kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+
+    def walk(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                walk(f"{name}.{key}" if name else str(key), item)
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                walk(f"{name}[{index}]", item)
+
+    walk("args", args)
+    # a cache holds each rank's own heads
+    walk("", {name: value for name, value in kwargs.items() if name not in ("past_key_values", "cache_params")})
+    return found
+
+
+def _digest(tensor: torch.Tensor) -> tuple[tuple[int, ...], str, int]:
+    data = tensor.detach()
+    total = 0.0
+    if data.device.type != "cpu" and data.numel() > _SAMPLE:
+        total = data.sum(dtype=torch.float64 if data.is_floating_point() else torch.int64).item()
+        data = data.reshape(-1)[:: data.numel() // _SAMPLE]
+    raw = data.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tuple(tensor.shape), str(tensor.dtype), zlib.crc32(raw, zlib.crc32(repr(total).encode()))
+
+
+def _show(digest: tuple[tuple[int, ...], str, int] | None) -> str:
+    if digest is None:
+        return "absent"
+    shape, dtype, checksum = digest
+    return f"{dtype} {list(shape)} checksum {checksum:08x}"

@@ -1,0 +1,95 @@
+"""Which layout a live parameter has, and norms that count every element of the whole model once."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.weak import WeakIdKeyDictionary
+
+from tp_plugin.parallel.mesh import current_mesh
+from tp_plugin.policy import ParamLayout
+
+_layouts: Any = WeakIdKeyDictionary()
+_MAX, _MIN = dist.ReduceOp.MAX, dist.ReduceOp.MIN
+
+
+def attach(parameter: torch.nn.Parameter, layout: ParamLayout) -> None:
+    """Remember that ``parameter`` holds this rank's share under ``layout``.
+
+    Sets ``tensor_model_parallel``, the attribute by which Megatron-LM and DeepSpeed know sharded parameters.
+    """
+    _layouts[parameter] = layout
+    parameter.tensor_model_parallel = layout.is_sharded  # type: ignore[attr-defined]
+
+
+def layout_of(parameter: torch.Tensor) -> ParamLayout | None:
+    """The layout of a parameter of a sharded model, else None."""
+    return _layouts.get(parameter)
+
+
+def owned_part(tensor: torch.Tensor, layout: ParamLayout, rank: int) -> list[torch.Tensor]:
+    """Views of the elements of a local tensor that count for ``rank``: the first holder of each element owns it."""
+    assert layout.dim is not None
+    ranges = layout.owned(rank)
+    if ranges == ((0, tensor.shape[layout.dim]),):
+        return [tensor]
+    return [tensor.narrow(layout.dim, a, b - a) for a, b in ranges]
+
+
+def any_sharded() -> bool:
+    """Whether this process holds a sharded parameter."""
+    return len(_layouts) > 0
+
+
+def total_norm(tensors: Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
+    """The ``norm_type`` norm of whole gradients (or parameters), each seen as its whole tensor; a scalar tensor.
+
+    ``tensors`` are what this rank holds, recognised as parameters, their ``.grad``, or views of the same memory.
+    Sharded ones are summed over the TP group, replicated ones and replicas counted once. One all-reduce of one number;
+    its result is the same on every rank of the group to the last bit.
+    """
+    tensors = list(tensors)
+    mesh = current_mesh()
+    assert mesh is not None
+    if not tensors:
+        return torch.tensor(0.0)
+    layouts = _recognise(tensors)
+    counted: list[torch.Tensor] = []
+    for tensor, layout in zip(tensors, layouts, strict=True):
+        if layout is not None and layout.is_sharded:
+            counted += owned_part(tensor, layout, mesh.tp.rank)
+        elif mesh.is_leader:
+            counted.append(tensor)
+    device = tensors[0].device
+    norms = [torch.linalg.vector_norm(t, norm_type, dtype=_wide(t)).to(device) for t in counted if t.numel()]
+    wide = _wide(tensors[0]) or tensors[0].dtype
+    if math.isinf(norm_type):
+        nothing = 0.0 if norm_type > 0 else math.inf
+        local = torch.stack(norms).to(wide) if norms else torch.full((1,), nothing, dtype=wide, device=device)
+        largest = norm_type > 0
+        total = mesh.tp.all_reduce(local.max() if largest else local.min(), _MAX if largest else _MIN)
+    else:
+        powers = torch.stack(norms).to(wide).pow(norm_type) if norms else torch.zeros(1, dtype=wide, device=device)
+        total = mesh.tp.all_reduce(powers.sum()).pow(1.0 / norm_type)
+    return total.to(functools.reduce(torch.promote_types, (t.dtype for t in tensors)))
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype | None:
+    # sums of squares of 16-bit gradients are taken in fp32, so that 1 and tp ranks round alike
+    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None
+
+
+def _recognise(tensors: list[torch.Tensor]) -> list[ParamLayout | None]:
+    by_id: dict[int, ParamLayout] = {}
+    by_memory: dict[tuple[int, int], ParamLayout] = {}
+    for parameter, layout in _layouts.items():
+        for tensor in (parameter, parameter.grad):
+            if tensor is not None:
+                by_id[id(tensor)] = layout
+                by_memory[tensor.data_ptr(), tensor.numel()] = layout
+    return [by_id.get(id(t)) or by_memory.get((t.data_ptr(), t.numel())) for t in tensors]

@@ -1,0 +1,200 @@
+"""The world of ``tp × dp`` ranks as groups. Ranks of one TP group are neighbours: rank = dp_rank · tp + tp_rank.
+
+Every collective of the plugin goes through a :class:`Group`, which does nothing in a group of one and counts what it
+does in :data:`ledger`.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tp_plugin.errors import TPError
+
+ledger: dict[str, Counter[str]] = {"count": Counter(), "bytes": Counter()}
+"""Calls and bytes (of this rank's input) of each collective since start, keyed ``"<op>/<group>"``."""
+
+
+class Group:
+    """A named process group of known ranks; ``rank`` is this process's index in it."""
+
+    def __init__(self, name: str, ranks: tuple[int, ...], pg: dist.ProcessGroup | None):
+        self.name, self.ranks, self.pg = name, ranks, pg
+        self.size = len(ranks)
+        self.rank = ranks.index(dist.get_rank()) if self.size > 1 else 0
+
+    def all_reduce(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+        """All-reduce ``tensor`` in place and return it."""
+        if self.size > 1:
+            self._count("all_reduce", tensor)
+            dist.all_reduce(tensor, op=op, group=self.pg)
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The equally shaped tensors of all ranks, in rank order."""
+        if self.size == 1:
+            return [tensor]
+        self._count("all_gather", tensor)
+        tensor = tensor.contiguous()
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(gathered, tensor, group=self.pg)
+        return gathered
+
+    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """Broadcast ``tensor`` in place from the group's rank ``src`` and return it."""
+        if self.size > 1:
+            self._count("broadcast", tensor)
+            dist.broadcast(tensor, group=self.pg, group_src=src)
+        return tensor
+
+    def broadcast_object(self, value: Any, src: int = 0) -> Any:
+        """The object that rank ``src`` passed, on every rank."""
+        if self.size == 1:
+            return value
+        self._count("broadcast_object")
+        box = [value]
+        dist.broadcast_object_list(box, group=self.pg, group_src=src)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The objects of all ranks, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        self._count("all_gather_object")
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.pg)
+        return values
+
+    def _count(self, op: str, tensor: torch.Tensor | None = None) -> None:
+        key = f"{op}/{self.name}"
+        ledger["count"][key] += 1
+        if tensor is not None:
+            ledger["bytes"][key] += tensor.numel() * tensor.element_size()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return self  # a copied model communicates in the same groups
+
+
+@dataclass
+class Mesh:
+    """The groups of this rank. ``control`` is the TP group on gloo: guards, objects and RNG states on the host."""
+
+    tp_size: int
+    dp_size: int
+    tp: Group
+    dp: Group
+    control: Group
+    world: Group
+    _subgroups: dict[tuple[int, ...], Group] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        return self.dp.rank * self.tp_size + self.tp.rank
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank speaks for its TP group."""
+        return self.tp.rank == 0
+
+    def replicas(self, tp_ranks: tuple[int, ...]) -> Group:
+        """The group of these ranks of this TP group. Collective over the world at its first call with a value."""
+        if tp_ranks not in self._subgroups:
+            mine = None
+            for dp_rank in range(self.dp_size):
+                ranks = tuple(dp_rank * self.tp_size + r for r in tp_ranks)
+                pg = self.tp.pg if len(ranks) == self.tp_size else _new_group(ranks)
+                if dp_rank == self.dp.rank and self.tp.rank in tp_ranks:
+                    mine = Group("tp" if len(ranks) == self.tp_size else "replicas", ranks, pg)
+            self._subgroups[tp_ranks] = mine or Group("elsewhere", (dist.get_rank(),), None)
+        return self._subgroups[tp_ranks]
+
+
+_mesh: Mesh | None = None
+
+
+def init_mesh(tp_size: int) -> Mesh:
+    """Build the groups (collective over the world), or return the existing mesh of the same ``tp_size``.
+
+    Raises:
+        TPError: torch.distributed is not initialised, ``tp_size`` does not divide the world, or another mesh exists.
+    """
+    global _mesh
+    if not dist.is_initialized():
+        raise TPError(
+            f"tp_size={tp_size} needs an initialised torch.distributed with a multiple of {tp_size} processes; start "
+            "the script with `accelerate launch` or `torchrun`"
+        )
+    if _mesh is not None and _mesh_is_alive(_mesh):
+        if _mesh.tp_size != tp_size:
+            raise TPError(
+                f"tp_size={tp_size} was asked for, but this run already has tp_size={_mesh.tp_size}; all models of a "
+                "run share one tp_size"
+            )
+        return _mesh
+    world = dist.get_world_size()
+    if tp_size < 1 or world % tp_size:
+        raise TPError(
+            f"tp_size={tp_size} does not divide the world of {world} processes (num_processes); write num_processes = "
+            f"tp_size x data-parallel size, for example {tp_size * max(1, round(world / max(tp_size, 1)))}"
+        )
+    dp_size = world // tp_size
+    me = dist.get_rank()
+    tp = _mine([tuple(range(d * tp_size, (d + 1) * tp_size)) for d in range(dp_size)], "tp", me)
+    dp = _mine([tuple(range(t, world, tp_size)) for t in range(tp_size)], "dp", me)
+    control = _mine([tuple(range(d * tp_size, (d + 1) * tp_size)) for d in range(dp_size)], "control", me, "gloo")
+    everyone = Group("world", tuple(range(world)), dist.group.WORLD)
+    _mesh = Mesh(tp_size, dp_size, tp, dp, control, everyone)
+    return _mesh
+
+
+def current_mesh() -> Mesh | None:
+    """The mesh of this process, or None before :func:`init_mesh`."""
+    return _mesh
+
+
+def require_mesh() -> Mesh:
+    """The mesh of this process."""
+    if _mesh is None:
+        raise TPError("no tensor-parallel mesh in this process yet; call tp_plugin.parallelize or init_mesh first")
+    return _mesh
+
+
+def forget_mesh() -> None:
+    """Drop the mesh (its process groups end with the default group)."""
+    global _mesh
+    _mesh = None
+
+
+def _mesh_is_alive(mesh: Mesh) -> bool:
+    # after destroy_process_group and a new init the old groups are unknown to torch.distributed
+    return mesh.world.pg is dist.group.WORLD
+
+
+def _mine(all_ranks: list[tuple[int, ...]], name: str, me: int, backend: str | None = None) -> Group:
+    mine = None
+    for ranks in all_ranks:
+        pg = _new_group(ranks, backend) if len(ranks) > 1 else None
+        if me in ranks:
+            mine = Group(name, ranks, pg)
+    assert mine is not None
+    return mine
+
+
+def _new_group(ranks: tuple[int, ...], backend: str | None = None) -> dist.ProcessGroup:
+    return dist.new_group(list(ranks), backend=backend, timeout=_default_timeout())
+
+
+def _default_timeout() -> datetime.timedelta | None:
+    # new_group falls back to 30 minutes, not to the timeout the script gave to init_process_group
+    pg = dist.group.WORLD
+    for device in ("cpu", "cuda"):
+        try:
+            return pg._get_backend(torch.device(device)).options._timeout
+        except (RuntimeError, AttributeError):
+            continue  # this world has no backend for that device
+    return None

@@ -1,0 +1,115 @@
+"""Randomness in a TP group: equal where the computation is replicated, different where it is sharded.
+
+The script's own generators are the replicated stream. A sharded region (from a block's input to its reduction) runs on
+a stream of its own, seeded by a hash of the replicated state, the TP rank and the block: nothing else is remembered,
+so recomputation under gradient checkpointing, which restores the replicated state, draws the same masks again.
+A region that drew nothing leaves the replicated stream untouched; one that did advances it by one draw, so that the
+next region differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from tp_plugin.parallel.mesh import Group
+
+
+class _Stream:
+    """The default generator of one device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def get(self) -> torch.Tensor:
+        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+
+    def set(self, state: torch.Tensor) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state, self.device)
+        else:
+            torch.set_rng_state(state)
+
+    def seed(self, seed: int) -> None:
+        if self.device.type == "cuda":
+            index = self.device.index if self.device.index is not None else torch.cuda.current_device()
+            torch.cuda.default_generators[index].manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+
+    def advance(self) -> None:
+        torch.rand(1, device=self.device)
+
+
+class ShardedRegion:
+    """The stretch of a block between its input and its reduction."""
+
+    def __init__(self, block: str, tp_rank: int):
+        self.key = f"{block}/{tp_rank}".encode()
+        self._left: tuple[_Stream, torch.Tensor, torch.Tensor] | None = None
+
+    def begin(self, device: torch.device) -> None:
+        """Switch ``device`` to the sharded stream."""
+        if self._left is not None:
+            self.end()  # an exception left the region open
+        stream = _Stream(device)
+        replicated = stream.get()
+        digest = hashlib.blake2b(replicated.numpy().tobytes(), key=self.key[-64:], digest_size=8).digest()
+        stream.seed(int.from_bytes(digest, "little") >> 1)
+        self._left = stream, replicated, stream.get()
+
+    def end(self) -> None:
+        """Switch back to the replicated stream; does nothing outside the region."""
+        if self._left is None:
+            return
+        stream, replicated, seeded = self._left
+        self._left = None
+        drew = not torch.equal(stream.get(), seeded)
+        stream.set(replicated)
+        if drew:
+            stream.advance()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedRegion:
+        copied = ShardedRegion.__new__(ShardedRegion)
+        copied.key, copied._left = self.key, None
+        return copied
+
+
+def snapshot() -> dict[str, Any]:
+    """The states of torch's (CPU and current CUDA device), numpy's and Python's global generators."""
+    states: dict[str, Any] = {"torch": torch.get_rng_state()}
+    states |= {"numpy": np.random.get_state(), "python": random.getstate()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore(states: dict[str, Any]) -> None:
+    """Set the generators to what :func:`snapshot` returned, here or on another rank."""
+    torch.set_rng_state(states["torch"])
+    np.random.set_state(states["numpy"])
+    random.setstate(states["python"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def fingerprint() -> int:
+    """63 bits that tell whether two ranks' generators are in the same state."""
+    digest = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=8)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        digest.update(torch.cuda.get_rng_state().numpy().tobytes())
+    _, keys, *position = np.random.get_state()
+    digest.update(keys.tobytes())
+    _, words, gauss = random.getstate()
+    # a tuple of integers hashes alike in every process, unlike strings and None
+    digest.update(repr((position, hash(words), gauss)).encode())
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def synchronize(group: Group) -> None:
+    """Give every rank of ``group`` the generator states of its first rank."""
+    restore(group.broadcast_object(snapshot() if group.rank == 0 else None))

@@ -1,0 +1,32 @@
+"""What a policy can say, and what it means for a model. Knows no architecture and no torch.distributed."""
+
+from tp_plugin.policy.blocks import MLP, Attention, Block, Policy, Vocabulary
+from tp_plugin.policy.layout import ParamLayout, reshard
+from tp_plugin.policy.plan import Plan, check_config, make_plan
+from tp_plugin.policy.registry import load, policies, policy_for, register
+from tp_plugin.policy.split import Blocks, HeadSplit, PerGroup, PerHead, even, kv, q, whole
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "Block",
+    "Blocks",
+    "HeadSplit",
+    "ParamLayout",
+    "PerGroup",
+    "PerHead",
+    "Plan",
+    "Policy",
+    "Vocabulary",
+    "check_config",
+    "even",
+    "kv",
+    "load",
+    "make_plan",
+    "policies",
+    "policy_for",
+    "q",
+    "register",
+    "reshard",
+    "whole",
+]

@@ -1,0 +1,84 @@
+"""What a policy can say. A policy is a table: per architecture, the blocks and the modules in them.
+
+Module names are patterns, matched against the end of a module's path: ``layers.*.self_attn`` finds
+``model.layers.3.self_attn`` in ``LlamaForCausalLM`` and ``layers.3.self_attn`` in ``LlamaModel``; ``*`` is one
+path component.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tp_plugin.policy.split import Split, even, kv, q
+
+
+@dataclass(frozen=True)
+class Block:
+    """A unit that communicates once per direction: an all-reduce after ``row`` in the forward, one at ``inputs`` in
+    the backward (Shoeybi et al. 2019, section 3: the operators g and f).
+
+    Attributes:
+        path: pattern of the block's module.
+        columns: column-parallel modules below it (weight split by output features), each with its split.
+        row: row-parallel modules below it (weight split by input features), each with its split.
+        inputs: names of the forward's arguments that carry activations into the block.
+        partial: replicated modules or parameters that every rank applies to its own shard only (a norm over
+            ``head_dim``): their gradient is summed over the TP group.
+        per_head: parameters with one entry per query head, sharded with the heads along dimension 0.
+        local: attributes of the block's module that must hold this rank's share, as
+            ``{attribute: "q_heads" | "kv_heads" | "groups" | "q_width" | "width"}``.
+    """
+
+    path: str
+    columns: Mapping[str, Split]
+    row: Mapping[str, Split]
+    inputs: tuple[str, ...] = ("hidden_states",)
+    partial: tuple[str, ...] = ()
+    per_head: tuple[str, ...] = ()
+    local: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Attention(Block):
+    """An attention block; ``heads`` and ``kv_heads`` name the counts in the model's config."""
+
+    columns: Mapping[str, Split] = field(default_factory=lambda: {"q_proj": q, "k_proj": kv, "v_proj": kv})
+    row: Mapping[str, Split] = field(default_factory=lambda: {"o_proj": q})
+    heads: str = "num_attention_heads"
+    kv_heads: str = "num_key_value_heads"
+
+
+@dataclass(frozen=True)
+class MLP(Block):
+    """A feed-forward block."""
+
+    columns: Mapping[str, Split] = field(default_factory=lambda: {"gate_proj": even, "up_proj": even})
+    row: Mapping[str, Split] = field(default_factory=lambda: {"down_proj": even})
+    inputs: tuple[str, ...] = ("x",)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The token embedding (rows split over the ranks) and the output head, tied to it or not."""
+
+    embedding: str = "embed_tokens"
+    head: str | None = "lm_head"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How the models of some architectures are sharded.
+
+    Attributes:
+        model_types: the ``config.model_type`` values this policy serves (class names for modules that are no HF model).
+        blocks: the communicating blocks.
+        vocabulary: embedding and head, or None.
+        replicated: patterns of modules or parameters that every rank holds whole. Every parameter must be claimed by
+            a block, the vocabulary or this list; anything else is an error that names it.
+    """
+
+    model_types: tuple[str, ...]
+    blocks: tuple[Block, ...] = ()
+    vocabulary: Vocabulary | None = None
+    replicated: tuple[str, ...] = ()

@@ -1,0 +1,228 @@
+"""Policy + model + tp → what happens to every parameter. Reads shapes only, so it works on the meta device."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from tp_plugin.errors import PolicyError
+from tp_plugin.policy.blocks import MLP, Attention, Block, Policy, Vocabulary
+from tp_plugin.policy.layout import ParamLayout, Parts
+from tp_plugin.policy.split import HeadSplit, vocabulary_rows
+
+_NO_HEADS = HeadSplit(((0, 1),), ((0, 1),))
+
+
+@dataclass
+class Plan:
+    """What sharding one model on ``tp`` ranks means, by module path and parameter name.
+
+    Attributes:
+        tp: TP size.
+        layouts: layout of every parameter, tied names included.
+        blocks: path → names of the forward's activation inputs.
+        rows: paths of row-parallel modules.
+        columns: paths of column-parallel modules.
+        partial: names of replicated parameters whose gradient must be summed over the TP group.
+        attributes: (path, attribute) → its value on each rank.
+        embeddings, heads: paths of vocabulary-parallel modules.
+    """
+
+    tp: int
+    layouts: dict[str, ParamLayout] = field(default_factory=dict)
+    blocks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+    partial: set[str] = field(default_factory=set)
+    attributes: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
+    embeddings: list[str] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)
+
+    def sharded_share(self, parameters: Mapping[str, torch.Tensor]) -> float:
+        """Share of the parameters' elements that is really split (0…1)."""
+        numel = {name: p.numel() for name, p in parameters.items()}
+        return sum(n for name, n in numel.items() if self.layouts[name].is_sharded) / max(1, sum(numel.values()))
+
+
+def make_plan(model: nn.Module, policy: Policy, tp: int) -> Plan:
+    """What ``policy`` does to ``model`` on ``tp`` ranks.
+
+    Raises:
+        PolicyError: a module that the policy relies on is missing or of an unknown type, a count does not divide,
+            or a parameter is claimed by nothing.
+    """
+    planner = _Planner(model, policy, tp)
+    for block in policy.blocks:
+        planner.plan_block(block)
+    if policy.vocabulary is not None:
+        planner.plan_vocabulary(policy.vocabulary)
+    planner.claim_replicated()
+    planner.check_tied()
+    return planner.plan
+
+
+def check_config(config: object, policy: Policy, tp: int) -> None:
+    """Raise PolicyError if the head counts in ``config`` forbid ``tp``; needs no model, so it runs before any load."""
+    for block in policy.blocks:
+        if isinstance(block, Attention):
+            _head_split(config, block, tp)
+
+
+class _Planner:
+    def __init__(self, model: nn.Module, policy: Policy, tp: int):
+        self.model, self.policy, self.plan = model, policy, Plan(tp)
+        self.config = getattr(model, "config", None)
+        self.modules = dict(model.named_modules())
+        # remove_duplicate=False: a tied parameter has several names, and each must be claimed
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def plan_block(self, block: Block) -> None:
+        paths = list(self._matching(block.path))
+        if not paths and not isinstance(block, MLP | Attention):
+            self._fail(f"no module matches {block.path!r}")
+        for path in paths:
+            heads = _head_split(self.config, block, self.plan.tp) if isinstance(block, Attention) else _NO_HEADS
+            self.plan.blocks[path] = block.inputs
+            for name, split in block.columns.items():
+                self._linear(f"{path}.{name}", split, heads, column=True)
+            for name, split in block.row.items():
+                self._linear(f"{path}.{name}", split, heads, column=False)
+            for name in block.partial:
+                for claimed in self._below(f"{path}.{name}"):
+                    self._claim(claimed, ParamLayout.replicated(self.parameters[claimed].shape, self.plan.tp))
+                    self.plan.partial.add(claimed)
+            for name in block.per_head:
+                size = self.parameters[f"{path}.{name}"].shape
+                unit = size[0] // heads.q_heads
+                parts = tuple(((a * unit, b * unit),) for a, b in heads.q)
+                self._claim(f"{path}.{name}", ParamLayout(tuple(size), 0, parts))
+            self._attributes(path, block, heads)
+
+    def _attributes(self, path: str, block: Block, heads: HeadSplit) -> None:
+        for attribute, meaning in block.local.items():
+            if not hasattr(self.modules[path], attribute):
+                self._fail(f"{path} has no attribute {attribute!r}, which the policy wants to set")
+            whole = getattr(self.modules[path], attribute)
+            counts = {
+                "q_heads": lambda k: _count(heads.q[k]),
+                "kv_heads": lambda k: _count(heads.kv[k]),
+                "groups": lambda k: _count(heads.q[k]) // _count(heads.kv[k]),
+                "q_width": lambda k: _count(heads.q[k]) * (whole // heads.q_heads),  # noqa: B023 (called below)
+                "width": lambda k: self._row_width(path, block, k),
+            }
+            if meaning not in counts:
+                self._fail(f"local[{attribute!r}] = {meaning!r}; write one of {', '.join(counts)}")
+            self.plan.attributes[path, attribute] = tuple(counts[meaning](k) for k in range(self.plan.tp))
+
+    def _row_width(self, path: str, block: Block, rank: int) -> int:
+        layout = self.plan.layouts[f"{path}.{next(iter(block.row))}.weight"]
+        assert layout.dim is not None
+        return layout.local_shape(rank)[layout.dim]
+
+    def _linear(self, path: str, split: object, heads: HeadSplit, *, column: bool) -> None:
+        module = self.modules.get(path)
+        if module is None:
+            self._fail(f"there is no module {path!r}")
+        if type(module) not in (nn.Linear, Conv1D):
+            self._fail(
+                f"{path} is a {type(module).__name__}; column- and row-parallel modules must be plain nn.Linear or "
+                "Conv1D (quantized and wrapped layers are not supported)"
+            )
+        weight = self.parameters[f"{path}.weight"]
+        # Conv1D keeps its weight as (in, out), nn.Linear as (out, in)
+        out_dim = 1 if isinstance(module, Conv1D) else 0
+        dim = out_dim if column else 1 - out_dim
+        try:
+            parts: Parts = split(weight.shape[dim], self.plan.tp, heads)  # type: ignore[operator]
+        except PolicyError as error:
+            self._fail(f"{path}: {error}")
+        self._claim(f"{path}.weight", ParamLayout(tuple(weight.shape), dim, parts))
+        if getattr(module, "bias", None) is not None:
+            bias = tuple(self.parameters[f"{path}.bias"].shape)
+            # a row-parallel bias is added once, after the reduction: every rank holds all of it
+            self._claim(
+                f"{path}.bias", ParamLayout(bias, 0, parts) if column else ParamLayout.replicated(bias, self.plan.tp)
+            )
+        (self.plan.columns if column else self.plan.rows).append(path)
+
+    def plan_vocabulary(self, vocabulary: Vocabulary) -> None:
+        for pattern, paths in ((vocabulary.embedding, self.plan.embeddings), (vocabulary.head, self.plan.heads)):
+            for path in self._matching(pattern) if pattern else ():
+                weight = tuple(self.parameters[f"{path}.weight"].shape)
+                parts, rows = vocabulary_rows(weight[0], self.plan.tp)
+                self._claim(f"{path}.weight", ParamLayout(weight, 0, parts, pad_to=rows))
+                if f"{path}.bias" in self.parameters:
+                    self._claim(f"{path}.bias", ParamLayout(weight[:1], 0, parts, pad_to=rows))
+                paths.append(path)
+
+    def claim_replicated(self) -> None:
+        unclaimed = []
+        for name, parameter in self.parameters.items():
+            if name in self.plan.layouts:
+                continue
+            if not any(_matches(pattern, part) for pattern in self.policy.replicated for part in _prefixes(name)):
+                unclaimed.append(name)
+            self.plan.layouts[name] = ParamLayout.replicated(parameter.shape, self.plan.tp)
+        if unclaimed:
+            shown = ", ".join(unclaimed[:5]) + (f" and {len(unclaimed) - 5} more" if len(unclaimed) > 5 else "")
+            self._fail(
+                f"nothing in the policy claims {shown}; name each in a block, in the vocabulary, or in `replicated`"
+            )
+
+    def check_tied(self) -> None:
+        first: dict[int, str] = {}
+        for name, parameter in self.parameters.items():
+            other = first.setdefault(id(parameter), name)
+            if self.plan.layouts[other] != self.plan.layouts[name]:
+                self._fail(f"{other} and {name} are one tied parameter but would be sharded differently")
+
+    def _claim(self, name: str, layout: ParamLayout) -> None:
+        if name in self.plan.layouts:
+            self._fail(f"{name} is claimed twice")
+        self.plan.layouts[name] = layout
+
+    def _matching(self, pattern: str) -> Iterator[str]:
+        return (path for path in self.modules if _matches(pattern, path))
+
+    def _below(self, path: str) -> list[str]:
+        names = [name for name in self.parameters if name == path or name.startswith(path + ".")]
+        if not names and path not in self.modules:
+            self._fail(f"there is no module or parameter {path!r}")
+        return names
+
+    def _fail(self, reason: str) -> None:
+        kind = type(self.model).__name__
+        raise PolicyError(f"the policy for {'/'.join(self.policy.model_types)} does not fit this {kind}: {reason}.")
+
+
+def _head_split(config: object, block: Attention, tp: int) -> HeadSplit:
+    q_heads = getattr(config, block.heads, None)
+    if not isinstance(q_heads, int):
+        raise PolicyError(f"the config has no integer {block.heads!r}, which the policy reads the head count from")
+    kv_heads = getattr(config, block.kv_heads, None) or q_heads
+    return HeadSplit.of(q_heads, kv_heads, tp)
+
+
+def _count(r: tuple[int, int]) -> int:
+    return r[1] - r[0]
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[:k]) for k in range(1, len(parts) + 1))
+
+
+@lru_cache(maxsize=4096)
+def _pattern(pattern: str) -> re.Pattern[str]:
+    body = r"\.".join("[^.]+" if part == "*" else re.escape(part) for part in pattern.split("."))
+    return re.compile(rf"(?:^|.*\.){body}")
+
+
+def _matches(pattern: str, path: str) -> bool:
+    return _pattern(pattern).fullmatch(path) is not None

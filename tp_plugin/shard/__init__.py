@@ -1,0 +1,7 @@
+"""Policy + model + mesh → sharded model; its weights seen whole again for saving, loading and optimizers."""
+
+from tp_plugin.shard.apply import is_sharded, model_type, models_in, parallelize
+from tp_plugin.shard.optimizer import shard_optimizer
+from tp_plugin.shard.state_dict import local_state_dicts
+
+__all__ = ["is_sharded", "local_state_dicts", "model_type", "models_in", "parallelize", "shard_optimizer"]

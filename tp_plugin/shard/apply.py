@@ -1,0 +1,213 @@
+"""Policy + model + mesh → sharded model, in place: the same modules and the same Parameter objects, with less in them.
+
+Keeping the objects keeps everything that was built on them before: optimizers, parameter groups, tied weights, names.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from tp_plugin.errors import TPError
+from tp_plugin.options import Options
+from tp_plugin.parallel import layers
+from tp_plugin.parallel.exchange import exchange
+from tp_plugin.parallel.guard import Guard
+from tp_plugin.parallel.layouts import attach
+from tp_plugin.parallel.mesh import Mesh, init_mesh
+from tp_plugin.policy import ParamLayout, Plan, Policy, load, make_plan, policy_for
+from tp_plugin.shard import state_dict
+from tp_plugin.shard.record import ShardRecord
+from tp_plugin.shard.replicas import agree_on_weights
+
+
+def parallelize(
+    model: nn.Module, tp_size: int | None = None, policy: Policy | None = None, *, options: Options | None = None
+) -> nn.Module:
+    """Shard ``model`` over its TP group, in place. Collective over the world; a second call does nothing.
+
+    Args:
+        model: a transformers model, or a module that contains some; weights whole and on any one device.
+        tp_size: size of the TP group; default the one the run was configured with.
+        policy: how to shard; default the registered policy of each model's type.
+        options: the ``tp_plugin:`` mapping of the config.
+
+    Raises:
+        PolicyError: no policy, or one that does not fit.
+        TPError: ``tp_size`` does not divide the world or is not the run's, or the model is quantized.
+    """
+    options = options or Options.from_environment()
+    tp_size = tp_size or options.tp_size
+    roots = list(models_in(model)) if policy is None else [("", model)]
+    if tp_size > 1 and not roots:
+        raise TPError(
+            f"{type(model).__name__} contains no transformers model, so no policy applies to it; register one for its "
+            f"class: tp_plugin.register(tp_plugin.Policy(model_types=({type(model).__name__!r},), …)), or leave it "
+            f"whole: `tp_plugin: {{leave_whole: [{type(model).__name__}]}}`"
+        )
+    mesh = init_mesh(tp_size)
+    for _, root in roots:
+        kind = model_type(root)
+        if is_sharded(root) or kind in options.leave_whole or type(root).__name__ in options.leave_whole:
+            continue
+        chosen = policy or (load(options.policy) if options.policy else policy_for(kind))
+        shard_model(root, make_plan(root, chosen, tp_size), mesh, options)
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ``model`` itself was sharded by this plugin."""
+    return getattr(model, "tp_record", None) is not None
+
+
+def model_type(model: nn.Module) -> str:
+    """What policies know a model by: its config's model type, else its class name."""
+    return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+
+
+def models_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost models with a policy of their own in ``module`` (itself, or what a wrapper wraps), with paths."""
+    from transformers import PreTrainedModel
+
+    from tp_plugin.policy import policies
+
+    def walk(path: str, child: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if isinstance(child, PreTrainedModel) or type(child).__name__ in policies():
+            yield path, child
+            return
+        for name, inner in child.named_children():
+            yield from walk(f"{path}.{name}" if path else name, inner)
+
+    yield from walk("", module)
+
+
+def shard_model(model: nn.Module, plan: Plan, mesh: Mesh, options: Options) -> None:
+    """Carry out ``plan`` on ``model``: slice parameters, change row-parallel layers, put hooks where data crosses."""
+    _refuse_unsupported(model)
+    agree_on_weights(model, mesh)
+    link = exchange(mesh)
+    for name, parameter in model.named_parameters():
+        _slice(parameter, plan.layouts[name], mesh.tp.rank)
+    _arm(model, plan, mesh)
+    _fit_modules(model, plan, mesh.tp.rank)
+    _hook_blocks(model, plan, mesh.tp.rank)
+    _hook_vocabulary(model, plan, mesh.tp.rank)
+
+    record = ShardRecord(model, plan, mesh, link)
+    model.tp_record = record  # type: ignore[assignment]
+    record.start_counting()
+    model.register_forward_pre_hook(_arm_copy, prepend=True)
+    state_dict.install(record, model)
+    guard = Guard(mesh, link, record.audit, options.audit_every)
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
+    for module in {id(m): m for m in (model, base) if isinstance(m, nn.Module)}.values():
+        module.register_forward_pre_hook(guard.pre_hook, with_kwargs=True, prepend=True)
+        module.register_forward_hook(guard.hook, always_call=True)
+
+
+def _refuse_unsupported(model: nn.Module) -> None:
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise TPError(
+            f"{type(model).__name__} is quantized; sharding quantized weights is not supported. Load it without "
+            "quantization_config, or set tp_size: 1"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise TPError(f"parameter {name!r} is on the meta device; load its weights before preparing the model")
+        if type(parameter) is not nn.Parameter:
+            raise TPError(
+                f"parameter {name!r} is a {type(parameter).__name__}, not a plain Parameter; the model was already "
+                "sharded or wrapped by something else (device_map, DeepSpeed, DTensor)"
+            )
+
+
+def _slice(parameter: nn.Parameter, layout: ParamLayout, rank: int) -> None:
+    if not layout.is_sharded:
+        return
+    with torch.no_grad():
+        grad, parameter.grad = parameter.grad, None
+        parameter.data = layout.shard(parameter.data, rank)
+        if grad is not None:
+            parameter.grad = layout.shard(grad, rank)
+
+
+def _arm(model: nn.Module, plan: Plan, mesh: Mesh) -> None:
+    """Tell norms of the parameters' layouts, and hook the gradient sums of replicas."""
+    groups = sorted({ranks for layout in plan.layouts.values() for ranks in layout.replica_groups})
+    replicas = {ranks: mesh.replicas(ranks) for ranks in groups}  # made by all ranks, in one order
+    me = mesh.tp.rank
+    for name, parameter in model.named_parameters():
+        layout = plan.layouts[name]
+        attach(parameter, layout)
+        pieces: list[layers.Piece] = [
+            (replicas[ranks], layout.dim, layout.replicated_in(me, ranks))
+            for ranks in layout.replica_groups
+            if me in ranks
+        ]
+        if name in plan.partial:
+            pieces = [(mesh.tp, None, ())]
+        if pieces:
+            # a leaf takes a hook only while it requires grad; it keeps the hook when it is frozen and thawed
+            trained = parameter.requires_grad
+            parameter.requires_grad_(True)
+            parameter.register_hook(layers.ReplicaSum(pieces))
+            parameter.requires_grad_(trained)
+
+
+def _arm_copy(model: nn.Module, args: object) -> None:
+    record: ShardRecord = model.tp_record  # type: ignore[assignment]
+    if not record.armed:
+        record.armed = True
+        _arm(model, record.plan, record.mesh)
+
+
+def _fit_modules(model: nn.Module, plan: Plan, rank: int) -> None:
+    for path in (*plan.columns, *plan.rows):
+        layers.fit_sizes(model.get_submodule(path), plan.layouts[f"{path}.weight"], rank)
+    for (path, attribute), values in plan.attributes.items():
+        setattr(model.get_submodule(path), attribute, values[rank])
+
+
+def _hook_blocks(model: nn.Module, plan: Plan, rank: int) -> None:
+    for path, inputs in plan.blocks.items():
+        block = model.get_submodule(path)
+        positions = {name: at for at, name in enumerate(inspect.signature(block.forward).parameters)}
+        missing = [name for name in inputs if name not in positions]
+        if missing:
+            raise TPError(f"the forward of {path} takes no argument {missing[0]!r}, which its policy calls an input")
+        state = layers.BlockState(path, inputs, rank, positions)
+        block.tp_block = state  # type: ignore[assignment]
+        block.register_forward_pre_hook(layers.block_pre_hook, with_kwargs=True)
+        block.register_forward_hook(layers.block_hook, always_call=True)
+        for row in plan.rows:
+            if row.startswith(path + "."):
+                module = model.get_submodule(row)
+                module.__class__ = layers.ROW_PARALLEL[type(module)]
+                module.tp_block = state  # type: ignore[assignment]
+
+
+def _hook_vocabulary(model: nn.Module, plan: Plan, rank: int) -> None:
+    for path in plan.embeddings:
+        embedding, layout = model.get_submodule(path), plan.layouts[f"{path}.weight"]
+        if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
+            raise TPError(f"{path} must be an nn.Embedding without max_norm to be split by vocabulary rows")
+        start, stop = (layout.parts[rank] or ((layout.shape[0], layout.shape[0]),))[0]
+        embedding.tp_rows = (start, stop)  # type: ignore[assignment]
+        embedding.num_embeddings = layout.local_shape(rank)[0]
+        if embedding.padding_idx is not None:
+            inside = start <= embedding.padding_idx < stop
+            embedding.padding_idx = embedding.padding_idx - start if inside else None  # type: ignore[assignment]
+        embedding.register_forward_pre_hook(layers.embedding_pre_hook)
+        embedding.register_forward_hook(layers.embedding_hook)
+    for path in plan.heads:
+        head, layout = model.get_submodule(path), plan.layouts[f"{path}.weight"]
+        head.tp_vocabulary = layout.shape[0]  # type: ignore[assignment]
+        head.out_features = layout.local_shape(rank)[0]  # type: ignore[assignment]
+        head.register_forward_pre_hook(layers.head_pre_hook)
+        head.register_forward_hook(layers.head_hook)
+
+
+__all__ = ["is_sharded", "model_type", "models_in", "parallelize", "shard_model"]

@@ -1,0 +1,126 @@
+"""An optimizer of a sharded model: state built earlier is sliced, and its ``state_dict`` is that of the whole model."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+
+from tp_plugin.errors import TPError
+from tp_plugin.parallel.exchange import exchange
+from tp_plugin.parallel.layouts import layout_of
+from tp_plugin.parallel.mesh import require_mesh
+from tp_plugin.shard.record import read_whole
+
+_uids = itertools.count()
+
+NOT_ELEMENTWISE = ("Adafactor", "Muon", "LBFGS", "Shampoo", "SOAP", "LAMB", "Lamb", "LARS", "Adalayer")
+"""Optimizers that use more of a tensor than one element at a time; on a shard they would compute something else."""
+
+
+def shard_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Fit ``optimizer`` to parameters that were sharded after it was built; a second call does nothing.
+
+    Raises:
+        TPError: its update rule is not elementwise, so shards would not train as the whole tensor does.
+    """
+    if getattr(optimizer, "tp_states", None) is not None:
+        return
+    parameters = _parameters(optimizer)
+    if not any((layout := layout_of(p)) is not None and layout.is_sharded for p in parameters):
+        return
+    name = type(optimizer).__name__
+    if name in NOT_ELEMENTWISE:
+        raise TPError(
+            f"optimizer {name} looks at whole tensors (rows, columns or norms), which no rank holds under "
+            "tensor parallelism; its numbers would be others. Use an elementwise one such as AdamW, or tp_size: 1"
+        )
+    rank = require_mesh().tp.rank
+    for parameter in parameters:
+        layout = layout_of(parameter)
+        if layout is None or not layout.is_sharded:
+            continue
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and tuple(value.shape) == layout.shape:
+                state[key] = layout.shard(value, rank)
+    optimizer.tp_states = OptimizerStates(optimizer)  # type: ignore[attr-defined]
+    optimizer.register_state_dict_post_hook(_give_whole)
+    optimizer.register_load_state_dict_pre_hook(_take_whole)
+
+
+class OptimizerStates:
+    """What other ranks may read of an optimizer: its state tensors, by ``"<parameter index>/<state key>"``."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = weakref.ref(optimizer)
+        self.uid = f"optimizer{next(_uids)}"
+        exchange(require_mesh()).publish(self.uid, self)
+
+    def fingerprint(self) -> object:
+        """Steps taken and in-place updates of the parameters' local tensors."""
+        optimizer = self.optimizer()
+        assert optimizer is not None
+        parameters = _parameters(optimizer)
+        steps = [float(s["step"]) for p in parameters if "step" in (s := optimizer.state.get(p, {}))]
+        return sum(steps), len(parameters)
+
+    def local(self, key: str) -> torch.Tensor:
+        """This rank's state tensor."""
+        optimizer = self.optimizer()
+        assert optimizer is not None
+        index, name = key.split("/", 1)
+        tensor: torch.Tensor = optimizer.state[_parameters(optimizer)[int(index)]][name]
+        return tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_nothing, ())  # a pickled optimizer leaves its connections behind
+
+
+def _nothing() -> None:
+    return None
+
+
+def _give_whole(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    states: OptimizerStates = optimizer.tp_states  # type: ignore[attr-defined]
+    mesh = require_mesh()
+    link = exchange(mesh)
+    whole: dict[int, Any] = {}
+    for index, parameter in enumerate(_parameters(optimizer)):
+        if index not in state_dict["state"]:
+            continue
+        layout = layout_of(parameter)
+        entry = dict(state_dict["state"][index])
+        for key, value in entry.items():
+            if layout is None or not layout.is_sharded or not isinstance(value, torch.Tensor):
+                continue
+            if tuple(value.shape) != layout.local_shape(mesh.tp.rank):
+                continue
+            if mesh.is_leader:
+                entry[key] = read_whole(link, states.uid, f"{index}/{key}", value, layout)
+            else:
+                link.wait_until_read(states.uid, f"{index}/{key}")
+        whole[index] = entry
+    return {**state_dict, "state": whole}
+
+
+def _take_whole(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    rank = require_mesh().tp.rank
+    state = dict(state_dict["state"])
+    for index, parameter in enumerate(_parameters(optimizer)):
+        layout = layout_of(parameter)
+        if layout is None or not layout.is_sharded or index not in state:
+            continue
+        state[index] = {
+            key: layout.shard(value, rank)
+            if isinstance(value, torch.Tensor) and tuple(value.shape) == layout.shape
+            else value
+            for key, value in state[index].items()
+        }
+    return {**state_dict, "state": state}
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,149 @@
+"""What is known of one sharded model: its plan, and how other ranks read its local tensors."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_plugin.errors import DivergenceError
+from tp_plugin.parallel.exchange import Exchange
+from tp_plugin.parallel.mesh import Mesh
+from tp_plugin.policy import ParamLayout, Plan
+
+_uids = itertools.count()
+_FINGERPRINTED = 64
+"""Replicated parameters whose content enters a fingerprint."""
+
+
+class ShardRecord:
+    """Lives on the sharded model as ``model.tp_record``; copied with it, as the record of the copy."""
+
+    def __init__(self, model: nn.Module, plan: Plan, mesh: Mesh, exchange: Exchange):
+        self.plan, self.mesh, self.exchange = plan, mesh, exchange
+        self.armed = True
+        self._settle(model)
+
+    def _settle(self, model: nn.Module) -> None:
+        # every rank shards and copies its models in the same order, so counting names them alike
+        self.uid = f"model{next(_uids)}"
+        self.model = weakref.ref(model)
+        self._wholes: weakref.WeakValueDictionary[tuple[str, int], torch.Tensor] = weakref.WeakValueDictionary()
+        self._versions: dict[str, int] = {}
+        self.exchange.publish(self.uid, self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardRecord:
+        original = self.model()
+        copied_model = memo.get(id(original))
+        if copied_model is None:
+            return self  # only a part of the model is copied: it goes on reading the original's record
+        copied = ShardRecord.__new__(ShardRecord)
+        copied.plan, copied.mesh, copied.exchange = self.plan, self.mesh, self.exchange
+        copied.armed = False  # copied Parameters lose their hooks; the first forward puts them back
+        copied._settle(copied_model)
+        return copied
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "a tensor-parallel model cannot be pickled whole (it holds process groups); save model.state_dict(), or "
+            "use save_pretrained"
+        )
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and local tensors, tied ones once."""
+        model = self.model()
+        assert model is not None
+        return iter(model.named_parameters())
+
+    def start_counting(self) -> None:
+        """Take the parameters' present versions as zero: ranks may have come here by different in-place copies."""
+        self._versions = {name: p._version for name, p in self.parameters()}
+
+    def fingerprint(self) -> object:
+        """Equal on two ranks when all parameters saw as many in-place updates and replicated ones are equal."""
+        moved, content, counted = 0, 0, 0
+        for name, parameter in self.parameters():
+            moved += parameter._version - self._versions.get(name, 0)
+            if not self.plan.layouts[name].is_sharded and counted < _FINGERPRINTED:
+                counted += 1
+                content = checksum(parameter, content)
+        return moved, content
+
+    def local(self, key: str) -> torch.Tensor:
+        """This rank's tensor named ``key`` (a parameter's name in the model)."""
+        model = self.model()
+        assert model is not None
+        return model.get_parameter(key)
+
+    def whole(self, key: str, local: torch.Tensor) -> torch.Tensor:
+        """On the leader, the whole tensor (on the CPU) of a sharded parameter; the same object for tied names.
+
+        Peers get their local tensor: to the script the group is one process, and its leader speaks for it.
+        """
+        layout = self.plan.layouts[key]
+        if not layout.is_sharded:
+            return local
+        if not self.mesh.is_leader:
+            self.exchange.wait_until_read(self.uid, self._first_name(key))
+            return local
+        memo = (self._first_name(key), self.exchange.clock * 1_000_003 + local._version)
+        whole = self._wholes.get(memo)
+        if whole is None:
+            whole = read_whole(self.exchange, self.uid, memo[0], local, layout)
+            self._wholes[memo] = whole
+        return whole
+
+    def _first_name(self, key: str) -> str:
+        model = self.model()
+        assert model is not None
+        tensor = model.get_parameter(key)
+        return next(name for name, parameter in model.named_parameters() if parameter is tensor)
+
+    def audit(self) -> None:
+        """Compare replicated parameters, and replicas of shards, across the TP group.
+
+        Raises:
+            DivergenceError: on every rank, naming the first parameter that differs.
+        """
+        names, checksums = [], []
+        tp = self.mesh.tp
+        for name, parameter in self.parameters():
+            layout = self.plan.layouts[name]
+            if not layout.is_sharded:
+                names.append((name, tuple(range(tp.size))))
+                checksums.append(checksum(parameter))
+            for group in layout.replica_groups:
+                names.append((name, group))
+                ranges = layout.replicated_in(tp.rank, group) if tp.rank in group else ()
+                assert layout.dim is not None
+                parts = [parameter.narrow(layout.dim, a, b - a) for a, b in ranges]
+                checksums.append(checksum(torch.cat(parts, layout.dim)) if parts else 0)
+        everyone = torch.stack(self.mesh.control.all_gather(torch.tensor(checksums, dtype=torch.int64)))
+        for column, (name, ranks) in enumerate(names):
+            seen = everyone[list(ranks), column].tolist()
+            if len(set(seen)) > 1:
+                shown = ", ".join(f"rank {tp.ranks[r]}: {value:08x}" for r, value in zip(ranks, seen, strict=True))
+                raise DivergenceError(
+                    f"replicated parameter {name!r} has drifted apart within the TP group ({shown}); it was updated "
+                    "differently on each rank. Look for code that changes weights by RANK or with a generator that "
+                    "differs between ranks"
+                )
+
+
+def read_whole(exchange: Exchange, uid: str, key: str, local: torch.Tensor, layout: ParamLayout) -> torch.Tensor:
+    """Assemble a whole tensor on the leader's CPU, one peer's shard at a time."""
+    whole = torch.empty(layout.shape, dtype=local.dtype)
+    layout.place(whole, local.detach().cpu(), 0)
+    for rank in range(1, layout.tp):
+        layout.place(whole, exchange.read(uid, key, rank), rank)
+    return whole
+
+
+def checksum(tensor: torch.Tensor, start: int = 0) -> int:
+    """CRC-32 of a tensor's bytes, continuing from ``start``."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), start)

@@ -1,0 +1,77 @@
+"""``state_dict`` of a sharded model is the whole model's, and ``load_state_dict`` takes a whole model's.
+
+The hooks sit on the modules that own sharded parameters, so every way into the weights (``state_dict`` of the model or
+a part, ``save_pretrained``, Accelerate's ``save_model`` and ``save_state``) passes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_plugin.parallel.mesh import require_mesh
+from tp_plugin.shard.record import ShardRecord
+
+_local_only = False
+
+
+@contextlib.contextmanager
+def local_state_dicts() -> Iterator[None]:
+    """Inside, ``state_dict`` gives each rank's own tensors, without reading from any other rank."""
+    global _local_only
+    before, _local_only = _local_only, True
+    try:
+        yield
+    finally:
+        _local_only = before
+
+
+def install(record: ShardRecord, model: nn.Module) -> None:
+    """Put the hooks on every module of ``model`` that owns a sharded parameter."""
+    for path, module in model.named_modules():
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        if any(record.plan.layouts[_join(path, name)].is_sharded for name in names):
+            module.tp_owner = Owner(record, path)  # type: ignore[assignment]
+            module._register_state_dict_hook(_give_whole)
+            module.register_load_state_dict_pre_hook(_take_whole)
+
+
+class Owner:
+    """Where a module's parameters stand in their model's record."""
+
+    def __init__(self, record: ShardRecord, path: str):
+        self.record, self.path = record, path
+
+    def key(self, name: str) -> str:
+        """Name in the model of the module's own parameter ``name``."""
+        return _join(self.path, name)
+
+
+def _give_whole(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    owner: Owner = module.tp_owner  # type: ignore[assignment]
+    if _local_only:
+        return
+    for name, _ in module.named_parameters(recurse=False):
+        if prefix + name in state:
+            with torch.no_grad():
+                state[prefix + name] = owner.record.whole(owner.key(name), state[prefix + name])
+
+
+def _take_whole(
+    module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *problems: list[str]
+) -> None:
+    owner: Owner = module.tp_owner  # type: ignore[assignment]
+    for name, _ in module.named_parameters(recurse=False):
+        value = state.get(prefix + name)
+        layout = owner.record.plan.layouts[owner.key(name)]
+        # a tensor that already has the local shape is this rank's own (a peer's state_dict); others are sliced
+        if isinstance(value, torch.Tensor) and layout.is_sharded and tuple(value.shape) == layout.shape:
+            state[prefix + name] = layout.shard(value, require_mesh().tp.rank)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
