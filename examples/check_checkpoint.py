@@ -16,7 +16,9 @@ def weight_difference(model: torch.nn.Module, reference: torch.nn.Module) -> tup
     weights, expected = model.state_dict(), reference.state_dict()
     if weights.keys() != expected.keys():
         raise SystemExit(f"different weights in the two checkpoints: {sorted(weights.keys() ^ expected.keys())}")
-    return max((float((weights[name] - expected[name]).abs().max()), name) for name in expected)
+    differences = {name: (weights[name] - expected[name]).abs().max() for name in expected}
+    # max() can lose a nan
+    return max((float(difference.nan_to_num(nan=torch.inf)), name) for name, difference in differences.items())
 
 
 def continue_prompt(model, tokenizer, prompt: str, max_new_tokens: int) -> str:

@@ -8,6 +8,7 @@ Ends with an error if the two runs differ by more than the limits below.
 
 import argparse
 import json
+import math
 import os
 import shlex
 import shutil
@@ -99,8 +100,9 @@ def read_reports(folder: Path) -> list[dict]:
 
 
 def relative_difference(ours: dict[int, float], reference: dict[int, float]) -> float:
-    if ours.keys() != reference.keys():
-        return float("inf")
+    # max() can lose a nan, and two equal nans are no agreement.
+    if ours.keys() != reference.keys() or not all(map(math.isfinite, [*ours.values(), *reference.values()])):
+        return math.inf
     return max(abs(ours[step] - reference[step]) / max(abs(reference[step]), 1e-12) for step in reference)
 
 
