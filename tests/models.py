@@ -55,6 +55,8 @@ def config_for(model_type: str, **overrides: Any) -> Any:
         settings["attention_bias"] = True
     if model_type in ("llama", "smollm3", "granite", "helium", "arcee", "seed_oss"):
         settings["mlp_bias"] = True
+    if model_type == "seed_oss":
+        settings |= {"attention_dropout": 0.0, "residual_dropout": 0.0}
     return AutoConfig.for_model(model_type, **{**settings, **overrides})
 
 

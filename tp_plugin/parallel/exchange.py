@@ -1,13 +1,13 @@
-"""One-sided reads: the leader of a TP group fetches its peers' shards whenever it wants the whole tensor.
+"""One-sided reads: a rank fetches its TP peers' shards whenever the script asks for whole tensors.
 
-Scripts save on the main process alone, or on all; they cannot be asked to make their peers call a collective. So
-each rank serves its shards from a thread, and only the leader (TP rank 0) asks. Two things keep this exact:
+Scripts save on the main process alone, or on all; they cannot be asked to make all ranks call a collective. So each
+rank serves its shards from a thread, and whoever wants a whole tensor reads the rest. Two things keep this exact:
 
 - a read is answered only when both ranks' weights are at the same point of the program (``fingerprint``: in-place
   versions of all parameters and the content of replicated ones); a peer that lags is waited for, a peer that has moved
-  on is an error on the leader;
-- a peer that makes the same call as its leader waits there until it has been read, and a peer that leaves the script
-  stays until its leader leaves too.
+  on is an error on the reader;
+- ranks that make the same call leave it together (a session), so that none changes what another still reads; a peer
+  that leaves the script stays until its leader leaves too.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, Protocol
 
@@ -31,6 +32,9 @@ from tp_plugin.parallel.mesh import Mesh
 
 PATIENCE = float(os.environ.get("TP_PLUGIN_READ_TIMEOUT", "30"))
 """Seconds that a read waits for a peer to reach the same point of the program."""
+
+GRACE = 5.0
+"""Seconds that a reader stays for a peer of which nothing shows whether it will make the same call."""
 
 
 class Source(Protocol):
@@ -48,13 +52,12 @@ class Exchange:
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
-        self.clock = 0  # guarded forwards so far: equal on all ranks of the group at equal points of the program
+        self.clock = 0  # sync points passed: equal on all ranks of the group at equal points of the program
         self.in_collective = False
         self.leaving = False
         self._sources: dict[str, Source] = {}
-        self._served: Counter[tuple[str, str, int]] = Counter()
-        self._called: Counter[tuple[str, str, int]] = Counter()
-        self._served_changed = threading.Condition()
+        self._open: set[str] = set()
+        self._finished: Counter[tuple[str, int]] = Counter()
         self._links: dict[int, Connection] = {}
         self._key = mesh.control.broadcast_object(secrets.token_bytes(32) if mesh.is_leader else None)
         hosts = mesh.control.gather_objects(socket.gethostname())
@@ -71,16 +74,25 @@ class Exchange:
         """Stop serving ``uid``."""
         self._sources.pop(uid, None)
 
+    @contextlib.contextmanager
+    def sync_point(self) -> Iterator[None]:
+        """Around a wait for the other ranks: they see that this rank has come so far, and that it is waiting."""
+        self.clock += 1
+        self.in_collective = True
+        try:
+            yield
+        finally:
+            self.in_collective = False
+
     def read(self, uid: str, key: str, rank: int) -> torch.Tensor:
-        """The tensor ``key`` of ``uid`` on TP rank ``rank``, on the CPU. For the leader only.
+        """The tensor ``key`` of ``uid`` on TP rank ``rank``, on the CPU.
 
         Raises:
             DivergenceError: the peer is gone, or its weights did not come to this rank's point within PATIENCE.
         """
-        mine = self._sources[uid].fingerprint()
         try:
             link = self._link(rank)
-            link.send(("read", uid, key, self.clock, mine))
+            link.send(("read", uid, key, self._sources[uid].fingerprint()))
             answer = link.recv()
             if answer[0] != "tensor":
                 raise DivergenceError(
@@ -96,36 +108,43 @@ class Exchange:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(dtype).view(shape)
 
-    def wait_until_read(self, uid: str, key: str) -> None:
-        """On a peer: stay in this call until the leader, in the same call, has read the tensor.
+    def enter(self, uid: str) -> None:
+        """This rank begins to read ``uid``, or to stand by while others do."""
+        self._open.add(uid)
 
-        Returns at once if the leader already has, and gives up when the leader has gone on without reading.
-        """
-        at = (uid, key, self.clock)
-        self._called[at] += 1
-        while True:
-            with self._served_changed:
-                if self._served_changed.wait_for(lambda: self._served[at] >= self._called[at], timeout=0.25):
-                    return
-            status = self._leader_status()
-            if status is None or status["leaving"] or status["clock"] > self.clock:
-                return
+    def leave(self, uid: str) -> None:
+        """Stay until every rank that made the same call has finished it; ranks elsewhere are not waited for."""
+        at = (uid, self.clock)
+        self._finished[at] += 1
+        self._open.discard(uid)
+        patience = time.monotonic() + GRACE
+        waiting = [rank for rank in range(self.mesh.tp_size) if rank != self.mesh.tp.rank]
+        while waiting:
+            waiting = [rank for rank in waiting if not self._is_through(rank, at, time.monotonic() > patience)]
+            if waiting:
+                time.sleep(0.005)
+
+    def _is_through(self, rank: int, at: tuple[str, int], impatient: bool) -> bool:
+        status = self._status(rank, *at)
+        if status is None or status["leaving"] or status["clock"] > self.clock:
+            return True
+        return bool(status["finished"] >= self._finished[at] or (impatient and not status["open"]))
 
     def farewell(self) -> None:
         """At exit: a peer serves until its leader leaves too, or waits for it in a collective that can't happen."""
         self.leaving = True
         if self.mesh.is_leader or _crashed:
             return
-        while (status := self._leader_status()) and not status["leaving"] and not status["in_collective"]:
+        while (status := self._status(0)) and not status["leaving"] and not status["in_collective"]:
             time.sleep(0.05)
 
-    def _leader_status(self) -> dict[str, Any] | None:
+    def _status(self, rank: int, uid: str = "", clock: int = 0) -> dict[str, Any] | None:
         try:
-            link = self._link(0)
-            link.send(("status",))
+            link = self._link(rank)
+            link.send(("status", uid, clock))
             return link.recv()
         except (EOFError, OSError):
-            return None  # the leader is gone
+            return None  # that rank is gone
 
     def _link(self, rank: int) -> Connection:
         if rank not in self._links:
@@ -147,11 +166,20 @@ class Exchange:
             while True:
                 request = link.recv()
                 if request[0] == "status":
-                    link.send({"clock": self.clock, "in_collective": self.in_collective, "leaving": self.leaving})
+                    _, uid, clock = request
+                    link.send(
+                        {
+                            "clock": self.clock,
+                            "in_collective": self.in_collective,
+                            "leaving": self.leaving,
+                            "open": uid in self._open,
+                            "finished": self._finished[uid, clock],
+                        }
+                    )
                 else:
                     self._answer(link, *request[1:])
 
-    def _answer(self, link: Connection, uid: str, key: str, clock: int, theirs: object) -> None:
+    def _answer(self, link: Connection, uid: str, key: str, theirs: object) -> None:
         deadline = time.monotonic() + PATIENCE
         while True:
             source = self._sources.get(uid)
@@ -171,9 +199,6 @@ class Exchange:
             return
         link.send(("tensor", tensor.dtype, tuple(tensor.shape)))
         link.send_bytes(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-        with self._served_changed:
-            self._served[uid, key, clock] += 1
-            self._served_changed.notify_all()
 
 
 _exchange: Exchange | None = None

@@ -22,6 +22,14 @@ _SAMPLE = 1 << 16
 """Elements of a device tensor that are copied to the host for hashing; larger ones are sampled and summed."""
 
 
+_training_forwards = 0
+
+
+def training_forwards() -> int:
+    """Top-level training forwards of all sharded models in this process."""
+    return _training_forwards
+
+
 class Guard:
     """Watches the forwards of one sharded model; ``audit`` runs every ``audit_every`` training forwards."""
 
@@ -41,7 +49,9 @@ class Guard:
             return
         self._check(module, args, kwargs)
         if module.training and torch.is_grad_enabled():
+            global _training_forwards
             self.training_forwards += 1
+            _training_forwards += 1
             if self.audit and self.audit_every and self.training_forwards % self.audit_every == 0:
                 self.audit()
 
@@ -55,12 +65,10 @@ class Guard:
         digests = {name: _digest(tensor) for name, tensor in inputs.items()}
         batch = zlib.crc32(repr(sorted(digests.items())).encode())
         mode = 2 * module.training + torch.is_grad_enabled()
-        self.exchange.clock += 1
-        place = [self.exchange.clock, zlib.crc32(type(module).__name__.encode()), mode]
+        place = [self.exchange.clock + 1, zlib.crc32(type(module).__name__.encode()), mode]
         mine = torch.tensor([*place, batch, rng.fingerprint()])
-        self.exchange.in_collective = True
-        everyone = torch.stack(self.mesh.control.all_gather(mine))
-        self.exchange.in_collective = False
+        with self.exchange.sync_point():
+            everyone = torch.stack(self.mesh.control.all_gather(mine))
         unequal = (everyone != everyone[0]).any(dim=0).tolist()
         if any(unequal[:4]):
             self._depth = 0

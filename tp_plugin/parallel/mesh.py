@@ -101,6 +101,10 @@ class Mesh:
         """Whether this rank speaks for its TP group."""
         return self.tp.rank == 0
 
+    def tp_for(self, tensor: torch.Tensor) -> Group:
+        """The TP group on a backend that takes ``tensor``: NCCL takes no host memory."""
+        return self.control if tensor.device.type == "cpu" else self.tp
+
     def replicas(self, tp_ranks: tuple[int, ...]) -> Group:
         """The group of these ranks of this TP group. Collective over the world at its first call with a value."""
         if tp_ranks not in self._subgroups:

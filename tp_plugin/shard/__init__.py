@@ -2,6 +2,14 @@
 
 from tp_plugin.shard.apply import is_sharded, model_type, models_in, parallelize
 from tp_plugin.shard.optimizer import shard_optimizer
-from tp_plugin.shard.state_dict import local_state_dicts
+from tp_plugin.shard.state_dict import local_state_dicts, standing_by
 
-__all__ = ["is_sharded", "local_state_dicts", "model_type", "models_in", "parallelize", "shard_optimizer"]
+__all__ = [
+    "is_sharded",
+    "local_state_dicts",
+    "model_type",
+    "models_in",
+    "parallelize",
+    "shard_optimizer",
+    "standing_by",
+]

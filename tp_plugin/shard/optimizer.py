@@ -87,6 +87,7 @@ def _give_whole(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
     states: OptimizerStates = optimizer.tp_states  # type: ignore[attr-defined]
     mesh = require_mesh()
     link = exchange(mesh)
+    link.enter(states.uid)
     whole: dict[int, Any] = {}
     for index, parameter in enumerate(_parameters(optimizer)):
         if index not in state_dict["state"]:
@@ -96,13 +97,10 @@ def _give_whole(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
         for key, value in entry.items():
             if layout is None or not layout.is_sharded or not isinstance(value, torch.Tensor):
                 continue
-            if tuple(value.shape) != layout.local_shape(mesh.tp.rank):
-                continue
-            if mesh.is_leader:
+            if tuple(value.shape) == layout.local_shape(mesh.tp.rank):
                 entry[key] = read_whole(link, states.uid, f"{index}/{key}", value, layout)
-            else:
-                link.wait_until_read(states.uid, f"{index}/{key}")
         whole[index] = entry
+    link.leave(states.uid)
     return {**state_dict, "state": whole}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,12 +29,16 @@ class ShardRecord:
         self.plan, self.mesh, self.exchange = plan, mesh, exchange
         self.armed = True
         self._settle(model)
+        for name, parameter in model.named_parameters():
+            size = parameter.element_size()
+            _totals["parameter_bytes"] += parameter.numel() * size
+            _totals["whole_parameter_bytes"] += torch.Size(plan.layouts[name].shape).numel() * size
 
     def _settle(self, model: nn.Module) -> None:
         # every rank shards and copies its models in the same order, so counting names them alike
         self.uid = f"model{next(_uids)}"
         self.model = weakref.ref(model)
-        self._wholes: weakref.WeakValueDictionary[tuple[str, int], torch.Tensor] = weakref.WeakValueDictionary()
+        self._wholes: weakref.WeakValueDictionary[tuple[str, int, int], torch.Tensor] = weakref.WeakValueDictionary()
         self._versions: dict[str, int] = {}
         self.exchange.publish(self.uid, self)
 
@@ -81,20 +86,15 @@ class ShardRecord:
         return model.get_parameter(key)
 
     def whole(self, key: str, local: torch.Tensor) -> torch.Tensor:
-        """On the leader, the whole tensor (on the CPU) of a sharded parameter; the same object for tied names.
-
-        Peers get their local tensor: to the script the group is one process, and its leader speaks for it.
-        """
+        """The whole tensor of a sharded parameter, on the CPU; the same object for tied names."""
         layout = self.plan.layouts[key]
         if not layout.is_sharded:
             return local
-        if not self.mesh.is_leader:
-            self.exchange.wait_until_read(self.uid, self._first_name(key))
-            return local
-        memo = (self._first_name(key), self.exchange.clock * 1_000_003 + local._version)
+        name = self._first_name(key)
+        memo = (name, self.exchange.clock, local._version)
         whole = self._wholes.get(memo)
         if whole is None:
-            whole = read_whole(self.exchange, self.uid, memo[0], local, layout)
+            whole = read_whole(self.exchange, self.uid, name, local, layout)
             self._wholes[memo] = whole
         return whole
 
@@ -135,12 +135,22 @@ class ShardRecord:
                 )
 
 
+def totals() -> dict[str, int]:
+    """Bytes of parameters this process ever sharded, here and whole."""
+    return dict(_totals)
+
+
+_totals: Counter[str] = Counter(parameter_bytes=0, whole_parameter_bytes=0)
+
+
 def read_whole(exchange: Exchange, uid: str, key: str, local: torch.Tensor, layout: ParamLayout) -> torch.Tensor:
-    """Assemble a whole tensor on the leader's CPU, one peer's shard at a time."""
+    """Assemble a whole tensor on the CPU, one peer's shard at a time."""
     whole = torch.empty(layout.shape, dtype=local.dtype)
-    layout.place(whole, local.detach().cpu(), 0)
-    for rank in range(1, layout.tp):
-        layout.place(whole, exchange.read(uid, key, rank), rank)
+    me = exchange.mesh.tp.rank
+    layout.place(whole, local.detach().cpu(), me)
+    for rank in range(layout.tp):
+        if rank != me:
+            layout.place(whole, exchange.read(uid, key, rank), rank)
     return whole
 
 

@@ -22,5 +22,6 @@ def agree_on_weights(model: nn.Module, mesh: Mesh) -> list[str]:
     names = [name for name, differs in zip(tensors, differing, strict=True) if differs]
     with torch.no_grad():
         for name in names:
-            tensors[name].copy_(mesh.tp.broadcast(tensors[name].detach().clone(memory_format=torch.contiguous_format)))
+            leaders = tensors[name].detach().clone(memory_format=torch.contiguous_format)
+            tensors[name].copy_(mesh.tp_for(leaders).broadcast(leaders))
     return names

@@ -31,13 +31,35 @@ def local_state_dicts() -> Iterator[None]:
 
 
 def install(record: ShardRecord, model: nn.Module) -> None:
-    """Put the hooks on every module of ``model`` that owns a sharded parameter."""
+    """Put the hooks on ``model`` and on every module of it that owns a sharded parameter."""
+    model.register_state_dict_pre_hook(_enter)
     for path, module in model.named_modules():
         names = [name for name, _ in module.named_parameters(recurse=False)]
         if any(record.plan.layouts[_join(path, name)].is_sharded for name in names):
             module.tp_owner = Owner(record, path)  # type: ignore[assignment]
             module._register_state_dict_hook(_give_whole)
             module.register_load_state_dict_pre_hook(_take_whole)
+    model._register_state_dict_hook(_leave)
+
+
+def _enter(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    if not _local_only:
+        record: ShardRecord = model.tp_record  # type: ignore[assignment]
+        record.exchange.enter(record.uid)
+
+
+def _leave(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    if not _local_only:
+        record: ShardRecord = model.tp_record  # type: ignore[assignment]
+        record.exchange.leave(record.uid)
+
+
+@contextlib.contextmanager
+def standing_by(model: nn.Module) -> Iterator[None]:
+    """For a rank that makes the same call as its peers but needs no whole tensors: be read, and leave with them."""
+    _enter(model, "", False)
+    yield
+    _leave(model, {}, "", None)
 
 
 class Owner:

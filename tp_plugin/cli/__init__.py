@@ -1,0 +1,5 @@
+"""``tp-plugin …``"""
+
+from tp_plugin.cli.main import main
+
+__all__ = ["main"]

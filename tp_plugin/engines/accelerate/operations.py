@@ -1,0 +1,127 @@
+"""Accelerate's collectives, which name no group and therefore mean the world.
+
+Each TP rank gathers and reduces over its own DP group: all TP ranks hold the same values, so all get the same result,
+and nothing is counted tp times. A broadcast goes from the leader of its source process to the whole world, because the
+value may exist on that one rank only (``if accelerator.is_main_process``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tp_plugin.engines.patching import patch, wrap
+from tp_plugin.parallel.mesh import current_mesh
+
+_leaders_only = False
+
+
+@contextlib.contextmanager
+def leaders_only() -> Iterator[None]:
+    """Inside, only the leaders of the TP groups are at work, and they are the world: broadcasts go over the DP group."""
+    global _leaders_only
+    before, _leaders_only = _leaders_only, True
+    try:
+        yield
+    finally:
+        _leaders_only = before
+
+
+class _OverDP:
+    """``torch.distributed`` whose calls without a group mean the DP group. Ranks are process indices."""
+
+    # every function of torch.distributed that the patched modules call; a test reads their sources
+    HANDLED = (
+        "all_gather",
+        "all_gather_into_tensor",
+        "all_gather_object",
+        "all_reduce",
+        "broadcast",
+        "broadcast_object_list",
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(dist, name)
+        mesh = current_mesh()
+        if name not in self.HANDLED or mesh is None:
+            return function
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if name.startswith("broadcast"):
+                return self._broadcast(function, *args, **kwargs)
+            if mesh.dp_size == 1:
+                return _alone(name, *args)
+            return function(*args, group=mesh.dp.pg, **kwargs)
+
+        return call
+
+    def _broadcast(self, function: Any, value: Any, src: int = 0) -> Any:
+        mesh = current_mesh()
+        assert mesh is not None
+        if not _leaders_only:
+            return function(value, src=src * mesh.tp_size)
+        return function(value, group=mesh.dp.pg, group_src=src) if mesh.dp_size > 1 else None
+
+
+def _alone(name: str, output: Any, value: Any = None) -> None:
+    """A collective of one process."""
+    if name == "all_reduce":
+        return
+    if name == "all_gather_into_tensor":
+        output.copy_(value.reshape(output.shape))
+    else:
+        output[0] = value
+
+
+class TorchOverDP:
+    """The ``torch`` module with :class:`_OverDP` as its ``distributed``."""
+
+    distributed = _OverDP()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def install_operations(operations: Any) -> None:
+    """Patch ``accelerate.utils.operations``."""
+    patch(operations, "torch", TorchOverDP())
+    wrap(operations, "broadcast", _broadcast)
+    wrap(operations, "broadcast_object_list", _broadcast_object_list)
+
+
+def install_random(random: Any) -> None:
+    """Patch ``accelerate.utils.random`` (generator states are broadcast from process 0)."""
+    patch(random, "torch", TorchOverDP())
+
+
+def _undistributed() -> bool:
+    # with dp = 1 Accelerate sees no distributed run and would not broadcast, but the TP group still has several ranks
+    mesh = current_mesh()
+    return mesh is not None and mesh.dp_size == 1 and not _leaders_only
+
+
+def _broadcast(original: Any, tensor: Any, from_process: int = 0) -> Any:
+    if not _undistributed():
+        return original(tensor, from_process=from_process)
+    from accelerate.utils import recursively_apply
+
+    def send(value: torch.Tensor) -> torch.Tensor:
+        mesh = current_mesh()
+        assert mesh is not None
+        mesh.tp_for(value).broadcast(value)
+        return value
+
+    return recursively_apply(send, tensor, error_on_other_type=True)
+
+
+def _broadcast_object_list(original: Any, object_list: list[Any], from_process: int = 0) -> list[Any]:
+    if not _undistributed():
+        return original(object_list, from_process=from_process)  # type: ignore[no-any-return]
+    mesh = current_mesh()
+    assert mesh is not None
+    object_list[:] = mesh.control.broadcast_object(list(object_list))
+    return object_list

@@ -1,0 +1,122 @@
+"""``Accelerator``: sharding when a model is prepared, DDP over the DP group, triggers and checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tp_plugin.engines.accelerate.operations import TorchOverDP
+from tp_plugin.engines.patching import patch, wrap
+from tp_plugin.errors import TPError
+from tp_plugin.options import Options
+from tp_plugin.parallel.exchange import exchange
+from tp_plugin.parallel.mesh import Mesh, current_mesh
+from tp_plugin.shard import parallelize, shard_optimizer
+
+
+def install(accelerator: Any) -> None:
+    """Patch ``accelerate.accelerator``."""
+    cls = accelerator.Accelerator
+    wrap(cls, "__init__", _init)
+    wrap(cls, "prepare", _prepare)
+    wrap(cls, "prepare_model", _prepare_model)
+    wrap(cls, "prepare_optimizer", _prepare_optimizer)
+    wrap(cls, "check_trigger", _check_trigger)
+    patch(cls, "is_last_process", property(lambda self: self.state.is_last_process))
+
+
+def install_checkpointing(checkpointing: Any) -> None:
+    """Patch ``accelerate.checkpointing``: files that each process writes are written by its leader."""
+    patch(checkpointing, "torch", _TorchSavedByLeader())
+
+
+class _TorchSavedByLeader(TorchOverDP):
+    @staticmethod
+    def save(*args: Any, **kwargs: Any) -> None:
+        mesh = current_mesh()
+        if mesh is None or mesh.is_leader:
+            torch.save(*args, **kwargs)
+
+
+def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    config = getattr(self, "parallelism_config", None)
+    if current_mesh() is not None and config is not None and getattr(config, "total_size", 1) > 1:
+        raise TPError(
+            "both `tp_size` and Accelerate's own ParallelismConfig are set; keep the top-level `tp_size` and remove "
+            "`parallelism_config`"
+        )
+
+
+def _prepare(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    # models first: an optimizer given before its model in the argument list is built on the same parameters
+    for item in args:
+        if isinstance(item, nn.Module):
+            _shard(self, item)
+    for item in args:
+        if isinstance(item, torch.optim.Optimizer):
+            shard_optimizer(_bare(item))
+    return original(self, *args, **kwargs)
+
+
+def _prepare_model(original: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    _shard(self, model)
+    mesh = current_mesh()
+    if mesh is not None and mesh.dp_size > 1:
+        self.ddp_handler = over_dp(self.ddp_handler, mesh)
+    return original(self, model, *args, **kwargs)
+
+
+def _prepare_optimizer(original: Any, self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    shard_optimizer(_bare(optimizer))
+    return original(self, optimizer, *args, **kwargs)
+
+
+def _shard(accelerator: Any, model: nn.Module) -> None:
+    if current_mesh() is None:
+        return
+    if getattr(model, "_is_accelerate_prepared", False):
+        return
+    options = Options.from_environment()
+    if type(model).__name__ in options.leave_whole:
+        return
+    parallelize(model, options.tp_size, options=options)
+    for optimizer in accelerator._optimizers:  # prepared before its model
+        shard_optimizer(_bare(optimizer))
+
+
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def over_dp(handler: Any, mesh: Mesh) -> Any:
+    """The script's DDP settings (or the defaults) with the DP group as process group."""
+    from accelerate import DistributedDataParallelKwargs
+
+    class OverDP(DistributedDataParallelKwargs):
+        def to_kwargs(self) -> dict[str, Any]:
+            plain = handler.to_kwargs() if handler is not None else {}
+            return {**plain, "process_group": mesh.dp.pg}
+
+        def register_comm_hook(self, model: nn.Module) -> None:
+            if handler is not None:
+                handler.register_comm_hook(model)
+
+    return handler if type(handler).__name__ == "OverDP" else OverDP()
+
+
+def _check_trigger(original: Any, self: Any) -> bool:
+    mesh = current_mesh()
+    if mesh is not None:
+        # a trigger set on one rank of a TP group is set for that process
+        mine = 0 if self.flag_tensor is None else int(self.flag_tensor.item())
+        with exchange(mesh).sync_point():
+            together = mesh.control.all_reduce(torch.tensor(mine), dist.ReduceOp.MAX).item()
+        if together:
+            self.flag_tensor = torch.tensor(1, device=self.device)
+    return bool(original(self))

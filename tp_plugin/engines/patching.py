@@ -1,0 +1,33 @@
+"""Patches on third-party objects: one place, applied once, reversible."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+_originals: list[tuple[Any, str, Any]] = []
+
+
+def patch(owner: Any, name: str, replacement: Any) -> None:
+    """Replace attribute ``name`` of a module or class and remember what stood there."""
+    _originals.append((owner, name, vars(owner)[name]))
+    setattr(owner, name, replacement)
+
+
+def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replace function ``name`` of ``owner`` by ``wrapper(original, *args, **kwargs)``."""
+    original = vars(owner)[name]
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    patch(owner, name, wrapped)
+
+
+def unpatch_all() -> None:
+    """Put everything back, last patch first."""
+    while _originals:
+        owner, name, original = _originals.pop()
+        setattr(owner, name, original)

@@ -1,0 +1,94 @@
+"""transformers: refusals before any weight is loaded, saving, and what a model says of itself."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from tp_plugin.engines.patching import wrap
+from tp_plugin.errors import TPError
+from tp_plugin.options import Options
+from tp_plugin.parallel.mesh import current_mesh
+from tp_plugin.policy import check_config, load, policy_for
+from tp_plugin.shard import is_sharded, standing_by
+
+
+def install(modeling_utils: Any) -> None:
+    """Patch ``PreTrainedModel``."""
+    model = modeling_utils.PreTrainedModel
+    wrap(model, "__init__", _init)
+    wrap(model, "save_pretrained", _save_pretrained)
+    wrap(model, "resize_token_embeddings", _resize_token_embeddings)
+    if "num_parameters" in vars(model):
+        wrap(model, "num_parameters", _num_parameters)
+    else:  # it lives in a mixin
+        wrap(modeling_utils.ModuleUtilsMixin, "num_parameters", _num_parameters)
+
+
+def _init(original: Any, self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    # from_pretrained and from_config both come here, before any weight is read
+    check_before_load(config, Options.from_environment())
+    original(self, config, *args, **kwargs)
+
+
+def check_before_load(config: Any, options: Options) -> None:
+    """Refuse what cannot be trained tensor-parallel, while nothing is lost.
+
+    Raises:
+        PolicyError: no policy, or more ranks than heads.
+        TPError: a quantized model, or a world that ``tp_size`` does not divide.
+    """
+    model_type = getattr(config, "model_type", None)
+    if options.tp_size == 1 or model_type in options.leave_whole:
+        return
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world % options.tp_size:
+        raise TPError(
+            f"tp_size={options.tp_size} does not divide the world of {world} processes (num_processes); write "
+            "num_processes = tp_size x data-parallel size"
+        )
+    policy = load(options.policy) if options.policy else policy_for(config)
+    check_config(config, policy, options.tp_size)
+    if getattr(config, "quantization_config", None) is not None:
+        raise TPError(
+            f"this {model_type} model is to be quantized (quantization_config); tensor parallelism does not split "
+            "quantized weights. Remove quantization_config, or set tp_size: 1"
+        )
+
+
+def _save_pretrained(original: Any, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    mesh = current_mesh()
+    if mesh is None or not is_sharded(self) or mesh.is_leader:
+        return original(self, save_directory, *args, **kwargs)
+    # the leader writes; a peer that makes the same call stays until the leader has read its shards
+    state_dict_given = kwargs.get("state_dict") is not None or (len(args) > 1 and args[1] is not None)
+    if not state_dict_given:
+        with standing_by(self):
+            pass
+    return None
+
+
+def _resize_token_embeddings(original: Any, self: Any, new_num_tokens: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if is_sharded(self) and new_num_tokens is not None:
+        raise TPError(
+            f"resize_token_embeddings({new_num_tokens}) was called on a model that is already sharded; call it before "
+            "accelerator.prepare"
+        )
+    return original(self, new_num_tokens, *args, **kwargs)
+
+
+def _num_parameters(original: Any, self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    count: int = original(self, only_trainable, exclude_embeddings)
+    if not is_sharded(self):
+        return count
+    # the same parameters, each counted with its whole shape
+    skipped = {id(m.weight) for m in self.modules() if exclude_embeddings and type(m).__name__.endswith("Embedding")}
+    total = 0
+    for name, parameter in self.named_parameters():
+        if id(parameter) not in skipped and (parameter.requires_grad or not only_trainable):
+            shape = self.tp_record.plan.layouts[name].shape
+            size = 1
+            for extent in shape:
+                size *= extent
+            total += size
+    return total

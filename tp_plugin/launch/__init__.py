@@ -1,0 +1,1 @@
+"""What runs when a ``tp_size`` key is found: autoload, the launchers' command lines, checks before the launch."""

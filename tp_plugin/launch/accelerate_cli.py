@@ -1,0 +1,140 @@
+"""In the ``accelerate launch`` process: make the keys legal, check them before anything starts, tell the workers.
+
+Patched: ``BaseConfig.process_config`` (takes our keys out of the file's mapping), ``launch_command_parser``
+(``--tp_size``) and ``_validate_launch_command`` (checks; CPU runs really start their processes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from wrapt import register_post_import_hook
+
+from tp_plugin.engines.patching import patch, wrap
+from tp_plugin.errors import TPError
+from tp_plugin.options import DISABLE, TP_SIZE, Options
+
+_written: dict[str, Any] = {}
+"""Our keys as the config file holds them."""
+
+
+def register(argv: list[str]) -> None:
+    """Register the import hooks if the command line, the config file or the environment holds the key."""
+    asked = any(arg.split("=")[0].replace("-", "_") == "__tp_size" for arg in argv)
+    if asked or os.environ.get(TP_SIZE) or _mentions_key(_config_file(argv)):
+        register_post_import_hook(_patch_config, "accelerate.commands.config.config_args")
+        register_post_import_hook(_patch_launch, "accelerate.commands.launch")
+
+
+def _config_file(argv: list[str]) -> Path:
+    for at, arg in enumerate(argv):
+        name, _, value = arg.partition("=")
+        if name.replace("-", "_") == "__config_file":
+            return Path(value or (argv[at + 1] if at + 1 < len(argv) else ""))
+    cache = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "huggingface"
+    )
+    return Path(cache) / "accelerate" / "default_config.yaml"
+
+
+def _mentions_key(config: Path) -> bool:
+    try:
+        return "tp_size" in config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False  # Accelerate says what is wrong with the file
+
+
+def _patch_config(config_args: Any) -> None:
+    original = config_args.BaseConfig.process_config
+
+    def process_config(config: dict[str, Any]) -> Any:
+        for key in ("tp_size", "tp_plugin"):
+            if key in config:
+                _written[key] = config.pop(key)
+        for key, value in config.items():
+            if isinstance(value, dict):
+                _refuse_nested(key, value)
+        return original(config)
+
+    patch(config_args.BaseConfig, "process_config", staticmethod(process_config))
+
+
+def _refuse_nested(section: str, values: dict[str, Any]) -> None:
+    if "tp_size" in values:
+        _exit(
+            f"`{section}.tp_size: {values['tp_size']}` has no effect there (Accelerate ignores it); move it to the top "
+            f"level of the config file: `tp_size: {values['tp_size']}`"
+        )
+    theirs = values.get("parallelism_config_tp_size")
+    if theirs not in (None, 1) and "tp_size" in _written:
+        _exit(
+            f"both `tp_size: {_written['tp_size']}` and `{section}.parallelism_config_tp_size: {theirs}` are set, which "
+            "are two different tensor parallelisms; keep the top-level `tp_size` and remove the other"
+        )
+
+
+def _patch_launch(launch: Any) -> None:
+    wrap(launch, "launch_command_parser", _launch_command_parser)
+    wrap(launch, "_validate_launch_command", _validate_launch_command)
+
+
+def _launch_command_parser(original: Any, *args: Any, **kwargs: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = original(*args, **kwargs)
+    parser.add_argument("--tp_size", default=None, help="tp_plugin: ranks per tensor-parallel group.")
+    return parser
+
+
+def _validate_launch_command(original: Any, args: Any) -> Any:
+    result = original(args)
+    if os.environ.get(DISABLE, "") in ("", "0"):
+        try:
+            options = options_of(args)
+            if options.tp_size > 1:
+                _check(options, result[0])
+                _start_cpu_processes(result[0])
+        except TPError as error:
+            _exit(str(error))
+        os.environ.update(options.to_environment())
+    return result
+
+
+def options_of(args: Any) -> Options:
+    """The options from the command line, else the config file, else the environment."""
+    size = args.tp_size if args.tp_size is not None else _written.get("tp_size", os.environ.get(TP_SIZE) or 1)
+    return Options.parse(size, _written.get("tp_plugin"))
+
+
+def _check(options: Options, args: Any) -> None:
+    processes = args.num_processes or 1
+    if processes % options.tp_size:
+        raise TPError(
+            f"tp_size: {options.tp_size} does not divide num_processes: {processes}; num_processes is the whole world, "
+            f"tp_size x data-parallel size: write for example num_processes: {options.tp_size} or "
+            f"{2 * options.tp_size}"
+        )
+    if getattr(args, "parallelism_config_tp_size", 1) not in (None, 1):
+        raise TPError("`--tp_size` and `--parallelism_config_tp_size` are both set; keep `--tp_size`")
+    for flag, engine in {"use_deepspeed": "DeepSpeed", "use_fsdp": "FSDP", "use_megatron_lm": "Megatron-LM"}.items():
+        if getattr(args, flag, False):
+            raise TPError(
+                f"tp_size: {options.tp_size} together with {engine} is not supported by this version; write "
+                "distributed_type: MULTI_GPU or MULTI_CPU, or remove tp_size"
+            )
+
+
+def _start_cpu_processes(args: Any) -> None:
+    """Accelerate starts one process for MULTI_CPU; and with ``use_cpu`` its workers do not see each other."""
+    on_cpu = bool(args.cpu or args.use_cpu)
+    if on_cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    if getattr(args, "mpirun_hostfile", None) is None and (args.num_processes or 1) > 1:
+        args.cpu = False
+        args.multi_gpu = True
+
+
+def _exit(message: str) -> None:
+    sys.exit(f"tp_plugin: {message}.")

@@ -1,0 +1,36 @@
+"""What each rank held and sent, as one JSON file per rank at exit (``TP_PLUGIN_REPORT=DIRECTORY``)."""
+
+from __future__ import annotations
+
+import atexit
+import json
+from pathlib import Path
+
+
+def write_at_exit(directory: str) -> None:
+    """Write ``rank<r>.json`` into ``directory`` when this process ends, if it took part in a mesh."""
+    atexit.register(_write, Path(directory))
+
+
+def _write(directory: Path) -> None:
+    from tp_plugin.parallel.guard import training_forwards
+    from tp_plugin.parallel.mesh import current_mesh, ledger
+    from tp_plugin.shard.record import totals
+
+    mesh = current_mesh()
+    if mesh is None:
+        return
+    report = {
+        "rank": mesh.rank,
+        "tp_rank": mesh.tp.rank,
+        "dp_rank": mesh.dp.rank,
+        "tp_size": mesh.tp_size,
+        "dp_size": mesh.dp_size,
+        **totals(),
+        "forwards": training_forwards(),
+        "collectives": {
+            key: {"count": count, "bytes": ledger["bytes"][key]} for key, count in sorted(ledger["count"].items())
+        },
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"rank{mesh.rank}.json").write_text(json.dumps(report, indent=2))
