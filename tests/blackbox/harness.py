@@ -143,7 +143,7 @@ def _command(out: Path, tp: int, dp: int, entry: str, extra: dict) -> tuple[list
         env |= {"TP_PLUGIN_DISABLE": "1", "ACCELERATE_USE_CPU": "true"}
     elif entry == "torchrun":
         env |= {"TP_PLUGIN_TP_SIZE": str(tp), "ACCELERATE_USE_CPU": "true"}
-        return [str(BIN / "torchrun"), "--nproc_per_node", str(world), "--master_port", "0"], env
+        return [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(world)], env
     elif entry == "command line":
         config["distributed_type"] = "MULTI_CPU"
         options = ["--tp_size", str(tp)]

@@ -33,7 +33,7 @@ def test_different_batches_are_named(guarded):
     for own in run.ranks:
         message = own["error"].lower()
         assert "batch" in message and "rank" in message, message
-        steps = [int(number) for number in re.findall(r"step\D{0,12}(\d+)", message)]
+        steps = [int(number) for number in re.findall(r"(?:step|forward)\D{0,12}(\d+)", message)]
         assert {good_steps, good_steps + 1} & set(steps), f"which step, of {good_steps} good ones? {message}"
 
 

@@ -66,8 +66,8 @@ def _patch_config(config_args: Any) -> None:
 def _refuse_nested(section: str, values: dict[str, Any]) -> None:
     if "tp_size" in values:
         _exit(
-            f"`{section}.tp_size: {values['tp_size']}` has no effect there (Accelerate ignores it); move it to the top "
-            f"level of the config file: `tp_size: {values['tp_size']}`"
+            f"`{section}.tp_size: {values['tp_size']}` has no effect there (Accelerate ignores it); move it to the "
+            f"top level of the config file: `tp_size: {values['tp_size']}`"
         )
     theirs = values.get("parallelism_config_tp_size")
     if theirs not in (None, 1) and "tp_size" in _written:

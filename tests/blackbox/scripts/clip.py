@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+# before accelerate, as many scripts do: a name that was bound early must not miss anything
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm  # isort: split
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from common import Sentences, arguments, collate, write, write_rank
 from safetensors.torch import save_file
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 

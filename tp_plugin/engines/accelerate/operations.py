@@ -22,7 +22,7 @@ _leaders_only = False
 
 @contextlib.contextmanager
 def leaders_only() -> Iterator[None]:
-    """Inside, only the leaders of the TP groups are at work, and they are the world: broadcasts go over the DP group."""
+    """Inside, only the leaders of the TP groups are at work, and they are the world."""
     global _leaders_only
     before, _leaders_only = _leaders_only, True
     try:
