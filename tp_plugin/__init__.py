@@ -12,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "parallelize": "tp_plugin.shard",
+    "parallelize": "tp_plugin.launch.api",
     "register": "tp_plugin.policy",
     "policy_for": "tp_plugin.policy",
     "Policy": "tp_plugin.policy",

@@ -13,8 +13,10 @@ from tp_plugin.engines.patching import patch, wrap
 
 
 def install() -> None:
-    """Make ``get_total_norm``, ``clip_grad_norm_`` and ``GradScaler`` see the whole model."""
+    """Make ``get_total_norm``, ``clip_grad_norm_`` and ``GradScaler`` see the whole model; once."""
     original = clip_grad._get_total_norm
+    if getattr(original, "sees_whole_model", False):
+        return
 
     def get_total_norm(
         tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
@@ -34,6 +36,7 @@ def install() -> None:
         return norm
 
     get_total_norm.__doc__ = original.__doc__
+    get_total_norm.sees_whole_model = True  # type: ignore[attr-defined]
     # clip_grad_norm_ calls the private name; scripts import the public one
     patch(clip_grad, "_get_total_norm", get_total_norm)
     patch(torch.nn.utils, "get_total_norm", get_total_norm)

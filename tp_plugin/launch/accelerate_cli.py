@@ -72,8 +72,8 @@ def _refuse_nested(section: str, values: dict[str, Any]) -> None:
     theirs = values.get("parallelism_config_tp_size")
     if theirs not in (None, 1) and "tp_size" in _written:
         _exit(
-            f"both `tp_size: {_written['tp_size']}` and `{section}.parallelism_config_tp_size: {theirs}` are set, which "
-            "are two different tensor parallelisms; keep the top-level `tp_size` and remove the other"
+            f"both `tp_size: {_written['tp_size']}` and `{section}.parallelism_config_tp_size: {theirs}` are set, two "
+            "different tensor parallelisms; keep the top-level `tp_size` and remove the other"
         )
 
 

@@ -21,13 +21,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, Protocol
 
 import torch
 
 from tp_plugin.errors import DivergenceError
+from tp_plugin.parallel.lockstep import Lockstep
 from tp_plugin.parallel.mesh import Mesh
 
 PATIENCE = float(os.environ.get("TP_PLUGIN_READ_TIMEOUT", "30"))
@@ -52,8 +52,7 @@ class Exchange:
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
-        self.clock = 0  # sync points passed: equal on all ranks of the group at equal points of the program
-        self.in_collective = False
+        self.lockstep = Lockstep(mesh)
         self.leaving = False
         self._sources: dict[str, Source] = {}
         self._open: set[str] = set()
@@ -73,16 +72,6 @@ class Exchange:
     def withdraw(self, uid: str) -> None:
         """Stop serving ``uid``."""
         self._sources.pop(uid, None)
-
-    @contextlib.contextmanager
-    def sync_point(self) -> Iterator[None]:
-        """Around a wait for the other ranks: they see that this rank has come so far, and that it is waiting."""
-        self.clock += 1
-        self.in_collective = True
-        try:
-            yield
-        finally:
-            self.in_collective = False
 
     def read(self, uid: str, key: str, rank: int) -> torch.Tensor:
         """The tensor ``key`` of ``uid`` on TP rank ``rank``, on the CPU.
@@ -114,7 +103,7 @@ class Exchange:
 
     def leave(self, uid: str) -> None:
         """Stay until every rank that made the same call has finished it; ranks elsewhere are not waited for."""
-        at = (uid, self.clock)
+        at = (uid, self.lockstep.clock)
         self._finished[at] += 1
         self._open.discard(uid)
         patience = time.monotonic() + GRACE
@@ -126,16 +115,16 @@ class Exchange:
 
     def _is_through(self, rank: int, at: tuple[str, int], impatient: bool) -> bool:
         status = self._status(rank, *at)
-        if status is None or status["leaving"] or status["clock"] > self.clock:
+        if status is None or status["leaving"] or status["clock"] > self.lockstep.clock:
             return True
         return bool(status["finished"] >= self._finished[at] or (impatient and not status["open"]))
 
     def farewell(self) -> None:
-        """At exit: a peer serves until its leader leaves too, or waits for it in a collective that can't happen."""
+        """At exit: a peer serves until its leader leaves too, or waits for it in vain."""
         self.leaving = True
         if self.mesh.is_leader or _crashed:
             return
-        while (status := self._status(0)) and not status["leaving"] and not status["in_collective"]:
+        while (status := self._status(0)) and not status["leaving"] and not status["waiting"]:
             time.sleep(0.05)
 
     def _status(self, rank: int, uid: str = "", clock: int = 0) -> dict[str, Any] | None:
@@ -169,8 +158,8 @@ class Exchange:
                     _, uid, clock = request
                     link.send(
                         {
-                            "clock": self.clock,
-                            "in_collective": self.in_collective,
+                            "clock": self.lockstep.clock,
+                            "waiting": self.lockstep.waiting,
                             "leaving": self.leaving,
                             "open": uid in self._open,
                             "finished": self._finished[uid, clock],

@@ -1,7 +1,7 @@
 """Before each top-level forward: are the ranks of the TP group still one process?
 
-One all-gather of 40 bytes on the control group compares the batch, the generators and the place in the program. Another
-batch is an error on every rank; unequal generators are set to the leader's, as the group is one process and has one.
+One all-gather of 48 bytes on the control group compares the call, the batch and the generators. Another batch is an
+error on every rank; unequal generators are set to the leader's, as the group is one process and has one.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from tp_plugin.errors import DivergenceError
 from tp_plugin.parallel import rng
 from tp_plugin.parallel.exchange import Exchange
+from tp_plugin.parallel.lockstep import FORWARD, GRADIENTS
 from tp_plugin.parallel.mesh import Mesh
 
 _SAMPLE = 1 << 16
@@ -34,7 +36,7 @@ class Guard:
     """Watches the forwards of one sharded model; ``audit`` runs every ``audit_every`` training forwards."""
 
     def __init__(self, mesh: Mesh, exchange: Exchange, audit: Callable[[], None] | None = None, audit_every: int = 0):
-        self.mesh, self.exchange = mesh, exchange
+        self.mesh, self.exchange, self.lockstep = mesh, exchange, exchange.lockstep
         self.audit, self.audit_every = audit, audit_every
         self.training_forwards = 0
         self._depth = 0
@@ -45,7 +47,7 @@ class Guard:
     def pre_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook (with kwargs) of a model and of its inner models; checks at the outermost call only."""
         self._depth += 1
-        if self._depth > 1:
+        if self._depth > 1 or self.lockstep.helping:
             return
         self._check(module, args, kwargs)
         if module.training and torch.is_grad_enabled():
@@ -61,26 +63,22 @@ class Guard:
 
     @torch._dynamo.disable
     def _check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = _tensors(args, kwargs)
-        digests = {name: _digest(tensor) for name, tensor in inputs.items()}
+        digests = {name: _digest(tensor) for name, tensor in _tensors(args, kwargs).items()}
         batch = zlib.crc32(repr(sorted(digests.items())).encode())
-        mode = 2 * module.training + torch.is_grad_enabled()
-        place = [self.exchange.clock + 1, zlib.crc32(type(module).__name__.encode()), mode]
-        mine = torch.tensor([*place, batch, rng.fingerprint()])
-        with self.exchange.sync_point():
-            everyone = torch.stack(self.mesh.control.all_gather(mine))
-        unequal = (everyone != everyone[0]).any(dim=0).tolist()
-        if any(unequal[:4]):
+        mode = GRADIENTS * torch.is_grad_enabled() + 2 * module.training
+        mine = [mode, module.tp_record.number if hasattr(module, "tp_record") else -1, batch, rng.fingerprint()]
+        everyone = self.lockstep.meet(FORWARD, mine, lambda: _request(module, args, kwargs))
+        if any(values[:3] != mine[:3] for values in everyone):
             self._depth = 0
             self._explain(module, digests, mode)
-        if unequal[4]:
+        if any(values[3] != mine[3] for values in everyone):
             rng.synchronize(self.mesh.control)
 
     def _explain(self, module: nn.Module, digests: dict[str, Any], mode: int) -> None:
-        phase = f"{'training' if mode & 2 else 'evaluation'}, grad {'on' if mode & 1 else 'off'}"
+        phase = f"{'training' if mode & 2 else 'evaluation'}, gradients {'on' if mode & GRADIENTS else 'off'}"
         call = f"{type(module).__name__} ({phase})"
         theirs = self.mesh.control.gather_objects((call, digests))
-        where = f"forward {self.exchange.clock}, TP group of ranks {list(self.mesh.tp.ranks)}"
+        where = f"forward {self.lockstep.clock}, TP group of ranks {list(self.mesh.tp.ranks)}"
         calls = {rank: call for rank, (call, _) in zip(self.mesh.tp.ranks, theirs, strict=True)}
         if len(set(calls.values())) > 1:
             raise DivergenceError(f"{where}: the ranks are at different places of the script: {calls}")
@@ -93,6 +91,22 @@ class Guard:
             "group are one process and must see one batch: pass the loader through accelerator.prepare, or shard the "
             "data by accelerator.process_index / num_processes instead of RANK or LOCAL_RANK"
         )
+
+
+def _request(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a peer needs to run the same forward, or None where an argument lives on this rank only (a KV cache)."""
+    plain = (torch.Tensor, int, float, bool, str, type(None))
+
+    def sendable(value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return all(sendable(item) for item in value)
+        if isinstance(value, dict):
+            return all(sendable(item) for item in value.values())
+        return isinstance(value, plain)
+
+    if not sendable(args) or not sendable(kwargs) or not hasattr(module, "tp_record"):
+        return None
+    return (*tree_map_only(torch.Tensor, torch.Tensor.cpu, (args, kwargs)), module.training)
 
 
 def _tensors(args: Any, kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

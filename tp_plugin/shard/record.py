@@ -36,11 +36,14 @@ class ShardRecord:
 
     def _settle(self, model: nn.Module) -> None:
         # every rank shards and copies its models in the same order, so counting names them alike
-        self.uid = f"model{next(_uids)}"
+        number = next(_uids)
+        self.number = number
+        self.uid = f"model{number}"
         self.model = weakref.ref(model)
         self._wholes: weakref.WeakValueDictionary[tuple[str, int, int], torch.Tensor] = weakref.WeakValueDictionary()
         self._versions: dict[str, int] = {}
         self.exchange.publish(self.uid, self)
+        self.exchange.lockstep.watch(number, model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardRecord:
         original = self.model()
@@ -91,7 +94,7 @@ class ShardRecord:
         if not layout.is_sharded:
             return local
         name = self._first_name(key)
-        memo = (name, self.exchange.clock, local._version)
+        memo = (name, self.exchange.lockstep.clock, local._version)
         whole = self._wholes.get(memo)
         if whole is None:
             whole = read_whole(self.exchange, self.uid, name, local, layout)

@@ -18,6 +18,7 @@ from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import DivergenceError
 from tp_plugin.parallel import rng
 from tp_plugin.parallel.exchange import exchange
+from tp_plugin.parallel.lockstep import BATCH
 from tp_plugin.parallel.mesh import Mesh, current_mesh
 
 
@@ -98,8 +99,8 @@ def _follow(loader: Any, mesh: Mesh) -> Iterator[Any]:
 
 
 def _send(mesh: Mesh, message: Any) -> Any:
-    with exchange(mesh).sync_point():
-        return mesh.control.broadcast_object(message)
+    exchange(mesh).lockstep.meet(BATCH)
+    return mesh.control.broadcast_object(message)
 
 
 def _changed(before: int) -> dict[str, Any] | None:

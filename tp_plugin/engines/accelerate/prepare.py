@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from tp_plugin.engines.accelerate.operations import TorchOverDP
@@ -13,6 +12,7 @@ from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.options import Options
 from tp_plugin.parallel.exchange import exchange
+from tp_plugin.parallel.lockstep import TRIGGER
 from tp_plugin.parallel.mesh import Mesh, current_mesh
 from tp_plugin.shard import parallelize, shard_optimizer
 
@@ -115,8 +115,6 @@ def _check_trigger(original: Any, self: Any) -> bool:
     if mesh is not None:
         # a trigger set on one rank of a TP group is set for that process
         mine = 0 if self.flag_tensor is None else int(self.flag_tensor.item())
-        with exchange(mesh).sync_point():
-            together = mesh.control.all_reduce(torch.tensor(mine), dist.ReduceOp.MAX).item()
-        if together:
+        if any(flag for flag, *_ in exchange(mesh).lockstep.meet(TRIGGER, [mine])):
             self.flag_tensor = torch.tensor(1, device=self.device)
     return bool(original(self))

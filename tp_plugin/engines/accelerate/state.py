@@ -16,6 +16,7 @@ from tp_plugin.errors import TPError
 from tp_plugin.options import Options
 from tp_plugin.parallel import rng
 from tp_plugin.parallel.exchange import exchange
+from tp_plugin.parallel.lockstep import BARRIER
 from tp_plugin.parallel.mesh import Mesh, current_mesh, forget_mesh, init_mesh
 
 
@@ -124,7 +125,8 @@ def _wait_for_everyone(original: Any, self: Any) -> None:
     if not torch.distributed.is_initialized():
         forget_mesh()  # after end_training there is nobody to wait for
         return None
-    with exchange(mesh).sync_point():
+    exchange(mesh).lockstep.meet(BARRIER)
+    if mesh.dp_size > 1:
         devices = [torch.cuda.current_device()] if torch.distributed.get_backend() == "nccl" else None
         torch.distributed.barrier(device_ids=devices)
     return None

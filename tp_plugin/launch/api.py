@@ -1,0 +1,45 @@
+"""The Python way in, for scripts that use torch.distributed themselves."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from tp_plugin.errors import TPError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tp_plugin.policy import Policy
+
+
+def parallelize(model: nn.Module, tp_size: int | None = None, policy: Policy | None = None) -> nn.Module:
+    """Shard ``model`` in place over TP groups of ``tp_size`` neighbouring ranks. Collective over the world.
+
+    torch's gradient norms, clipping and GradScaler see the whole model from here on. Data parallelism, one batch per TP
+    group and saving on one rank are the script's own matter: ``tp_plugin.parallel.mesh.require_mesh()`` has the groups.
+
+    Args:
+        model: a transformers model, or a module that contains some, with whole weights (the same on every rank, or the
+            TP group's first rank's are taken).
+        tp_size: ranks per TP group; default the configured one (``TP_PLUGIN_TP_SIZE``).
+        policy: how to shard; default the registered policy for each model.
+
+    Raises:
+        PolicyError: no policy, or one that does not fit.
+        TPError: ``tp_size`` does not divide the world, differs from the run's, or comes too late for Accelerate.
+    """
+    from tp_plugin.engines import torch_utils
+    from tp_plugin.options import Options
+    from tp_plugin.parallel.mesh import current_mesh
+    from tp_plugin.shard import parallelize as shard
+
+    state = getattr(sys.modules.get("accelerate.state"), "PartialState", None)
+    if state is not None and state._shared_state and current_mesh() is None:
+        raise TPError(
+            "tp_plugin.parallelize was called in a run that Accelerate already counts without tensor parallelism; set "
+            "`tp_size` in the Accelerate config (or TP_PLUGIN_TP_SIZE in the environment) instead"
+        )
+    options = Options.from_environment()
+    torch_utils.install()
+    return shard(model, tp_size or options.tp_size, policy, options=options)
