@@ -14,6 +14,7 @@ GPT2 = Policy(
             row={"c_proj": q},
             inputs=("hidden_states", "encoder_hidden_states"),
             local=LOCAL,
+            optional=True,
         ),
         MLP("h.*.mlp", columns={"c_fc": even}, row={"c_proj": even}, inputs=("hidden_states",)),
     ),

@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from wrapt import register_post_import_hook
-
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
+from tp_plugin.launch.imports import after_import
 from tp_plugin.options import DISABLE, TP_SIZE, Options
 
 _written: dict[str, Any] = {}
@@ -26,8 +25,8 @@ def register(argv: list[str]) -> None:
     """Register the import hooks if the command line, the config file or the environment holds the key."""
     asked = any(arg.split("=")[0].replace("-", "_") == "__tp_size" for arg in argv)
     if asked or os.environ.get(TP_SIZE) or _mentions_key(_config_file(argv)):
-        register_post_import_hook(_patch_config, "accelerate.commands.config.config_args")
-        register_post_import_hook(_patch_launch, "accelerate.commands.launch")
+        after_import("accelerate.commands.config.config_args", _patch_config)
+        after_import("accelerate.commands.launch", _patch_launch)
 
 
 def _config_file(argv: list[str]) -> Path:

@@ -6,7 +6,7 @@ import importlib
 import os
 from typing import Any
 
-from wrapt import register_post_import_hook
+from tp_plugin.launch.imports import after_import
 
 _PATCHES = {
     "accelerate.state": ("tp_plugin.engines.accelerate.state", "install"),
@@ -26,7 +26,7 @@ def register() -> None:
 
     torch_utils.install()  # now: scripts import get_total_norm by name
     for module, (engine, function) in _PATCHES.items():
-        register_post_import_hook(_patcher(engine, function), module)
+        after_import(module, _patcher(engine, function))
     if os.environ.get("TP_PLUGIN_REPORT"):
         from tp_plugin.launch.report import write_at_exit
 

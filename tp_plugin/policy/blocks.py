@@ -28,6 +28,7 @@ class Block:
         per_head: parameters with one entry per query head, sharded with the heads along dimension 0.
         local: attributes of the block's module that must hold this rank's share, as
             ``{attribute: "q_heads" | "kv_heads" | "groups" | "q_width" | "width"}``.
+        optional: whether a model may have no such block.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Block:
     partial: tuple[str, ...] = ()
     per_head: tuple[str, ...] = ()
     local: Mapping[str, str] = field(default_factory=dict)
+    optional: bool = False
 
 
 @dataclass(frozen=True)

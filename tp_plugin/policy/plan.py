@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tp_plugin.errors import PolicyError
-from tp_plugin.policy.blocks import MLP, Attention, Block, Policy, Vocabulary
+from tp_plugin.policy.blocks import Attention, Block, Policy, Vocabulary
 from tp_plugin.policy.layout import ParamLayout, Parts
 from tp_plugin.policy.split import HeadSplit, vocabulary_rows
 
@@ -84,7 +84,7 @@ class _Planner:
 
     def plan_block(self, block: Block) -> None:
         paths = list(self._matching(block.path))
-        if not paths and not isinstance(block, MLP | Attention):
+        if not paths and not block.optional:
             self._fail(f"no module matches {block.path!r}")
         for path in paths:
             heads = _head_split(self.config, block, self.plan.tp) if isinstance(block, Attention) else _NO_HEADS
