@@ -35,7 +35,9 @@ SHAPES = {
 
 def train(model: Any, vocabulary: int, steps: int) -> dict[str, Any]:
     """Losses, gradients of the first step, gradient norms, and the trained model's tensors."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    # eps above rounding noise: GPT-2's key bias has no gradient but noise (softmax ignores it), which a tiny eps would
+    # blow up to whole steps of any sign, on one process as on many
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, eps=1e-6)
     seen: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(steps):
         for micro in range(2):

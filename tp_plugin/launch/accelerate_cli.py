@@ -89,15 +89,16 @@ def _launch_command_parser(original: Any, *args: Any, **kwargs: Any) -> argparse
 
 def _validate_launch_command(original: Any, args: Any) -> Any:
     result = original(args)
-    if os.environ.get(DISABLE, "") in ("", "0"):
-        try:
-            options = options_of(args)
-            if options.tp_size > 1:
-                _check(options, result[0])
-                _start_cpu_processes(result[0])
-        except TPError as error:
-            _exit(str(error))
-        os.environ.update(options.to_environment())
+    if os.environ.get(DISABLE, "") not in ("", "0"):
+        return result
+    try:
+        options = options_of(args)
+        if options.tp_size > 1:
+            _check(options, result[0])
+            _start_cpu_processes(result[0])
+    except TPError as error:
+        _exit(str(error))
+    os.environ.update(options.to_environment())
     return result
 
 

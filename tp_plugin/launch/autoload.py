@@ -16,13 +16,12 @@ DISABLE = "TP_PLUGIN_DISABLE"
 
 def activate() -> None:
     """Entry point: register hooks if this process is a worker with a ``tp_size``, or a launcher."""
-    if os.environ.get(DISABLE, "") not in ("", "0"):
-        return
+    disabled = os.environ.get(DISABLE, "") not in ("", "0")
     if _is_accelerate_launch(sys.argv):
         from tp_plugin.launch import accelerate_cli
 
-        accelerate_cli.register(sys.argv)
-    elif os.environ.get(TP_SIZE, "1").strip() not in ("", "1"):
+        accelerate_cli.register(sys.argv)  # disabled, the keys in the file are still legal
+    elif not disabled and os.environ.get(TP_SIZE, "1").strip() not in ("", "1"):
         from tp_plugin.launch import worker
 
         worker.register()

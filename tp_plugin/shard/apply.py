@@ -49,10 +49,12 @@ def parallelize(
             f"whole: `tp_plugin: {{leave_whole: [{type(model).__name__}]}}`"
         )
     mesh = init_mesh(tp_size)
+    agree_on_weights(model, mesh)  # also what a wrapper adds to the models in it
     for _, root in roots:
         kind = model_type(root)
         if is_sharded(root) or kind in options.leave_whole or type(root).__name__ in options.leave_whole:
             continue
+        _refuse_unsupported(root)
         chosen = policy or (load(options.policy) if options.policy else policy_for(kind))
         shard_model(root, make_plan(root, chosen, tp_size), mesh, options)
     return model
@@ -86,8 +88,6 @@ def models_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def shard_model(model: nn.Module, plan: Plan, mesh: Mesh, options: Options) -> None:
     """Carry out ``plan`` on ``model``: slice parameters, change row-parallel layers, put hooks where data crosses."""
-    _refuse_unsupported(model)
-    agree_on_weights(model, mesh)
     link = exchange(mesh)
     for name, parameter in model.named_parameters():
         _slice(parameter, plan.layouts[name], mesh.tp.rank)

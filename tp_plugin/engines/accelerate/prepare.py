@@ -14,7 +14,7 @@ from tp_plugin.options import Options
 from tp_plugin.parallel.exchange import exchange
 from tp_plugin.parallel.lockstep import TRIGGER
 from tp_plugin.parallel.mesh import Mesh, current_mesh
-from tp_plugin.shard import parallelize, shard_optimizer
+from tp_plugin.shard import agree_on_weights, parallelize, shard_optimizer
 
 
 def install(accelerator: Any) -> None:
@@ -76,12 +76,14 @@ def _prepare_optimizer(original: Any, self: Any, optimizer: Any, *args: Any, **k
 
 
 def _shard(accelerator: Any, model: nn.Module) -> None:
-    if current_mesh() is None:
+    mesh = current_mesh()
+    if mesh is None:
         return
     if getattr(model, "_is_accelerate_prepared", False):
         return
     options = Options.from_environment()
     if type(model).__name__ in options.leave_whole:
+        agree_on_weights(model, mesh)
         return
     parallelize(model, options.tp_size, options=options)
     for optimizer in accelerator._optimizers:  # prepared before its model
