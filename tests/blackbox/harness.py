@@ -66,7 +66,7 @@ class Run:
         """What each rank wrote, by global rank."""
         return [self._read(f"rank{r}.json") for r in range(self.layout.tp * self.layout.dp)]
 
-    def tail(self, lines: int = 60) -> str:
+    def tail(self, lines: int = 80) -> str:
         return f"--- exit code {self.code} after {self.seconds:.0f} s; the output's end:\n" + "\n".join(
             self.output.splitlines()[-lines:]
         )
@@ -102,7 +102,7 @@ class Bench:
         args: tuple[str, ...] = (),
         entry: str = "yaml",
         config: dict | None = None,
-        timeout: float = 150,
+        timeout: float = 200,
     ) -> Run:
         names = [scripts] if isinstance(scripts, str) else list(scripts)
         key = (tuple(names), tp, dp, tuple(args), entry, json.dumps(config, sort_keys=True))
@@ -126,7 +126,7 @@ def _command(out: Path, tp: int, dp: int, entry: str, extra: dict) -> tuple[list
     """The command line and the environment of one launch; `entry` is the door by which tp_size comes in."""
     world = tp * dp
     env = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "TP_PLUGIN_", "PARALLELISM_"))}
-    env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONFAULTHANDLER": "1"}
     config: dict = {
         "compute_environment": "LOCAL_MACHINE",
         "use_cpu": True,
@@ -168,13 +168,16 @@ def _execute(command: list[str], env: dict[str, str], out: Path, layout: Layout,
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
             code = TIMED_OUT
+            _signal_all(token, signal.SIGABRT)  # Python's faulthandler then writes where each process hangs
+            time.sleep(1)
         finally:
-            _end_all(process, token)
+            _signal_all(token, signal.SIGKILL)
+            process.wait()
     return Run(out, layout, code, log.read_text(errors="replace"), time.monotonic() - started)
 
 
-def _end_all(process: subprocess.Popen, token: str) -> None:
-    """End what is left of this launch and nothing else.
+def _signal_all(token: str, number: int) -> None:
+    """Signal what is left of this launch and nothing else.
 
     torchrun gives each worker a session of its own, so the launcher's process group does not hold them; the token in
     their environment does.
@@ -182,7 +185,6 @@ def _end_all(process: subprocess.Popen, token: str) -> None:
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if f"BLACKBOX_RUN={token}".encode() in (path / "environ").read_bytes():
-                os.kill(int(path.name), signal.SIGKILL)
+                os.kill(int(path.name), number)
         except (OSError, ProcessLookupError):
             continue  # not ours to read, or gone meanwhile
-    process.wait()

@@ -171,11 +171,25 @@ def test_bf16_gradients(bf16, checkpoints, model):
         assert got <= max(2 * expected, 1.4 * spread), f"{name}: error {got:.1e}, that of one process {expected:.1e}"
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_bf16_training(bf16, model):
-    run, plain, exact = (r.ranks[0][f"training of {model}"] for r in bf16)
-    for key in ("losses", "norms"):
-        spread = max(abs(a / b - 1) for a, b in zip(plain[key], exact[key], strict=True))
-        assert spread > 1e-5, "the oracle did not compute in bf16"
-        for step, (got, expected) in enumerate(zip(run[key], exact[key], strict=True)):
-            assert abs(got / expected - 1) <= 2 * spread, f"{key} of step {step}: {got} instead of {expected}"
+@pytest.mark.parametrize("key", ["losses", "norms"])
+def test_bf16_training(bf16, key):
+    """Six steps of three models: eighteen errors of either run, enough to compare their sizes, not each with each.
+
+    The ranks' rounding makes errors up to 1.4 times as large (above); the size itself is known to a factor of 1.5.
+    """
+
+    def errors(run, exact):
+        found = []
+        for model in MODELS:
+            pairs = zip(
+                run.ranks[0][f"training of {model}"][key], exact.ranks[0][f"training of {model}"][key], strict=True
+            )
+            found += [abs(a / b - 1) for a, b in pairs]
+        return found
+
+    run, plain, exact = bf16
+    spread = math.sqrt(sum(e**2 for e in errors(plain, exact)) / 18)
+    assert spread > 1e-4, "the oracle did not compute in bf16"
+    size = math.sqrt(sum(e**2 for e in errors(run, exact)) / 18)
+    assert size <= 1.4 * 1.5 * spread, f"{key}: error {size:.1e}, that of one process {spread:.1e}"
+    assert max(errors(run, exact)) <= 4 * 1.4 * spread, f"{key}: {errors(run, exact)}, of one process {spread:.1e}"

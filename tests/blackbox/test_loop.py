@@ -45,6 +45,13 @@ def test_model_looks_whole_before_prepare(runs):
     same(run.report, plain.report, keys, str(run.layout))
 
 
+def test_each_rank_holds_its_share(runs):
+    """Without this, a run on whole replicas would pass for tensor-parallel."""
+    run, plain = runs
+    for own in run.ranks:  # the vocabulary's padding, replicated norms, biases and key-value heads take a little more
+        assert own["bytes"] < plain.ranks[0]["bytes"] * (1 / run.layout.tp + 0.1)
+
+
 def test_steps(runs):
     run, plain = runs
     steps, expected = run.report["steps"], plain.report["steps"]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-STEPS = 4
+STEPS = 3
 
 
 def by_shape(model):
@@ -68,12 +68,20 @@ def by_group(accelerator, model):
     return matrices + vectors
 
 
-def sgd(model, **options):
-    return torch.optim.SGD(by_shape(model), lr=0.05, momentum=0.9, **options)
+def sgd(model):
+    return torch.optim.SGD(by_shape(model), lr=0.05, momentum=0.9, nesterov=True)
 
 
-def adamw(model, **options):
-    return torch.optim.AdamW(by_shape(model), lr=1e-3, **options)
+def adamw(model):
+    return torch.optim.AdamW(by_shape(model), lr=1e-3)
+
+
+def foreach(model):
+    return torch.optim.AdamW(by_shape(model), lr=1e-3, foreach=True)
+
+
+def fused(model):
+    return torch.optim.AdamW(by_shape(model), lr=1e-3, fused=True)
 
 
 def gradients(model):
@@ -98,30 +106,28 @@ CASES = {
     "gradients of llama": ("llama", nothing, gradients, total_norm_of(2.0), 1),
     "gradients of llama_tied": ("llama_tied", nothing, gradients, total_norm_of(2.0), 1),
     "gradients of gpt2": ("gpt2", nothing, gradients, total_norm_of(2.0), 1),
-    "torch 2-norm, foreach": ("llama_tied", nothing, lambda m: adamw(m, foreach=True), torch_clip(0.5, 2.0), STEPS),
-    "torch foreach clip, fused": (
+    "2-norm, foreach": ("llama_tied", nothing, foreach, torch_clip(0.5, 2.0), STEPS),
+    "foreach 2-norm, fused": ("gpt2", nothing, fused, torch_clip(0.5, 2.0, foreach=True), STEPS),
+    "inf-norm, fused": ("llama", nothing, fused, torch_clip(0.05, float("inf")), STEPS),
+    "1-norm, momentum, checkpointing": ("gpt2", checkpointing(False), sgd, torch_clip(5.0, 1.0), STEPS),
+    "torch's values, frozen": ("llama_tied", freeze, sgd, torch_clip_value, STEPS),
+    "accelerate's values, frozen embeddings": ("gpt2", freeze_embeddings, sgd, accelerate_clip_value, STEPS),
+    "accelerate's 3-norm, checkpointing": ("llama", checkpointing(False), sgd, accelerate_clip(0.2, 3), STEPS),
+    "by group, grown": ("llama", resize(137), adamw, by_group, STEPS),
+    "grown, tied, reentrant checkpointing": (
         "gpt2",
-        nothing,
-        lambda m: adamw(m, fused=True),
-        torch_clip(0.5, 2.0, foreach=True),
+        lambda model: (resize(115)(model), checkpointing(True)(model)),
+        adamw,
+        accelerate_clip(0.5),
         STEPS,
     ),
-    "torch inf-norm, fused": ("llama", nothing, lambda m: adamw(m, fused=True), torch_clip(0.05, float("inf")), STEPS),
-    "torch 1-norm, momentum": ("gpt2", nothing, lambda m: sgd(m, nesterov=True), torch_clip(5.0, 1.0), STEPS),
-    "torch values": ("llama_tied", nothing, sgd, torch_clip_value, STEPS),
-    "accelerate values": ("gpt2", nothing, sgd, accelerate_clip_value, STEPS),
-    "accelerate 3-norm": ("llama", nothing, sgd, accelerate_clip(0.2, 3), STEPS),
-    "by group": ("llama", nothing, adamw, by_group, STEPS),
-    "clipping not active": ("llama", nothing, sgd, accelerate_clip(1e6), STEPS),
-    "frozen": ("llama_tied", freeze, adamw, torch_clip(0.1, 2.0), STEPS),
-    "frozen embeddings": ("gpt2", freeze_embeddings, adamw, accelerate_clip(0.5), STEPS),
-    "grown": ("llama", resize(137), adamw, accelerate_clip(0.5), STEPS),
-    "grown, tied": ("gpt2", resize(115), adamw, accelerate_clip(0.5), STEPS),
-    "shrunk, tied": ("llama_tied", resize(101), adamw, torch_clip(0.5, 2.0), STEPS),
-    "checkpointing": ("llama", checkpointing(False), adamw, accelerate_clip(0.5), STEPS),
-    "reentrant checkpointing": ("llama_tied", checkpointing(True), adamw, accelerate_clip(0.5), STEPS),
-    "checkpointing, gpt2": ("gpt2", checkpointing(False), adamw, accelerate_clip(0.5), STEPS),
-    "reentrant checkpointing, gpt2": ("gpt2", checkpointing(True), adamw, accelerate_clip(0.5), STEPS),
+    "shrunk, tied, reentrant checkpointing": (
+        "llama_tied",
+        lambda model: (resize(101)(model), checkpointing(True)(model)),
+        adamw,
+        torch_clip(0.5, 2.0),
+        STEPS,
+    ),
 }
 
 

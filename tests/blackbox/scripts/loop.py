@@ -78,6 +78,7 @@ def main():
     report |= {"steps": [], "evaluations": [], "batches_seen": [], "updates": 0, "training_tokens": 0}
     own = {"process_index": accelerator.process_index, "is_main": accelerator.is_main_process}
     own |= {"losses": [], "norms": [], "ids": []}
+    own["bytes"] = sum(p.untyped_storage().nbytes() for p in model.parameters())
     model.train()
     for _ in range(EPOCHS):
         seen = 0
