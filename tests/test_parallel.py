@@ -238,6 +238,29 @@ def test_the_leaders_weights_are_taken() -> None:
         assert all(torch.equal(state[name], reference[name]) for name in reference)
 
 
+def wrapper_case() -> tuple[bool, bool, int]:
+    """A wrapper with a head of its own, initialised differently on each rank, passed twice."""
+    import copy
+
+    from tp_plugin.shard import parallelize
+
+    pair(2)
+    whole = build(config_for("llama"), seed=rank())
+    torch.manual_seed(rank())
+    wrapper = torch.nn.ModuleDict({"backbone": whole, "head": torch.nn.Linear(48, 3)})
+    before = copy.deepcopy(wrapper.state_dict())
+    parallelize(wrapper, 2)
+    parallelize(wrapper, 2)  # prepare() and prepare_model() both come here
+    state = wrapper.state_dict()
+    leaders = [torch.equal(state[name], before[name]) for name in before]
+    return all(leaders), torch.equal(before["head.weight"], state["head.weight"]), hash(state["head.bias"].tolist()[0])
+
+
+def test_a_wrapper_is_the_leaders_too_and_sharding_twice_does_nothing() -> None:
+    leader, peer = run(2, wrapper_case)
+    assert leader[:2] == (True, True) and peer[1] is False and leader[2] == peer[2]
+
+
 def another_tp_case() -> str:
     from tp_plugin.errors import TPError
     from tp_plugin.shard import parallelize

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
+
+from torch import nn
 
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
@@ -82,13 +85,9 @@ def _num_parameters(original: Any, self: Any, only_trainable: bool = False, excl
     if not is_sharded(self):
         return count
     # the same parameters, each counted with its whole shape
-    skipped = {id(m.weight) for m in self.modules() if exclude_embeddings and type(m).__name__.endswith("Embedding")}
-    total = 0
-    for name, parameter in self.named_parameters():
-        if id(parameter) not in skipped and (parameter.requires_grad or not only_trainable):
-            shape = self.tp_record.plan.layouts[name].shape
-            size = 1
-            for extent in shape:
-                size *= extent
-            total += size
-    return total
+    embeddings = {id(m.weight) for m in self.modules() if exclude_embeddings and isinstance(m, nn.Embedding)}
+    return sum(
+        math.prod(self.tp_record.plan.layouts[name].shape)
+        for name, parameter in self.named_parameters()
+        if id(parameter) not in embeddings and (parameter.requires_grad or not only_trainable)
+    )

@@ -48,15 +48,20 @@ def parallelize(
             f"class: tp_plugin.register(tp_plugin.Policy(model_types=({type(model).__name__!r},), …)), or leave it "
             f"whole: `tp_plugin: {{leave_whole: [{type(model).__name__}]}}`"
         )
-    mesh = init_mesh(tp_size)
-    agree_on_weights(model, mesh)  # also what a wrapper adds to the models in it
+    sharded = [root for _, root in roots if is_sharded(root)]
+    plans = []
     for _, root in roots:
         kind = model_type(root)
-        if is_sharded(root) or kind in options.leave_whole or type(root).__name__ in options.leave_whole:
-            continue
-        _refuse_unsupported(root)
-        chosen = policy or (load(options.policy) if options.policy else policy_for(kind))
-        shard_model(root, make_plan(root, chosen, tp_size), mesh, options)
+        if not (is_sharded(root) or kind in options.leave_whole or type(root).__name__ in options.leave_whole):
+            _refuse_unsupported(root)
+            chosen = policy or (load(options.policy) if options.policy else policy_for(kind))
+            plans.append((root, make_plan(root, chosen, tp_size)))
+    mesh = init_mesh(tp_size)
+    if plans or not sharded:
+        # the whole of a wrapper, not only the models in it: a head of its own must start equal on all ranks too
+        agree_on_weights(model, mesh, settled={id(p) for root in sharded for p in root.parameters()})
+    for root, plan in plans:
+        shard_model(root, plan, mesh, options)
     return model
 
 
