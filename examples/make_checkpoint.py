@@ -46,12 +46,17 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def build_config(arch: str, vocab_size: int, end_of_text: int):
+    """A few million parameters, deep and narrow: no matrix has a hundred thousand.
+
+    torch adds up a tensor's norm on the CPU in fp32, one element after the other. At half a million elements it is 1e-5
+    too small, so that two runs that cut the tensor differently could not be compared to that precision.
+    """
     tokens = {"vocab_size": vocab_size, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
     if arch == "llama":
         return LlamaConfig(
-            hidden_size=256,
-            intermediate_size=688,
-            num_hidden_layers=4,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=12,
             num_attention_heads=8,
             num_key_value_heads=4,  # grouped-query attention, as every recent model has
             max_position_embeddings=512,
@@ -60,7 +65,7 @@ def build_config(arch: str, vocab_size: int, end_of_text: int):
         )
     # No dropout: two runs that draw different masks cannot be compared number by number.
     return GPT2Config(
-        n_embd=256, n_layer=4, n_head=8, n_positions=512, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **tokens
+        n_embd=128, n_layer=12, n_head=8, n_positions=512, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **tokens
     )
 
 
@@ -82,8 +87,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and its tokenizer")
     parser.add_argument("--text", type=Path, required=True, help="file for the training text")
     parser.add_argument("--arch", choices=["llama", "gpt2"], default="llama")
-    parser.add_argument("--vocab-size", type=int, default=2048)
-    parser.add_argument("--text-bytes", type=int, default=1_000_000)
+    parser.add_argument("--vocab-size", type=int, default=767, help="odd by default: no number of ranks divides it")
+    parser.add_argument("--text-bytes", type=int, default=600_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

@@ -160,7 +160,8 @@ def memory_table(reports: list[dict]) -> Table:
 
 def collectives_table(report: dict) -> Table:
     forwards = report["forwards"]
-    table = Table(title=f"Collectives of one rank, per micro-batch (mean over {forwards})", title_justify="left")
+    table = Table(title="Collectives per micro-batch of training", title_justify="left", caption_justify="left")
+    table.caption = f"of one rank, in the mean over {forwards}; set-up and evaluations included"
     table.add_column("operation / group")
     table.add_column("count", justify="right")
     table.add_column("bytes", justify="right")
@@ -183,7 +184,7 @@ def check_table(checks: list[Check]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=["llama", "gpt2"], default="llama")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--work", type=Path, default=Path("out/quickstart"), help="replaced if it exists")
     args = parser.parse_args()
 
