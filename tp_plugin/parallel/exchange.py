@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
+import operator
 import os
 import secrets
 import socket
@@ -46,15 +48,22 @@ class Source(Protocol):
     def local(self, key: str) -> torch.Tensor:
         """This rank's tensor of that name."""
 
+    def alive(self) -> bool:
+        """Whether the script still holds what the tensors belong to."""
+
+    def keep(self) -> None:
+        """Hold the tensors themselves from now on, so that they outlive their owner."""
+
 
 class Exchange:
     """This rank's server and its connections to the other ranks of the TP group."""
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
-        self.lockstep = Lockstep(mesh)
+        self.lockstep = Lockstep(mesh, self._census, self._bury)
         self.leaving = False
         self._sources: dict[str, Source] = {}
+        self._order: list[str] = []
         self._open: set[str] = set()
         self._finished: Counter[tuple[str, int]] = Counter()
         self._links: dict[int, Connection] = {}
@@ -66,12 +75,29 @@ class Exchange:
         threading.Thread(target=self._accept, name="tp-exchange", daemon=True).start()
 
     def publish(self, uid: str, source: Source) -> None:
-        """Let other ranks read ``source`` under ``uid`` (the same on all ranks)."""
-        self._sources[uid] = source
+        """Let other ranks read ``source`` under ``uid`` (the same on all ranks) for as long as any rank may ask.
 
-    def withdraw(self, uid: str) -> None:
-        """Stop serving ``uid``."""
-        self._sources.pop(uid, None)
+        A peer's script may drop a model, or return from its main function, while the leader still saves it. So the
+        exchange keeps the source, and lets go at a later meeting, once its owner is gone on every rank.
+        """
+        self._sources[uid] = source
+        self._order.append(uid)
+
+    def _census(self) -> tuple[int, int]:
+        gone = 0
+        for bit, uid in enumerate(self._order[:62]):
+            self._sources[uid].keep()
+            gone |= (not self._sources[uid].alive()) << bit
+        return len(self._order), gone
+
+    def _bury(self, everyone: list[tuple[int, int]]) -> None:
+        counts, masks = zip(*everyone, strict=True)
+        if len(set(counts)) > 1:
+            return  # the ranks published different things; which bit is which cannot be told
+        gone = functools.reduce(operator.and_, masks)
+        for uid in [uid for bit, uid in enumerate(self._order[:62]) if gone >> bit & 1]:
+            self._order.remove(uid)
+            del self._sources[uid]
 
     def read(self, uid: str, key: str, rank: int) -> torch.Tensor:
         """The tensor ``key`` of ``uid`` on TP rank ``rank``, on the CPU.
@@ -82,6 +108,8 @@ class Exchange:
         try:
             link = self._link(rank)
             link.send(("read", uid, key, self._sources[uid].fingerprint()))
+            if not link.poll(PATIENCE + 30):
+                raise DivergenceError(f"cannot read {key!r}: TP rank {rank} gives no answer")
             answer = link.recv()
             if answer[0] != "tensor":
                 raise DivergenceError(
@@ -131,7 +159,8 @@ class Exchange:
         try:
             link = self._link(rank)
             link.send(("status", uid, clock))
-            return link.recv()
+            status: dict[str, Any] = link.recv()
+            return status
         except (EOFError, OSError):
             return None  # that rank is gone
 
@@ -169,25 +198,24 @@ class Exchange:
                     self._answer(link, *request[1:])
 
     def _answer(self, link: Connection, uid: str, key: str, theirs: object) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            source = self._sources.get(uid)
-            if source is not None and source.fingerprint() == theirs:
-                break
-            if time.monotonic() > deadline:
-                link.send(("refused", "its weights are at another point of the program" if source else "no such model"))
-                return
-            time.sleep(0.005)
         try:
-            tensor = source.local(key).detach().cpu().contiguous()
+            tensor = self._read_at(uid, key, theirs).cpu().contiguous()
         except Exception as error:  # told to the asking rank, which raises it
-            link.send(("refused", repr(error)))
-            return
-        if source.fingerprint() != theirs:
-            link.send(("refused", "its weights changed while they were read"))
+            link.send(("refused", str(error) if isinstance(error, DivergenceError) else repr(error)))
             return
         link.send(("tensor", tensor.dtype, tuple(tensor.shape)))
-        link.send_bytes(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        link.send_bytes(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+    def _read_at(self, uid: str, key: str, theirs: object) -> torch.Tensor:
+        deadline = time.monotonic() + PATIENCE
+        while (source := self._sources.get(uid)) is None or source.fingerprint() != theirs:
+            if time.monotonic() > deadline:
+                raise DivergenceError("its weights are at another point of the program" if source else "no such model")
+            time.sleep(0.005)
+        tensor = source.local(key).detach().clone()
+        if source.fingerprint() != theirs:
+            raise DivergenceError("its weights changed while they were read")
+        return tensor
 
 
 _exchange: Exchange | None = None

@@ -66,7 +66,8 @@ class Guard:
         digests = {name: _digest(tensor) for name, tensor in _tensors(args, kwargs).items()}
         batch = zlib.crc32(repr(sorted(digests.items())).encode())
         mode = GRADIENTS * torch.is_grad_enabled() + 2 * module.training
-        mine = [mode, module.tp_record.number if hasattr(module, "tp_record") else -1, batch, rng.fingerprint()]
+        record: Any = getattr(module, "tp_record", None)  # an inner model called by itself has none
+        mine = [mode, record.number if record else -1, batch, rng.fingerprint()]
         everyone = self.lockstep.meet(FORWARD, mine, lambda: _request(module, args, kwargs))
         if any(values[:3] != mine[:3] for values in everyone):
             self._depth = 0
@@ -135,7 +136,7 @@ def _digest(tensor: torch.Tensor) -> tuple[tuple[int, ...], str, int]:
         total = data.sum(dtype=torch.float64 if data.is_floating_point() else torch.int64).item()
         data = data.reshape(-1)[:: data.numel() // _SAMPLE]
     raw = data.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return tuple(tensor.shape), str(tensor.dtype), zlib.crc32(raw, zlib.crc32(repr(total).encode()))
+    return tuple(tensor.shape), str(tensor.dtype), zlib.crc32(raw.data, zlib.crc32(repr(total).encode()))
 
 
 def _show(digest: tuple[tuple[int, ...], str, int] | None) -> str:

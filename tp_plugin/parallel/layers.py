@@ -17,18 +17,58 @@ from tp_plugin.parallel.mesh import Group, require_mesh
 from tp_plugin.policy import ParamLayout
 
 
-class BlockState:
-    """What the ends of one block share: the inputs' names and the random stream between them."""
+class ParallelBlock:
+    """The two ends of one block: ``f`` at its inputs, and the random stream between there and its reduction.
 
-    def __init__(self, path: str, inputs: tuple[str, ...], tp_rank: int, positions: dict[str, int]):
+    Args:
+        path: the block's path in the model (it enters the seeds of its random stream).
+        inputs: names of the forward's activation arguments.
+        positions: position of every argument of the forward.
+        tp_rank: this rank in the TP group.
+    """
+
+    def __init__(self, path: str, inputs: tuple[str, ...], positions: dict[str, int], tp_rank: int):
         self.inputs, self.positions = inputs, positions
         self.region = rng.ShardedRegion(path, tp_rank)
+        self._probabilities: list[tuple[Any, str]] | None = None
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Forward pre-hook (with kwargs) of the block's module."""
+        group = require_mesh().tp
+        values, named = list(args), dict(kwargs)
+        device = None
+        for name in self.inputs:
+            holder: Any = named if name in named else values
+            key: Any = name if name in named else self.positions[name]
+            if (holder is named or key < len(values)) and isinstance(holder[key], torch.Tensor):
+                device = holder[key].device
+                holder[key] = collectives.enter(holder[key], group)
+        if module.training and device is not None and self._draws(module):
+            self.region.begin(device)
+        return tuple(values), named
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook (always called): a block that raised must not leave the sharded random stream on."""
+        self.region.end()
+
+    def _draws(self, module: nn.Module) -> bool:
+        # a Dropout module, or a probability by its name (attention_dropout, attn_pdrop), here or in the config
+        if self._probabilities is None:
+            self._probabilities = [
+                (owner, name)
+                for owner in (*module.modules(), getattr(module, "config", module))
+                for name, value in vars(owner).items()
+                if isinstance(value, float | int)
+                and ("drop" in name or (name == "p" and "Drop" in type(owner).__name__))
+            ]
+        return any(getattr(owner, name) > 0 for owner, name in self._probabilities)
 
 
 class _RowParallel:
     """Mixin: local product, then ``g``, then the bias, which every rank holds whole and adds once."""
 
-    tp_block: BlockState
+    tp_block: ParallelBlock
+    bias: Any
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -37,7 +77,7 @@ class _RowParallel:
         product = self._product(x)
         self.tp_block.region.end()
         y = collectives.reduce(product, require_mesh().tp)
-        return y if self.bias is None else y + self.bias.to(y.dtype)  # type: ignore[attr-defined]
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class RowParallelLinear(_RowParallel, nn.Linear):
@@ -66,70 +106,39 @@ def fit_sizes(module: nn.Module, layout: ParamLayout, rank: int) -> None:
         module.out_features, module.in_features = shape
 
 
-def block_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """``f`` at the activation inputs of a block, and the switch to the sharded random stream."""
-    state: BlockState = module.tp_block  # type: ignore[assignment]
-    group = require_mesh().tp
-    values, named = list(args), dict(kwargs)
-    device = None
-    for name in state.inputs:
-        at = state.positions[name]
-        holder: Any = named if name in named else values if at < len(values) else None
-        key: Any = name if name in named else at
-        if holder is not None and isinstance(holder[key], torch.Tensor):
-            device = holder[key].device
-            holder[key] = collectives.enter(holder[key], group)
-    if module.training and device is not None and require_dropout(module):
-        state.region.begin(device)
-    return tuple(values), named
+class VocabularyRows:
+    """Hooks of an embedding that holds the rows ``[start, stop)`` of the vocabulary."""
+
+    def __init__(self, start: int, stop: int):
+        self.start, self.stop = start, stop
+        self._elsewhere: list[torch.Tensor] = []
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Token ids → local rows; ids of other ranks' rows read row 0 and are blanked afterwards."""
+        ids = args[0]
+        elsewhere = (ids < self.start) | (ids >= self.stop)
+        self._elsewhere.append(elsewhere)
+        return ((ids - self.start).masked_fill(elsewhere, 0), *args[1:])
+
+    def after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        """Sum the ranks' rows, of which one is not blank: the embeddings of all ids."""
+        blank = output.masked_fill(self._elsewhere.pop().unsqueeze(-1), 0)
+        return collectives.reduce(blank, require_mesh().tp)
 
 
-def block_hook(module: nn.Module, args: Any, output: Any) -> None:
-    """The end of the block, also when it raised: never leave the sharded random stream on."""
-    module.tp_block.region.end()  # type: ignore[union-attr]
+class VocabularyColumns:
+    """Hooks of an output head that computes this rank's logits."""
 
+    def __init__(self, vocabulary: int):
+        self.vocabulary = vocabulary
 
-def require_dropout(module: nn.Module) -> bool:
-    """Whether anything below ``module`` can draw random numbers in training: a Dropout, or a probability by name."""
-    probabilities = module.__dict__.get("tp_dropout")
-    if probabilities is None:
-        probabilities = [
-            (owner, name)
-            for owner in (*module.modules(), getattr(module, "config", module))
-            for name, value in vars(owner).items()
-            if isinstance(value, float | int) and ("drop" in name or (name == "p" and _is_dropout(owner)))
-        ]
-        module.__dict__["tp_dropout"] = probabilities
-    return any(getattr(owner, name) > 0 for owner, name in probabilities)
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """``f`` at the head's input."""
+        return (collectives.enter(args[0], require_mesh().tp), *args[1:])
 
-
-def _is_dropout(module: nn.Module) -> bool:
-    return "dropout" in type(module).__name__.lower()
-
-
-def embedding_pre_hook(module: nn.Embedding, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Global token ids → local rows; ids of other ranks' rows read row 0 and are blanked afterwards."""
-    ids = args[0]
-    start, stop = module.tp_rows
-    elsewhere = (ids < start) | (ids >= stop)
-    module.tp_elsewhere = elsewhere
-    return ((ids - start).masked_fill(elsewhere, 0), *args[1:])
-
-
-def embedding_hook(module: nn.Embedding, args: Any, output: torch.Tensor) -> torch.Tensor:
-    """Sum the ranks' rows, of which one is not blank: the embeddings of all ids."""
-    elsewhere, module.tp_elsewhere = module.tp_elsewhere, None
-    return collectives.reduce(output.masked_fill(elsewhere.unsqueeze(-1), 0), require_mesh().tp)
-
-
-def head_pre_hook(module: nn.Linear, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """``f`` at the input of the vocabulary-parallel head."""
-    return (collectives.enter(args[0], require_mesh().tp), *args[1:])
-
-
-def head_hook(module: nn.Linear, args: Any, output: torch.Tensor) -> torch.Tensor:
-    """Local logits (…, rows) → whole logits (…, vocabulary) on every rank, padding dropped."""
-    return collectives.gather_last(output, require_mesh().tp)[..., : module.tp_vocabulary]
+    def after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        """Local logits (…, rows) → whole logits (…, vocabulary) on every rank, padding dropped."""
+        return collectives.gather_last(output, require_mesh().tp)[..., : self.vocabulary]
 
 
 Piece = tuple[Group, int | None, tuple[tuple[int, int], ...]]
@@ -154,6 +163,6 @@ class ReplicaSum:
                 continue
             views = [grad.narrow(dim, a, b - a) for a, b in ranges]
             summed = group.all_reduce(torch.cat(views, dim))
-            for view, part in zip(views, summed.split([b - a for a, b in ranges], dim), strict=True):
+            for view, part in zip(views, torch.split(summed, [b - a for a, b in ranges], dim), strict=True):
                 view.copy_(part)
         return grad

@@ -29,7 +29,8 @@ def attach(parameter: torch.nn.Parameter, layout: ParamLayout) -> None:
 
 def layout_of(parameter: torch.Tensor) -> ParamLayout | None:
     """The layout of a parameter of a sharded model, else None."""
-    return _layouts.get(parameter)
+    layout: ParamLayout | None = _layouts.get(parameter)
+    return layout
 
 
 def owned_part(tensor: torch.Tensor, layout: ParamLayout, rank: int) -> list[torch.Tensor]:

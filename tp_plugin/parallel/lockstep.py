@@ -24,7 +24,10 @@ PLACES = ("a forward", "wait_for_everyone", "the next batch of a data loader", "
 FORWARD, BARRIER, BATCH, TRIGGER = range(len(PLACES))
 
 _WIDTH = 4
-"""Values in a header beside the place and the clock."""
+"""Values in a header that belong to its place."""
+
+Census = tuple[int, int]
+"""How many sources a rank has published, and a bit mask of those whose owner is gone (see exchange.py)."""
 
 GRADIENTS = 1
 """Bit of a forward's first value: gradients are recorded."""
@@ -33,8 +36,8 @@ GRADIENTS = 1
 class Lockstep:
     """This rank's part in the meetings of its TP group."""
 
-    def __init__(self, mesh: Mesh):
-        self.mesh = mesh
+    def __init__(self, mesh: Mesh, census: Callable[[], Census], bury: Callable[[list[Census]], None]):
+        self.mesh, self._census, self._bury = mesh, census, bury
         self.clock = 0
         """Meetings so far; equal on all ranks of the group at equal points of the program."""
         self.waiting = False
@@ -58,23 +61,24 @@ class Lockstep:
         """
         self.clock += 1
         while True:
-            header = torch.tensor([place, self.clock, *values, *[0] * (_WIDTH - len(values))])
-            rows = self._gather(header, place)
-            self.clock = max(row[1] for row in rows)
+            mine = [place, *values, *[0] * (_WIDTH - len(values))]
+            rows = self._gather(torch.tensor([*mine, self.clock, *self._census()]), place)
+            self.clock = max(row[-3] for row in rows)
+            self._bury([(count, gone) for *_, count, gone in rows])
             if not self._can_help(rows):
                 if all(row[0] == place for row in rows):
-                    return [row[2:] for row in rows]
+                    return [row[1:-3] for row in rows]
                 raise DivergenceError(self._where(rows))
             if self.mesh.is_leader:
                 assert request is not None
                 message = request()
                 if self.mesh.control.broadcast_object(message) is None:
                     raise DivergenceError(self._where(rows))
-                return [list(header[2:].tolist())]
+                return [mine[1:]]
             message = self.mesh.control.broadcast_object(None)
             if message is None:
                 raise DivergenceError(self._where(rows))
-            self._help(rows[0][3], *message)
+            self._help(rows[0][2], *message)
 
     def _gather(self, header: torch.Tensor, place: int) -> list[list[int]]:
         self.waiting = True
@@ -91,8 +95,8 @@ class Lockstep:
     def _can_help(self, rows: list[list[int]]) -> bool:
         leader, *peers = rows
         # the same call in another mode is another place too; the same call with another batch is an error of the guard
-        alone = all(row[0] != FORWARD or row[2:4] != leader[2:4] for row in peers)
-        return leader[0] == FORWARD and alone and not leader[2] & GRADIENTS
+        alone = all(row[0] != FORWARD or row[1:3] != leader[1:3] for row in peers)
+        return leader[0] == FORWARD and alone and not leader[1] & GRADIENTS
 
     def _help(self, number: int, args: Any, kwargs: Any, training: bool) -> None:
         model = self._models[number]

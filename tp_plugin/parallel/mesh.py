@@ -190,15 +190,17 @@ def _mine(all_ranks: list[tuple[int, ...]], name: str, me: int, backend: str | N
 
 
 def _new_group(ranks: tuple[int, ...], backend: str | None = None) -> dist.ProcessGroup:
-    return dist.new_group(list(ranks), backend=backend, timeout=_default_timeout())
+    group: dist.ProcessGroup = dist.new_group(list(ranks), backend=backend, timeout=_default_timeout())
+    return group
 
 
 def _default_timeout() -> datetime.timedelta | None:
     # new_group falls back to 30 minutes, not to the timeout the script gave to init_process_group
-    pg = dist.group.WORLD
+    pg: Any = dist.group.WORLD
     for device in ("cpu", "cuda"):
         try:
-            return pg._get_backend(torch.device(device)).options._timeout
+            timeout: datetime.timedelta = pg._get_backend(torch.device(device)).options._timeout
+            return timeout
         except (RuntimeError, AttributeError):
             continue  # this world has no backend for that device
     return None

@@ -102,8 +102,8 @@ def fingerprint() -> int:
     digest = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=8)
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         digest.update(torch.cuda.get_rng_state().numpy().tobytes())
-    _, keys, *position = np.random.get_state()
-    digest.update(keys.tobytes())
+    _, keys, *position = np.random.get_state(legacy=True)
+    digest.update(np.asarray(keys).tobytes())
     _, words, gauss = random.getstate()
     # a tuple of integers hashes alike in every process, unlike strings and None
     digest.update(repr((position, hash(words), gauss)).encode())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -183,15 +184,14 @@ def _hook_blocks(model: nn.Module, plan: Plan, rank: int) -> None:
         missing = [name for name in inputs if name not in positions]
         if missing:
             raise TPError(f"the forward of {path} takes no argument {missing[0]!r}, which its policy calls an input")
-        state = layers.BlockState(path, inputs, rank, positions)
-        block.tp_block = state  # type: ignore[assignment]
-        block.register_forward_pre_hook(layers.block_pre_hook, with_kwargs=True)
-        block.register_forward_hook(layers.block_hook, always_call=True)
+        parallel = layers.ParallelBlock(path, inputs, positions, rank)
+        block.register_forward_pre_hook(parallel.enter, with_kwargs=True)
+        block.register_forward_hook(parallel.leave, always_call=True)
         for row in plan.rows:
             if row.startswith(path + "."):
-                module = model.get_submodule(row)
+                module: Any = model.get_submodule(row)
                 module.__class__ = layers.ROW_PARALLEL[type(module)]
-                module.tp_block = state  # type: ignore[assignment]
+                module.tp_block = parallel
 
 
 def _hook_vocabulary(model: nn.Module, plan: Plan, rank: int) -> None:
@@ -200,19 +200,19 @@ def _hook_vocabulary(model: nn.Module, plan: Plan, rank: int) -> None:
         if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
             raise TPError(f"{path} must be an nn.Embedding without max_norm to be split by vocabulary rows")
         start, stop = (layout.parts[rank] or ((layout.shape[0], layout.shape[0]),))[0]
-        embedding.tp_rows = (start, stop)  # type: ignore[assignment]
         embedding.num_embeddings = layout.local_shape(rank)[0]
         if embedding.padding_idx is not None:
             inside = start <= embedding.padding_idx < stop
-            embedding.padding_idx = embedding.padding_idx - start if inside else None  # type: ignore[assignment]
-        embedding.register_forward_pre_hook(layers.embedding_pre_hook)
-        embedding.register_forward_hook(layers.embedding_hook)
+            embedding.padding_idx = embedding.padding_idx - start if inside else None
+        rows = layers.VocabularyRows(start, stop)
+        embedding.register_forward_pre_hook(rows.before)
+        embedding.register_forward_hook(rows.after)
     for path in plan.heads:
         head, layout = model.get_submodule(path), plan.layouts[f"{path}.weight"]
-        head.tp_vocabulary = layout.shape[0]  # type: ignore[assignment]
-        head.out_features = layout.local_shape(rank)[0]  # type: ignore[assignment]
-        head.register_forward_pre_hook(layers.head_pre_hook)
-        head.register_forward_hook(layers.head_hook)
+        layers.fit_sizes(head, layout, rank)
+        columns = layers.VocabularyColumns(layout.shape[0])
+        head.register_forward_pre_hook(columns.before)
+        head.register_forward_hook(columns.after)
 
 
 __all__ = ["is_sharded", "model_type", "models_in", "parallelize", "shard_model"]

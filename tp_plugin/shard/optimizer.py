@@ -55,24 +55,32 @@ class OptimizerStates:
     """What other ranks may read of an optimizer: its state tensors, by ``"<parameter index>/<state key>"``."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
-        self.optimizer = weakref.ref(optimizer)
+        self._optimizer = weakref.ref(optimizer)
         self.uid = f"optimizer{next(_uids)}"
+        self.keep()
         exchange(require_mesh()).publish(self.uid, self)
 
+    def keep(self) -> None:
+        """Hold parameters and state, not the optimizer: load_state_dict and add_param_group replace them."""
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            self._parameters, self._state = _parameters(optimizer), optimizer.state
+
+    def alive(self) -> bool:
+        """Whether the script still holds the optimizer."""
+        return self._optimizer() is not None
+
     def fingerprint(self) -> object:
-        """Steps taken and in-place updates of the parameters' local tensors."""
-        optimizer = self.optimizer()
-        assert optimizer is not None
-        parameters = _parameters(optimizer)
-        steps = [float(s["step"]) for p in parameters if "step" in (s := optimizer.state.get(p, {}))]
-        return sum(steps), len(parameters)
+        """Steps taken, summed over the parameters, and the number of state tensors."""
+        self.keep()
+        values = [v for p in self._parameters for v in self._state.get(p, {}).values() if isinstance(v, torch.Tensor)]
+        steps = [float(s["step"]) for p in self._parameters if "step" in (s := self._state.get(p, {}))]
+        return sum(steps), len(values)
 
     def local(self, key: str) -> torch.Tensor:
         """This rank's state tensor."""
-        optimizer = self.optimizer()
-        assert optimizer is not None
         index, name = key.split("/", 1)
-        tensor: torch.Tensor = optimizer.state[_parameters(optimizer)[int(index)]][name]
+        tensor: torch.Tensor = self._state[self._parameters[int(index)]][name]
         return tensor
 
     def __reduce__(self) -> tuple[Any, ...]:

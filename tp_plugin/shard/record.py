@@ -6,7 +6,6 @@ import itertools
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,6 +41,7 @@ class ShardRecord:
         self.model = weakref.ref(model)
         self._wholes: weakref.WeakValueDictionary[tuple[str, int, int], torch.Tensor] = weakref.WeakValueDictionary()
         self._versions: dict[str, int] = {}
+        self._parameters: dict[str, torch.Tensor] = {}
         self.exchange.publish(self.uid, self)
         self.exchange.lockstep.watch(number, model)
 
@@ -62,20 +62,30 @@ class ShardRecord:
             "use save_pretrained"
         )
 
-    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and local tensors, tied ones once."""
+    def keep(self) -> None:
+        """Hold the parameters: a copied model has none yet when its record is made."""
+        if not self._parameters:
+            self.parameters()
+
+    def alive(self) -> bool:
+        """Whether the script still holds the model."""
+        return self.model() is not None
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Local tensors by name, tied ones once; they outlive the model for as long as a peer may read them."""
         model = self.model()
-        assert model is not None
-        return iter(model.named_parameters())
+        if model is not None:
+            self._parameters = dict(model.named_parameters())
+        return self._parameters
 
     def start_counting(self) -> None:
         """Take the parameters' present versions as zero: ranks may have come here by different in-place copies."""
-        self._versions = {name: p._version for name, p in self.parameters()}
+        self._versions = {name: p._version for name, p in self.parameters().items()}
 
     def fingerprint(self) -> object:
         """Equal on two ranks when all parameters saw as many in-place updates and replicated ones are equal."""
         moved, content, counted = 0, 0, 0
-        for name, parameter in self.parameters():
+        for name, parameter in self.parameters().items():
             moved += parameter._version - self._versions.get(name, 0)
             if not self.plan.layouts[name].is_sharded and counted < _FINGERPRINTED:
                 counted += 1
@@ -83,10 +93,8 @@ class ShardRecord:
         return moved, content
 
     def local(self, key: str) -> torch.Tensor:
-        """This rank's tensor named ``key`` (a parameter's name in the model)."""
-        model = self.model()
-        assert model is not None
-        return model.get_parameter(key)
+        """This rank's tensor named ``key`` (a parameter's first name in the model)."""
+        return self.parameters()[key]
 
     def whole(self, key: str, local: torch.Tensor) -> torch.Tensor:
         """The whole tensor of a sharded parameter, on the CPU; the same object for tied names."""
@@ -105,7 +113,7 @@ class ShardRecord:
         model = self.model()
         assert model is not None
         tensor = model.get_parameter(key)
-        return next(name for name, parameter in model.named_parameters() if parameter is tensor)
+        return next(name for name, parameter in self.parameters().items() if parameter is tensor)
 
     def audit(self) -> None:
         """Compare replicated parameters, and replicas of shards, across the TP group.
@@ -115,7 +123,7 @@ class ShardRecord:
         """
         names, checksums = [], []
         tp = self.mesh.tp
-        for name, parameter in self.parameters():
+        for name, parameter in self.parameters().items():
             layout = self.plan.layouts[name]
             if not layout.is_sharded:
                 names.append((name, tuple(range(tp.size))))
@@ -159,4 +167,4 @@ def read_whole(exchange: Exchange, uid: str, key: str, local: torch.Tensor, layo
 
 def checksum(tensor: torch.Tensor, start: int = 0) -> int:
     """CRC-32 of a tensor's bytes, continuing from ``start``."""
-    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), start)
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, start)

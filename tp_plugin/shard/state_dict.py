@@ -36,7 +36,7 @@ def install(record: ShardRecord, model: nn.Module) -> None:
     for path, module in model.named_modules():
         names = [name for name, _ in module.named_parameters(recurse=False)]
         if any(record.plan.layouts[_join(path, name)].is_sharded for name in names):
-            module.tp_owner = Owner(record, path)  # type: ignore[assignment]
+            module.tp_owner = Owner(record, path)
             module._register_state_dict_hook(_give_whole)
             module.register_load_state_dict_pre_hook(_take_whole)
     model._register_state_dict_hook(_leave)
