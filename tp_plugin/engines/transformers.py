@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tp_plugin.engines.patching import wrap
+from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.options import Options
 from tp_plugin.parallel.mesh import current_mesh
@@ -19,6 +22,7 @@ from tp_plugin.shard import is_sharded, standing_by
 def install(modeling_utils: Any) -> None:
     """Patch ``PreTrainedModel``."""
     model = modeling_utils.PreTrainedModel
+    patch(model, "from_pretrained", _from_pretrained(vars(model)["from_pretrained"].__func__))
     wrap(model, "__init__", _init)
     wrap(model, "save_pretrained", _save_pretrained)
     wrap(model, "resize_token_embeddings", _resize_token_embeddings)
@@ -26,6 +30,24 @@ def install(modeling_utils: Any) -> None:
         wrap(model, "num_parameters", _num_parameters)
     else:  # it lives in a mixin
         wrap(modeling_utils.ModuleUtilsMixin, "num_parameters", _num_parameters)
+
+
+def _from_pretrained(original: Any) -> classmethod[Any, Any, Any]:
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+        # before transformers looks for the quantizer's package, whose absence would be the wrong message
+        config: Any = kwargs.get("config")
+        quantized = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
+        path = Path(str(name)) / "config.json"
+        if config is None and path.is_file():
+            written = json.loads(path.read_text(encoding="utf-8"))
+            quantized = quantized or written.get("quantization_config")
+            config = written.get("model_type")
+        if quantized is not None:
+            _refuse_quantized(config, Options.from_environment())
+        return original(cls, name, *args, **kwargs)
+
+    return classmethod(from_pretrained)
 
 
 def _init(original: Any, self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -53,9 +75,15 @@ def check_before_load(config: Any, options: Options) -> None:
     policy = load(options.policy) if options.policy else policy_for(config)
     check_config(config, policy, options.tp_size)
     if getattr(config, "quantization_config", None) is not None:
+        _refuse_quantized(config, options)
+
+
+def _refuse_quantized(config: Any, options: Options) -> None:
+    model_type = config if isinstance(config, str) else getattr(config, "model_type", None)
+    if options.tp_size > 1 and model_type not in options.leave_whole:
         raise TPError(
-            f"this {model_type} model is to be quantized (quantization_config); tensor parallelism does not split "
-            "quantized weights. Remove quantization_config, or set tp_size: 1"
+            f"this {model_type} model is to be quantized (quantization_config), and tp_size={options.tp_size} cannot "
+            "split quantized weights; remove quantization_config, or set tp_size: 1"
         )
 
 

@@ -64,6 +64,34 @@ class ParallelBlock:
         return any(getattr(owner, name) > 0 for owner, name in self._probabilities)
 
 
+class AdapterDropout:
+    """Hooks of a dropout beside a sharded linear: its random stream is the one its input asks for.
+
+    A column-parallel layer's adapter drops from a replicated input inside the block's sharded stretch; a row-parallel
+    layer's drops from this rank's share after that stretch has ended at the base layer's reduction.
+    """
+
+    def __init__(self, path: str, kind: str, block: ParallelBlock, tp_rank: int):
+        self.kind, self.block = kind, block
+        self.own = rng.ShardedRegion(path, tp_rank)
+
+    def before(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Forward pre-hook."""
+        if module.training:
+            if self.kind == "sharded":
+                self.own.begin(args[0].device)
+            else:
+                self.block.region.pause()
+
+    def after(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
+        """Forward hook (always called)."""
+        if module.training:
+            if self.kind == "sharded":
+                self.own.end()
+            else:
+                self.block.region.resume()
+
+
 class _RowParallel:
     """Mixin: local product, then ``g``, then the bias, which every rank holds whole and adds once."""
 

@@ -18,6 +18,8 @@ import torch
 
 from tp_plugin.parallel.mesh import Group
 
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
 
 class _Stream:
     """The default generator of one device."""
@@ -49,33 +51,45 @@ class ShardedRegion:
     """The stretch of a block between its input and its reduction."""
 
     def __init__(self, block: str, tp_rank: int):
-        self.key = f"{block}/{tp_rank}".encode()
-        self._left: tuple[_Stream, torch.Tensor, torch.Tensor] | None = None
+        self._key = hashlib.blake2b(f"{block}/{tp_rank}".encode(), digest_size=16).digest()
+        self._stream: _Stream | None = None
+        self._replicated = self._seeded = self._paused = _NOTHING
 
     def begin(self, device: torch.device) -> None:
         """Switch ``device`` to the sharded stream."""
-        if self._left is not None:
+        if self._stream is not None:
             self.end()  # an exception left the region open
-        stream = _Stream(device)
-        replicated = stream.get()
-        digest = hashlib.blake2b(replicated.numpy().tobytes(), key=self.key[-64:], digest_size=8).digest()
-        stream.seed(int.from_bytes(digest, "little") >> 1)
-        self._left = stream, replicated, stream.get()
+        self._stream = _Stream(device)
+        self._replicated = self._stream.get()
+        digest = hashlib.blake2b(self._replicated.numpy().tobytes(), key=self._key, digest_size=8).digest()
+        self._stream.seed(int.from_bytes(digest, "little") >> 1)
+        self._seeded = self._stream.get()
 
     def end(self) -> None:
         """Switch back to the replicated stream; does nothing outside the region."""
-        if self._left is None:
+        if self._stream is None:
             return
-        stream, replicated, seeded = self._left
-        self._left = None
-        drew = not torch.equal(stream.get(), seeded)
-        stream.set(replicated)
+        stream, self._stream = self._stream, None
+        drew = not torch.equal(stream.get(), self._seeded)
+        stream.set(self._replicated)
         if drew:
             stream.advance()
 
+    def pause(self) -> None:
+        """Inside the region, switch to the replicated stream for a moment."""
+        if self._stream is not None:
+            self._paused = self._stream.get()
+            self._stream.set(self._replicated)
+
+    def resume(self) -> None:
+        """Undo :meth:`pause`."""
+        if self._stream is not None:
+            self._replicated = self._stream.get()
+            self._stream.set(self._paused)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedRegion:
-        copied = ShardedRegion.__new__(ShardedRegion)
-        copied.key, copied._left = self.key, None
+        copied = ShardedRegion("", 0)
+        copied._key = self._key
         return copied
 
 

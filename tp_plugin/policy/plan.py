@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -14,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from tp_plugin.errors import PolicyError
 from tp_plugin.policy.blocks import Attention, Block, Policy, Vocabulary
 from tp_plugin.policy.layout import ParamLayout, Parts
-from tp_plugin.policy.split import HeadSplit, vocabulary_rows
+from tp_plugin.policy.lora import is_adapted, plan_adapters
+from tp_plugin.policy.split import HeadSplit, Split, vocabulary_rows
 
 _NO_HEADS = HeadSplit(((0, 1),), ((0, 1),))
 
@@ -32,6 +34,7 @@ class Plan:
         partial: names of replicated parameters whose gradient must be summed over the TP group.
         attributes: (path, attribute) → its value on each rank.
         embeddings, heads: paths of vocabulary-parallel modules.
+        dropouts: paths of an adapter's dropout → whether its input is "replicated" or "sharded".
     """
 
     tp: int
@@ -43,6 +46,7 @@ class Plan:
     attributes: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
     embeddings: list[str] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
+    dropouts: dict[str, str] = field(default_factory=dict)
 
     def sharded_share(self, parameters: Mapping[str, torch.Tensor]) -> float:
         """Share of the parameters' elements that is really split (0…1)."""
@@ -57,7 +61,7 @@ def make_plan(model: nn.Module, policy: Policy, tp: int) -> Plan:
         PolicyError: a module that the policy relies on is missing or of an unknown type, a count does not divide,
             or a parameter is claimed by nothing.
     """
-    planner = _Planner(model, policy, tp)
+    planner = Planner(model, policy, tp)
     for block in policy.blocks:
         planner.plan_block(block)
     if policy.vocabulary is not None:
@@ -74,7 +78,9 @@ def check_config(config: object, policy: Policy, tp: int) -> None:
             _head_split(config, block, tp)
 
 
-class _Planner:
+class Planner:
+    """Collects the :class:`Plan` of one model."""
+
     def __init__(self, model: nn.Module, policy: Policy, tp: int):
         self.model, self.policy, self.plan = model, policy, Plan(tp)
         self.config = getattr(model, "config", None)
@@ -85,7 +91,7 @@ class _Planner:
     def plan_block(self, block: Block) -> None:
         paths = list(self._matching(block.path))
         if not paths and not block.optional:
-            self._fail(f"no module matches {block.path!r}")
+            self.fail(f"no module matches {block.path!r}")
         for path in paths:
             heads = _head_split(self.config, block, self.plan.tp) if isinstance(block, Attention) else _NO_HEADS
             self.plan.blocks[path] = block.inputs
@@ -95,19 +101,19 @@ class _Planner:
                 self._linear(f"{path}.{name}", split, heads, column=False)
             for name in block.partial:
                 for claimed in self._below(f"{path}.{name}"):
-                    self._claim(claimed, ParamLayout.replicated(self.parameters[claimed].shape, self.plan.tp))
+                    self.claim(claimed, ParamLayout.replicated(self.parameters[claimed].shape, self.plan.tp))
                     self.plan.partial.add(claimed)
             for name in block.per_head:
                 size = self.parameters[f"{path}.{name}"].shape
                 unit = size[0] // heads.q_heads
                 parts = tuple(((a * unit, b * unit),) for a, b in heads.q)
-                self._claim(f"{path}.{name}", ParamLayout(tuple(size), 0, parts))
+                self.claim(f"{path}.{name}", ParamLayout(tuple(size), 0, parts))
             self._attributes(path, block, heads)
 
     def _attributes(self, path: str, block: Block, heads: HeadSplit) -> None:
         for attribute, meaning in block.local.items():
             if not hasattr(self.modules[path], attribute):
-                self._fail(f"{path} has no attribute {attribute!r}, which the policy wants to set")
+                self.fail(f"{path} has no attribute {attribute!r}, which the policy wants to set")
             whole = getattr(self.modules[path], attribute)
             counts = {
                 "q_heads": lambda k: _count(heads.q[k]),
@@ -117,20 +123,26 @@ class _Planner:
                 "width": lambda k: self._row_width(path, block, k),
             }
             if meaning not in counts:
-                self._fail(f"local[{attribute!r}] = {meaning!r}; write one of {', '.join(counts)}")
+                self.fail(f"local[{attribute!r}] = {meaning!r}; write one of {', '.join(counts)}")
             self.plan.attributes[path, attribute] = tuple(counts[meaning](k) for k in range(self.plan.tp))
 
     def _row_width(self, path: str, block: Block, rank: int) -> int:
-        layout = self.plan.layouts[f"{path}.{next(iter(block.row))}.weight"]
+        row = f"{path}.{next(iter(block.row))}"
+        layout = self.plan.layouts[f"{row}.base_layer.weight" if is_adapted(self.modules[row]) else f"{row}.weight"]
         assert layout.dim is not None
         return layout.local_shape(rank)[layout.dim]
 
-    def _linear(self, path: str, split: object, heads: HeadSplit, *, column: bool) -> None:
+    def _linear(self, path: str, split: Split, heads: HeadSplit, *, column: bool) -> None:
         module = self.modules.get(path)
         if module is None:
-            self._fail(f"there is no module {path!r}")
+            self.fail(f"there is no module {path!r}")
+        if is_adapted(module):
+            self._linear(f"{path}.base_layer", split, heads, column=column)
+            parts = self._parts(f"{path}.base_layer")
+            plan_adapters(self, path, module, parts, column=column)
+            return
         if type(module) not in (nn.Linear, Conv1D):
-            self._fail(
+            self.fail(
                 f"{path} is a {type(module).__name__}; column- and row-parallel modules must be plain nn.Linear or "
                 "Conv1D (quantized and wrapped layers are not supported)"
             )
@@ -139,26 +151,35 @@ class _Planner:
         out_dim = 1 if isinstance(module, Conv1D) else 0
         dim = out_dim if column else 1 - out_dim
         try:
-            parts: Parts = split(weight.shape[dim], self.plan.tp, heads)  # type: ignore[operator]
+            parts = split(weight.shape[dim], self.plan.tp, heads)
         except PolicyError as error:
-            self._fail(f"{path}: {error}")
-        self._claim(f"{path}.weight", ParamLayout(tuple(weight.shape), dim, parts))
+            self.fail(f"{path}: {error}")
+        self.claim(f"{path}.weight", ParamLayout(tuple(weight.shape), dim, parts))
         if getattr(module, "bias", None) is not None:
             bias = tuple(self.parameters[f"{path}.bias"].shape)
             # a row-parallel bias is added once, after the reduction: every rank holds all of it
-            self._claim(
+            self.claim(
                 f"{path}.bias", ParamLayout(bias, 0, parts) if column else ParamLayout.replicated(bias, self.plan.tp)
             )
         (self.plan.columns if column else self.plan.rows).append(path)
 
+    def _parts(self, path: str) -> Parts:
+        return self.plan.layouts[f"{path}.weight"].parts
+
     def plan_vocabulary(self, vocabulary: Vocabulary) -> None:
         for pattern, paths in ((vocabulary.embedding, self.plan.embeddings), (vocabulary.head, self.plan.heads)):
             for path in self._matching(pattern) if pattern else ():
+                if f"{path}.weight" not in self.parameters:
+                    kind = type(self.modules[path]).__name__
+                    self.fail(
+                        f"{path} is wrapped by {kind}; adapters and modules_to_save on the embedding or the head "
+                        "cannot be sharded"
+                    )
                 weight = tuple(self.parameters[f"{path}.weight"].shape)
                 parts, rows = vocabulary_rows(weight[0], self.plan.tp)
-                self._claim(f"{path}.weight", ParamLayout(weight, 0, parts, pad_to=rows))
+                self.claim(f"{path}.weight", ParamLayout(weight, 0, parts, pad_to=rows))
                 if f"{path}.bias" in self.parameters:
-                    self._claim(f"{path}.bias", ParamLayout(weight[:1], 0, parts, pad_to=rows))
+                    self.claim(f"{path}.bias", ParamLayout(weight[:1], 0, parts, pad_to=rows))
                 paths.append(path)
 
     def claim_replicated(self) -> None:
@@ -171,7 +192,7 @@ class _Planner:
             self.plan.layouts[name] = ParamLayout.replicated(parameter.shape, self.plan.tp)
         if unclaimed:
             shown = ", ".join(unclaimed[:5]) + (f" and {len(unclaimed) - 5} more" if len(unclaimed) > 5 else "")
-            self._fail(
+            self.fail(
                 f"nothing in the policy claims {shown}; name each in a block, in the vocabulary, or in `replicated`"
             )
 
@@ -180,11 +201,12 @@ class _Planner:
         for name, parameter in self.parameters.items():
             other = first.setdefault(id(parameter), name)
             if self.plan.layouts[other] != self.plan.layouts[name]:
-                self._fail(f"{other} and {name} are one tied parameter but would be sharded differently")
+                self.fail(f"{other} and {name} are one tied parameter but would be sharded differently")
 
-    def _claim(self, name: str, layout: ParamLayout) -> None:
+    def claim(self, name: str, layout: ParamLayout) -> None:
+        """Say how parameter ``name`` lies; each may be claimed once."""
         if name in self.plan.layouts:
-            self._fail(f"{name} is claimed twice")
+            self.fail(f"{name} is claimed twice")
         self.plan.layouts[name] = layout
 
     def _matching(self, pattern: str) -> Iterator[str]:
@@ -193,10 +215,11 @@ class _Planner:
     def _below(self, path: str) -> list[str]:
         names = [name for name in self.parameters if name == path or name.startswith(path + ".")]
         if not names and path not in self.modules:
-            self._fail(f"there is no module or parameter {path!r}")
+            self.fail(f"there is no module or parameter {path!r}")
         return names
 
-    def _fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> NoReturn:
+        """Raise a PolicyError that names policy and model."""
         kind = type(self.model).__name__
         raise PolicyError(f"the policy for {'/'.join(self.policy.model_types)} does not fit this {kind}: {reason}.")
 

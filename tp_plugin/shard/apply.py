@@ -192,6 +192,11 @@ def _hook_blocks(model: nn.Module, plan: Plan, rank: int) -> None:
                 module: Any = model.get_submodule(row)
                 module.__class__ = layers.ROW_PARALLEL[type(module)]
                 module.tp_block = parallel
+        for dropout, kind in plan.dropouts.items():
+            if dropout.startswith(path + "."):
+                beside = layers.AdapterDropout(dropout, kind, parallel, rank)
+                model.get_submodule(dropout).register_forward_pre_hook(beside.before)
+                model.get_submodule(dropout).register_forward_hook(beside.after, always_call=True)
 
 
 def _hook_vocabulary(model: nn.Module, plan: Plan, rank: int) -> None:

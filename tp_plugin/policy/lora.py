@@ -1,0 +1,49 @@
+"""LoRA beside a sharded linear: the adapter's layout follows from its base layer's.
+
+y = W x + B A dropout(x) (Hu et al. 2021). Column-parallel W: B is split by W's output features; A is whole, and its
+gradient, of which each rank computes the part that its outputs need, is summed. Row-parallel W: A is split by W's input
+features and its product (…, r) reduced like W's; B is whole.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tp_plugin.policy.layout import ParamLayout, Parts
+
+if TYPE_CHECKING:
+    from tp_plugin.policy.plan import Planner
+
+
+def is_adapted(module: Any) -> bool:
+    """Whether ``module`` wraps a linear layer, as PEFT's tuner layers do."""
+    return hasattr(module, "base_layer")
+
+
+def plan_adapters(planner: Planner, path: str, module: Any, parts: Parts, *, column: bool) -> None:
+    """Claim the adapters around the base layer at ``path``, whose split dimension has ``parts``."""
+    kind = type(module).__name__
+    if not hasattr(module, "lora_A"):
+        planner.fail(f"{path} is wrapped by {kind}; of PEFT's methods only LoRA can be sharded")
+    variants = [type(v).__name__ for v in getattr(module, "lora_variant", {}).values()]
+    if variants or len(getattr(module, "lora_embedding_A", ())) or len(getattr(module, "lora_magnitude_vector", ())):
+        found = ", ".join(variants) or "an embedding or DoRA adapter"
+        planner.fail(f"{path} has a LoRA variant ({found}); only plain LoRA can be sharded (set use_dora=False)")
+    plan, parameters = planner.plan, planner.parameters
+    for name in module.lora_A:
+        a, b = f"{path}.lora_A.{name}", f"{path}.lora_B.{name}"
+        shape_a, shape_b = (tuple(parameters[f"{p}.weight"].shape) for p in (a, b))
+        if column:
+            planner.claim(f"{a}.weight", ParamLayout.replicated(shape_a, plan.tp))
+            plan.partial.add(f"{a}.weight")
+            planner.claim(f"{b}.weight", ParamLayout(shape_b, 0, parts))
+            plan.columns.append(b)
+        else:
+            planner.claim(f"{a}.weight", ParamLayout(shape_a, 1, parts))
+            planner.claim(f"{b}.weight", ParamLayout.replicated(shape_b, plan.tp))
+            plan.rows.append(a)
+        if f"{b}.bias" in parameters:
+            bias = shape_b[:1]
+            planner.claim(f"{b}.bias", ParamLayout(bias, 0, parts) if column else ParamLayout.replicated(bias, plan.tp))
+        # the dropout's input is whole for a column-parallel base, this rank's share for a row-parallel one
+        plan.dropouts[f"{path}.lora_dropout.{name}"] = "replicated" if column else "sharded"
