@@ -8,7 +8,7 @@ from .compare import LOSS, NORM, WEIGHTS, close, tensors_close, tensors_in
 
 CASES = [("llama", 2, 2), ("gpt2", 4, 1)]
 SECTIONS = ["optimizer after the model", "split batches", "teacher", "own embeddings", "wrapped", "classification"]
-SECTIONS += ["two models", "skipped", "generation"]
+SECTIONS += ["two models", "skipped", "generation", "main process alone"]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda c: f"{c[0]}-tp{c[1]}dp{c[2]}")
@@ -34,3 +34,16 @@ def test_section(runs, section):
     state = f"states/{section}.safetensors"
     if (plain.out / state).exists():
         tensors_close(tensors_in(run.out / state), tensors_in(plain.out / state), WEIGHTS, section)
+
+
+def test_main_process_alone_generates_with_a_cache(bench, checkpoints):
+    """It works, or every rank of the group is told within seconds; it never hangs."""
+    args = ("--models", str(checkpoints["llama"].parent), "--only", "main process alone", "--cache")
+    run, plain = (bench.launch("relatives", tp, 1, args, timeout=60) for tp in (2, 1))
+    expected = plain.ranks[0]["main process alone"]
+    for rank, own in enumerate(run.ranks):
+        got = own["main process alone"]
+        if "failed" in got:
+            assert "rank 0" in got["failed"] and "generate" in got["failed"], f"rank {rank}: {got['failed']}"
+        else:
+            close(got, expected, LOSS, f"rank {rank}")

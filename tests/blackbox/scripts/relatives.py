@@ -6,7 +6,7 @@ import traceback
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
 from common import Sentences, arguments, collate, write_rank
 from safetensors.torch import save_file
 from torch import nn
@@ -211,7 +211,29 @@ def generation(args, name):
     return found
 
 
+def main_process_alone(args, name):
+    """Every epoch the main process alone looks at a sample and at its loss, while the others go on."""
+    accelerator = Accelerator()
+    model = load(args)
+    prepared = accelerator.prepare(model, adamw(model), loader_for(model.config.vocab_size, shuffle=True))
+    prompt = torch.tensor([[5, 17, 33]])
+    found = {}
+    for epoch in range(2):
+        found[f"epoch {epoch}"] = train(args, name, accelerator, *prepared, usual_loss)
+        seen = [None]
+        if accelerator.is_main_process:
+            unwrapped = accelerator.unwrap_model(prepared[0]).eval()
+            with torch.no_grad():
+                loss = unwrapped(input_ids=prompt, labels=prompt).loss.item()
+            tokens = unwrapped.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0, use_cache=args.cache)
+            seen = [[loss, tokens.tolist()]]
+            unwrapped.train()
+        found[f"seen {epoch}"] = broadcast_object_list(seen)
+    return found
+
+
 SECTIONS = {
+    "main process alone": main_process_alone,
     "optimizer after the model": optimizer_after_the_model,
     "split batches": split_batches,
     "teacher": teacher,
@@ -225,9 +247,14 @@ SECTIONS = {
 
 
 def main():
-    args = arguments().parse_args()
+    parser = arguments()
+    parser.add_argument("--only", choices=SECTIONS)
+    parser.add_argument("--cache", action="store_true", help="generate with a cache where the main process is alone")
+    args = parser.parse_args()
     found = {}
     for name, section in SECTIONS.items():
+        if args.only not in (None, name):
+            continue
         set_seed(17)
         try:
             found[name] = section(args, name)
