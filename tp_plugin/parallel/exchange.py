@@ -29,7 +29,8 @@ from typing import Any, Protocol
 import torch
 
 from tp_plugin.errors import DivergenceError
-from tp_plugin.parallel.lockstep import Lockstep
+from tp_plugin.parallel import mesh as groups
+from tp_plugin.parallel.lockstep import END, Lockstep
 from tp_plugin.parallel.mesh import Mesh
 
 PATIENCE = float(os.environ.get("TP_PLUGIN_READ_TIMEOUT", "30"))
@@ -37,6 +38,9 @@ PATIENCE = float(os.environ.get("TP_PLUGIN_READ_TIMEOUT", "30"))
 
 GRACE = 5.0
 """Seconds that a reader stays for a peer of which nothing shows whether it will make the same call."""
+
+STUCK = 3.0
+"""Seconds in one collective after which a rank is taken to wait for one that has come to its end."""
 
 
 class Source(Protocol):
@@ -62,11 +66,13 @@ class Exchange:
         self.mesh = mesh
         self.lockstep = Lockstep(mesh, self._census, self._bury)
         self.leaving = False
+        self._pid = os.getpid()
         self._sources: dict[str, Source] = {}
         self._order: list[str] = []
         self._open: set[str] = set()
         self._finished: Counter[tuple[str, int]] = Counter()
         self._links: dict[int, Connection] = {}
+        self._asking = threading.Lock()
         self._key = mesh.control.broadcast_object(secrets.token_bytes(32) if mesh.is_leader else None)
         hosts = mesh.control.gather_objects(socket.gethostname())
         host = "127.0.0.1" if len(set(hosts)) == 1 else socket.gethostbyname(hosts[mesh.tp.rank])
@@ -148,19 +154,41 @@ class Exchange:
         return bool(status["finished"] >= self._finished[at] or (impatient and not status["open"]))
 
     def farewell(self) -> None:
-        """At exit: a peer serves until its leader leaves too, or waits for it in vain."""
+        """At exit: the ranks leave together, so that one which only saves or evaluates a last time finds its peers.
+
+        Peers help with the leader's last forwards and are read meanwhile (after ``destroy_process_group``: only read).
+        Who waits in vain is not waited for: a rank that is stuck in a collective because this one came to its end.
+        """
+        if _crashed or os.getpid() != self._pid:
+            return  # what others wait for will not come, or this is a fork of the rank
         self.leaving = True
-        if self.mesh.is_leader or _crashed:
+        meeting = threading.Thread(target=self._meet_at_the_end, daemon=True)
+        meeting.start()
+        others = [rank for rank in range(self.mesh.tp_size) if rank != self.mesh.tp.rank]
+        while meeting.is_alive():
+            meeting.join(timeout=0.05)
+            if not self.lockstep.helping and any(self._is_stuck(rank) for rank in others):
+                return
+
+    def _meet_at_the_end(self) -> None:
+        if torch.distributed.is_initialized():
+            with contextlib.suppress(DivergenceError):  # raised on the rank that is not at its end, too
+                self.lockstep.meet(END)
             return
-        while (status := self._status(0)) and not status["leaving"] and not status["waiting"]:
+        while not self.mesh.is_leader and (status := self._status(0)) and not status["leaving"]:
             time.sleep(0.05)
+
+    def _is_stuck(self, rank: int) -> bool:
+        status = self._status(rank)
+        return status is not None and not status["leaving"] and status["busy"] > STUCK
 
     def _status(self, rank: int, uid: str = "", clock: int = 0) -> dict[str, Any] | None:
         try:
-            link = self._link(rank)
-            link.send(("status", uid, clock))
-            status: dict[str, Any] = link.recv()
-            return status
+            with self._asking:
+                link = self._link(rank)
+                link.send(("status", uid, clock))
+                status: dict[str, Any] = link.recv()
+                return status
         except (EOFError, OSError):
             return None  # that rank is gone
 
@@ -188,7 +216,7 @@ class Exchange:
                     link.send(
                         {
                             "clock": self.lockstep.clock,
-                            "waiting": self.lockstep.waiting,
+                            "busy": 0.0 if groups.busy_since is None else time.monotonic() - groups.busy_since,
                             "leaving": self.leaving,
                             "open": uid in self._open,
                             "finished": self._finished[uid, clock],

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_map_only
 from tp_plugin.errors import DivergenceError
 from tp_plugin.parallel.mesh import Mesh
 
-PLACES = ("a forward", "wait_for_everyone", "the next batch of a data loader", "check_trigger")
-FORWARD, BARRIER, BATCH, TRIGGER = range(len(PLACES))
+PLACES = ("a forward", "wait_for_everyone", "the next batch of a data loader", "check_trigger", "the end of the script")
+FORWARD, BARRIER, BATCH, TRIGGER, END = range(len(PLACES))
 
 _WIDTH = 4
 """Values in a header that belong to its place."""
@@ -40,7 +40,6 @@ class Lockstep:
         self.mesh, self._census, self._bury = mesh, census, bury
         self.clock = 0
         """Meetings so far; equal on all ranks of the group at equal points of the program."""
-        self.waiting = False
         self.helping = False
         self._models: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
@@ -81,7 +80,6 @@ class Lockstep:
             self._help(rows[0][2], *message)
 
     def _gather(self, header: torch.Tensor, place: int) -> list[list[int]]:
-        self.waiting = True
         try:
             return [row.tolist() for row in self.mesh.control.all_gather(header)]
         except RuntimeError as error:
@@ -89,8 +87,6 @@ class Lockstep:
                 f"a rank of the TP group {list(self.mesh.tp.ranks)} has left the script, or took too long, while this "
                 f"rank came to {PLACES[place]}: {error}"
             ) from error
-        finally:
-            self.waiting = False
 
     def _can_help(self, rows: list[list[int]]) -> bool:
         leader, *peers = rows

@@ -6,8 +6,11 @@ does in :data:`ledger`.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +21,9 @@ from tp_plugin.errors import TPError
 
 ledger: dict[str, Counter[str]] = {"count": Counter(), "bytes": Counter()}
 """Calls and bytes (of this rank's input) of each collective since start, keyed ``"<op>/<group>"``."""
+
+busy_since: float | None = None
+"""When the collective that this rank is in began (time.monotonic); read by the thread that answers its peers."""
 
 
 class Group:
@@ -31,50 +37,57 @@ class Group:
     def all_reduce(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
         """All-reduce ``tensor`` in place and return it."""
         if self.size > 1:
-            self._count("all_reduce", tensor)
-            dist.all_reduce(tensor, op=op, group=self.pg)
+            with self._at_work("all_reduce", tensor):
+                dist.all_reduce(tensor, op=op, group=self.pg)
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The equally shaped tensors of all ranks, in rank order."""
         if self.size == 1:
             return [tensor]
-        self._count("all_gather", tensor)
         tensor = tensor.contiguous()
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(gathered, tensor, group=self.pg)
+        with self._at_work("all_gather", tensor):
+            dist.all_gather(gathered, tensor, group=self.pg)
         return gathered
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Broadcast ``tensor`` in place from the group's rank ``src`` and return it."""
         if self.size > 1:
-            self._count("broadcast", tensor)
-            dist.broadcast(tensor, group=self.pg, group_src=src)
+            with self._at_work("broadcast", tensor):
+                dist.broadcast(tensor, group=self.pg, group_src=src)
         return tensor
 
     def broadcast_object(self, value: Any, src: int = 0) -> Any:
         """The object that rank ``src`` passed, on every rank."""
         if self.size == 1:
             return value
-        self._count("broadcast_object")
         box = [value]
-        dist.broadcast_object_list(box, group=self.pg, group_src=src)
+        with self._at_work("broadcast_object"):
+            dist.broadcast_object_list(box, group=self.pg, group_src=src)
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """The objects of all ranks, in rank order, on every rank."""
         if self.size == 1:
             return [value]
-        self._count("all_gather_object")
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.pg)
+        with self._at_work("all_gather_object"):
+            dist.all_gather_object(values, value, group=self.pg)
         return values
 
-    def _count(self, op: str, tensor: torch.Tensor | None = None) -> None:
+    @contextlib.contextmanager
+    def _at_work(self, op: str, tensor: torch.Tensor | None = None) -> Iterator[None]:
+        global busy_since
         key = f"{op}/{self.name}"
         ledger["count"][key] += 1
         if tensor is not None:
             ledger["bytes"][key] += tensor.numel() * tensor.element_size()
+        busy_since = time.monotonic()
+        try:
+            yield
+        finally:
+            busy_since = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return self  # a copied model communicates in the same groups
