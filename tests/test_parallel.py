@@ -183,28 +183,58 @@ def test_ranks_at_different_places_are_told_at_once() -> None:
         assert "rank 0 at a forward, rank 1 at wait_for_everyone" in message
 
 
-def main_only_evaluation_case() -> tuple[float, float] | None:
+def main_only_case() -> dict[str, Any] | None:
+    """The leader evaluates and samples alone, while its peer has dropped its model and waits at a barrier."""
+    import gc
+
+    from transformers import GenerationMixin
+
+    from tp_plugin.engines.transformers import _generate
     from tp_plugin.parallel.exchange import exchange
     from tp_plugin.parallel.lockstep import BARRIER
     from tp_plugin.parallel.mesh import require_mesh
 
-    whole, sharded = pair(2)
-    losses = None
-    if rank() == 0:
-        sharded.eval()
+    whole, sharded = pair(2, **GQA)
+    lockstep = exchange(require_mesh()).lockstep
+    lockstep.meet(BARRIER)
+    prompt = batch(97, 3, size=1, length=4)["input_ids"]
+    found: dict[str, Any] = {}
+    if rank() == 1:
+        del sharded
+        gc.collect()
+    else:
+        sharded.eval(), whole.eval()
         with torch.no_grad():
-            losses = tuple(sum(m(**batch(97, s)).loss.item() for s in range(2)) for m in (whole, sharded))
-        sharded.train()
-    exchange(require_mesh()).lockstep.meet(BARRIER)
-    assert sharded.training
-    sharded(**batch(97, 0)).loss.backward()
-    return losses
+            found["losses"] = [sum(m(**batch(97, s)).loss.item() for s in range(2)) for m in (whole, sharded)]
+        torch.manual_seed(11)
+        expected = whole.generate(prompt, max_new_tokens=8, do_sample=True, pad_token_id=0)
+        torch.manual_seed(11)
+        tokens = _generate(GenerationMixin.generate, sharded, prompt, max_new_tokens=8, do_sample=True, pad_token_id=0)
+        found["tokens"] = [expected.tolist(), tokens.tolist()]
+    before = torch.get_rng_state()
+    lockstep.meet(BARRIER)
+    found["generators kept"] = torch.equal(before, torch.get_rng_state())
+    return found
 
 
-def test_evaluation_on_the_main_process_alone() -> None:
-    losses, nothing = run(2, main_only_evaluation_case)
-    assert nothing is None
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+def test_evaluation_and_generation_on_the_main_process_alone() -> None:
+    leader, peer = run(2, main_only_case)
+    assert leader["losses"][1] == pytest.approx(leader["losses"][0], rel=1e-5)
+    assert leader["tokens"][0] == leader["tokens"][1]
+    assert peer["generators kept"], "helping moved the peer's own generators"
+
+
+def collective_case() -> str:
+    from tp_plugin.engines.accelerate import operations
+
+    pair(2)
+    operations.meet_at("gather")  # all ranks at one: fine
+    return expect("two collectives", lambda: operations.meet_at("gather" if rank() else "reduce"))
+
+
+def test_different_collectives_of_accelerate_are_told_apart() -> None:
+    for message in run(2, collective_case):
+        assert "came to different collectives of Accelerate" in message
 
 
 def audit_case() -> str:

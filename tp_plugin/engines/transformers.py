@@ -8,12 +8,15 @@ import math
 import os
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from torch import nn
 
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.options import Options
+from tp_plugin.parallel.guard import digests
+from tp_plugin.parallel.lockstep import GENERATE, Request
 from tp_plugin.parallel.mesh import current_mesh
 from tp_plugin.policy import check_config, load, policy_for
 from tp_plugin.shard import is_sharded, standing_by
@@ -30,6 +33,27 @@ def install(modeling_utils: Any) -> None:
         wrap(model, "num_parameters", _num_parameters)
     else:  # it lives in a mixin
         wrap(modeling_utils.ModuleUtilsMixin, "num_parameters", _num_parameters)
+
+
+def install_generation(generation: Any) -> None:
+    """Patch ``GenerationMixin``."""
+    wrap(generation.GenerationMixin, "generate", _generate)
+
+
+def _generate(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Generate on all ranks together; the main process alone takes its peers along for the whole call."""
+    mesh = current_mesh()
+    record: Any = getattr(self, "tp_record", None)
+    lockstep = record.exchange.lockstep if mesh is not None and record is not None else None
+    if lockstep is None or lockstep.helping:
+        return original(self, *args, **kwargs)
+    values = [2 * self.training, record.number, crc32(repr(sorted(digests(args, kwargs).items())).encode())]
+    rows = lockstep.meet(GENERATE, values, lambda: Request.of("generate", self, args, kwargs))
+    lockstep.helping = len(rows) < mesh.tp_size
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        lockstep.helping = False
 
 
 def _from_pretrained(original: Any) -> classmethod[Any, Any, Any]:

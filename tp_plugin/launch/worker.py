@@ -16,6 +16,7 @@ _PATCHES = {
     "accelerate.checkpointing": ("tp_plugin.engines.accelerate.prepare", "install_checkpointing"),
     "accelerate.accelerator": ("tp_plugin.engines.accelerate.prepare", "install"),
     "transformers.modeling_utils": ("tp_plugin.engines.transformers", "install"),
+    "transformers.generation.utils": ("tp_plugin.engines.transformers", "install_generation"),
     "peft.peft_model": ("tp_plugin.engines.peft", "install"),
 }
 """Module → the function of an engine that patches it once it is imported."""

@@ -27,6 +27,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from tp_plugin.errors import DivergenceError
 from tp_plugin.parallel import mesh as groups
@@ -64,10 +65,10 @@ class Exchange:
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
-        self.lockstep = Lockstep(mesh, self._census, self._bury)
+        self.lockstep = Lockstep(mesh, self._census, self._bury, self._find)
         self.leaving = False
         self._pid = os.getpid()
-        self._sources: dict[str, Source] = {}
+        self._sources: dict[str, Any] = {}
         self._order: list[str] = []
         self._open: set[str] = set()
         self._finished: Counter[tuple[str, int]] = Counter()
@@ -104,6 +105,11 @@ class Exchange:
         for uid in [uid for bit, uid in enumerate(self._order[:62]) if gone >> bit & 1]:
             self._order.remove(uid)
             del self._sources[uid]
+
+    def _find(self, number: int) -> nn.Module:
+        models = [source for source in self._sources.values() if getattr(source, "number", None) == number]
+        module: nn.Module = models[0].module()
+        return module
 
     def read(self, uid: str, key: str, rank: int) -> torch.Tensor:
         """The tensor ``key`` of ``uid`` on TP rank ``rank``, on the CPU.
@@ -240,7 +246,7 @@ class Exchange:
             if time.monotonic() > deadline:
                 raise DivergenceError("its weights are at another point of the program" if source else "no such model")
             time.sleep(0.005)
-        tensor = source.local(key).detach().clone()
+        tensor: torch.Tensor = source.local(key).detach().clone()
         if source.fingerprint() != theirs:
             raise DivergenceError("its weights changed while they were read")
         return tensor

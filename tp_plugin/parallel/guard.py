@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from tp_plugin.errors import DivergenceError
 from tp_plugin.parallel import rng
 from tp_plugin.parallel.exchange import Exchange
-from tp_plugin.parallel.lockstep import FORWARD, GRADIENTS
+from tp_plugin.parallel.lockstep import FORWARD, GRADIENTS, Request
 from tp_plugin.parallel.mesh import Mesh
 
 _SAMPLE = 1 << 16
@@ -63,22 +62,22 @@ class Guard:
 
     @torch._dynamo.disable
     def _check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        digests = {name: _digest(tensor) for name, tensor in _tensors(args, kwargs).items()}
-        batch = zlib.crc32(repr(sorted(digests.items())).encode())
+        seen = digests(args, kwargs)
+        batch = zlib.crc32(repr(sorted(seen.items())).encode())
         mode = GRADIENTS * torch.is_grad_enabled() + 2 * module.training
         record: Any = getattr(module, "tp_record", None)  # an inner model called by itself has none
         mine = [mode, record.number if record else -1, batch, rng.fingerprint()]
-        everyone = self.lockstep.meet(FORWARD, mine, lambda: _request(module, args, kwargs))
+        everyone = self.lockstep.meet(FORWARD, mine, lambda: record and Request.of("__call__", module, args, kwargs))
         if any(values[:3] != mine[:3] for values in everyone):
             self._depth = 0
-            self._explain(module, digests, mode)
+            self._explain(module, seen, mode)
         if any(values[3] != mine[3] for values in everyone):
             rng.synchronize(self.mesh.control)
 
-    def _explain(self, module: nn.Module, digests: dict[str, Any], mode: int) -> None:
+    def _explain(self, module: nn.Module, mine: dict[str, Any], mode: int) -> None:
         phase = f"{'training' if mode & 2 else 'evaluation'}, gradients {'on' if mode & GRADIENTS else 'off'}"
         call = f"{type(module).__name__} ({phase})"
-        theirs = self.mesh.control.gather_objects((call, digests))
+        theirs = self.mesh.control.gather_objects((call, mine))
         where = f"forward {self.lockstep.clock}, TP group of ranks {list(self.mesh.tp.ranks)}"
         calls = {rank: call for rank, (call, _) in zip(self.mesh.tp.ranks, theirs, strict=True)}
         if len(set(calls.values())) > 1:
@@ -94,20 +93,9 @@ class Guard:
         )
 
 
-def _request(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a peer needs to run the same forward, or None where an argument lives on this rank only (a KV cache)."""
-    plain = (torch.Tensor, int, float, bool, str, type(None))
-
-    def sendable(value: Any) -> bool:
-        if isinstance(value, list | tuple):
-            return all(sendable(item) for item in value)
-        if isinstance(value, dict):
-            return all(sendable(item) for item in value.values())
-        return isinstance(value, plain)
-
-    if not sendable(args) or not sendable(kwargs) or not hasattr(module, "tp_record"):
-        return None
-    return (*tree_map_only(torch.Tensor, torch.Tensor.cpu, (args, kwargs)), module.training)
+def digests(args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Shape, dtype and checksum of every tensor among the arguments of a call, by name."""
+    return {name: _digest(tensor) for name, tensor in _tensors(args, kwargs).items()}
 
 
 def _tensors(args: Any, kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -1,16 +1,18 @@
 """Points at which the ranks of a TP group meet, and what happens when they are not at the same one.
 
-A forward, a barrier, a batch, a trigger: each begins with one all-gather of a small header on the control group. Ranks
+A forward, a barrier, a batch, a gather: each begins with one all-gather of a small header on the control group. Ranks
 that diverged learn it there at once, on every rank, instead of hanging in collectives that do not match.
 
 One divergence is ordinary: ``if accelerator.is_main_process: evaluate(model)``. When the leader is in a forward without
-gradients and its peers are at a later point, the peers help: they run the same forward on their shards and wait again.
+gradients, or in ``generate``, and its peers are at a later point, the peers help: they make the same call on their
+shards and wait again.
 """
 
 from __future__ import annotations
 
-import weakref
+import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +20,19 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from tp_plugin.errors import DivergenceError
+from tp_plugin.parallel import rng
 from tp_plugin.parallel.mesh import Mesh
 
-PLACES = ("a forward", "wait_for_everyone", "the next batch of a data loader", "check_trigger", "the end of the script")
-FORWARD, BARRIER, BATCH, TRIGGER, END = range(len(PLACES))
+PLACES = (
+    "a forward",
+    "generate",
+    "wait_for_everyone",
+    "the next batch of a data loader",
+    "check_trigger",
+    "a gather, reduce or broadcast of Accelerate",
+    "the end of the script",
+)
+FORWARD, GENERATE, BARRIER, BATCH, TRIGGER, COLLECTIVE, END = range(len(PLACES))
 
 _WIDTH = 4
 """Values in a header that belong to its place."""
@@ -33,27 +44,59 @@ GRADIENTS = 1
 """Bit of a forward's first value: gradients are recorded."""
 
 
-class Lockstep:
-    """This rank's part in the meetings of its TP group."""
+@dataclass
+class Request:
+    """What a peer needs to make the leader's call: a method of the model, its arguments, and the state it runs in."""
 
-    def __init__(self, mesh: Mesh, census: Callable[[], Census], bury: Callable[[list[Census]], None]):
-        self.mesh, self._census, self._bury = mesh, census, bury
+    method: str
+    args: Any
+    kwargs: Any
+    training: bool
+    generators: dict[str, Any]
+
+    @staticmethod
+    def of(method: str, model: nn.Module, args: Any, kwargs: Any) -> bytes | None:
+        """The request as bytes, or None if an argument lives on this rank only (a KV cache, a streamer)."""
+        if any(type(value).__name__.endswith("Cache") for value in (*args, *kwargs.values())):
+            return None  # a cache holds this rank's heads
+        host_args, host_kwargs = tree_map_only(torch.Tensor, torch.Tensor.cpu, (args, kwargs))
+        try:
+            return pickle.dumps(Request(method, host_args, host_kwargs, model.training, rng.snapshot()))
+        except (pickle.PicklingError, TypeError, AttributeError):
+            return None
+
+
+class Lockstep:
+    """This rank's part in the meetings of its TP group.
+
+    Args:
+        mesh: the groups.
+        census, bury: told to and by the other ranks at each meeting (see exchange.py).
+        find: the sharded model of a number, as this rank has it.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        census: Callable[[], Census],
+        bury: Callable[[list[Census]], None],
+        find: Callable[[int], nn.Module],
+    ):
+        self.mesh, self._census, self._bury, self._find = mesh, census, bury, find
         self.clock = 0
         """Meetings so far; equal on all ranks of the group at equal points of the program."""
         self.helping = False
-        self._models: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+        """In a call that not all ranks came to by themselves: its forwards meet nowhere."""
 
-    def watch(self, number: int, model: nn.Module) -> None:
-        """Let the leader ask for help with forwards of ``model``, by its number (equal on all ranks)."""
-        self._models[number] = model
-
-    def meet(self, place: int, values: Sequence[int] = (), request: Callable[[], Any] | None = None) -> list[list[int]]:
-        """Wait for the other ranks at ``place``; returns everyone's ``values`` in TP rank order.
+    def meet(
+        self, place: int, values: Sequence[int] = (), request: Callable[[], bytes | None] | None = None
+    ) -> list[list[int]]:
+        """Wait for the other ranks at ``place``; returns everyone's ``values`` in TP rank order (one row: helped).
 
         Args:
             place: one of the constants of this module.
-            values: up to four integers; for a forward (mode bits, model number, batch digest, generator digest).
-            request: for a forward, gives what a helper needs, ``(args, kwargs, training)``; None if it can't be sent.
+            values: up to four integers; for a forward or generate (mode bits, model number, digest of the arguments).
+            request: for a forward or generate, gives what a helper needs (:meth:`Request.of`).
 
         Raises:
             DivergenceError: on every rank, naming where each is.
@@ -64,20 +107,17 @@ class Lockstep:
             rows = self._gather(torch.tensor([*mine, self.clock, *self._census()]), place)
             self.clock = max(row[-3] for row in rows)
             self._bury([(count, gone) for *_, count, gone in rows])
-            if not self._can_help(rows):
+            if not self._leader_is_alone(rows):
                 if all(row[0] == place for row in rows):
                     return [row[1:-3] for row in rows]
                 raise DivergenceError(self._where(rows))
-            if self.mesh.is_leader:
-                assert request is not None
-                message = request()
-                if self.mesh.control.broadcast_object(message) is None:
-                    raise DivergenceError(self._where(rows))
-                return [mine[1:]]
-            message = self.mesh.control.broadcast_object(None)
+            message = request() if self.mesh.is_leader and request is not None else None
+            message = self.mesh.control.broadcast_object(message)
             if message is None:
                 raise DivergenceError(self._where(rows))
-            self._help(rows[0][2], *message)
+            if self.mesh.is_leader:
+                return [mine[1:]]
+            self._help(self._find(rows[0][2]), pickle.loads(message))
 
     def _gather(self, header: torch.Tensor, place: int) -> list[list[int]]:
         try:
@@ -88,24 +128,27 @@ class Lockstep:
                 f"rank came to {PLACES[place]}: {error}"
             ) from error
 
-    def _can_help(self, rows: list[list[int]]) -> bool:
+    def _leader_is_alone(self, rows: list[list[int]]) -> bool:
         leader, *peers = rows
-        # the same call in another mode is another place too; the same call with another batch is an error of the guard
-        alone = all(row[0] != FORWARD or row[1:3] != leader[1:3] for row in peers)
-        return leader[0] == FORWARD and alone and not leader[1] & GRADIENTS
+        # a forward in another mode is another place too; with another batch it is an error, which the guard explains
+        same = slice(0, 3) if leader[0] == FORWARD else slice(0, 4)
+        alone = all(row[same] != leader[same] for row in peers)
+        return alone and (leader[0] == GENERATE or (leader[0] == FORWARD and not leader[1] & GRADIENTS))
 
-    def _help(self, number: int, args: Any, kwargs: Any, training: bool) -> None:
-        model = self._models[number]
+    def _help(self, model: nn.Module, request: Request) -> None:
         device = next(model.parameters()).device
-        args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), (args, kwargs))
+        args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), (request.args, request.kwargs))
         modes = {module: module.training for module in model.modules()}
+        generators = rng.snapshot()
         self.helping = True
         try:
             with torch.no_grad():
-                model.train(training)
-                model(*args, **kwargs)
+                model.train(request.training)
+                rng.restore(request.generators)
+                getattr(model, request.method)(*args, **kwargs)
         finally:
             self.helping = False
+            rng.restore(generators)
             for module, mode in modes.items():
                 module.training = mode
 
@@ -113,6 +156,6 @@ class Lockstep:
         at = ", ".join(f"rank {rank} at {PLACES[row[0]]}" for rank, row in zip(self.mesh.tp.ranks, rows, strict=True))
         return (
             f"the ranks of a TP group are at different places of the script: {at}. They are one process and must make "
-            "the same calls. On the main process alone only forwards without gradients and without a KV cache can run "
-            "(generate: call it on every rank, or with use_cache=False)"
+            "the same calls. On the main process alone only generate and forwards without gradients can run, with "
+            "arguments that can be sent to the other ranks (no KV cache, no streamer)"
         )

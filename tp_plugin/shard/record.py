@@ -6,6 +6,7 @@ import itertools
 import weakref
 import zlib
 from collections import Counter
+from types import MethodType
 from typing import Any
 
 import torch
@@ -42,8 +43,8 @@ class ShardRecord:
         self._wholes: weakref.WeakValueDictionary[tuple[str, int, int], torch.Tensor] = weakref.WeakValueDictionary()
         self._versions: dict[str, int] = {}
         self._parameters: dict[str, torch.Tensor] = {}
+        self._shadow: nn.Module = nn.Module()
         self.exchange.publish(self.uid, self)
-        self.exchange.lockstep.watch(number, model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardRecord:
         original = self.model()
@@ -63,9 +64,22 @@ class ShardRecord:
         )
 
     def keep(self) -> None:
-        """Hold the parameters: a copied model has none yet when its record is made."""
+        """Hold what the model is made of (a copied model is still empty when its record is made), but not the model."""
+        model = self.model()
+        if model is None:
+            return
         if not self._parameters:
             self.parameters()
+        shadow = object.__new__(type(model))
+        shadow.__dict__ = {
+            name: MethodType(value.__func__, shadow) if getattr(value, "__self__", None) is model else value
+            for name, value in vars(model).items()
+        }
+        self._shadow = shadow
+
+    def module(self) -> nn.Module:
+        """The model; once the script has let go of it, a module made of the same parts."""
+        return self.model() or self._shadow
 
     def alive(self) -> bool:
         """Whether the script still holds the model."""

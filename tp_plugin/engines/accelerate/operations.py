@@ -8,6 +8,7 @@ value may exist on that one rank only (``if accelerator.is_main_process``).
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 import torch.distributed as dist
 
 from tp_plugin.engines.patching import patch, wrap
+from tp_plugin.errors import DivergenceError
+from tp_plugin.parallel.exchange import exchange
+from tp_plugin.parallel.lockstep import COLLECTIVE
 from tp_plugin.parallel.mesh import current_mesh
 
 _leaders_only = False
@@ -29,6 +33,23 @@ def leaders_only() -> Iterator[None]:
         yield
     finally:
         _leaders_only = before
+
+
+def meet_at(operation: str) -> None:
+    """The ranks of a TP group come to Accelerate's collectives together, or are told that they do not.
+
+    Raises:
+        DivergenceError: they are at different collectives, or not all at one.
+    """
+    mesh = current_mesh()
+    if mesh is None or _leaders_only:
+        return
+    link = exchange(mesh).lockstep
+    if len({values[0] for values in link.meet(COLLECTIVE, [zlib.crc32(operation.encode())])}) > 1:
+        raise DivergenceError(
+            f"the ranks {list(mesh.tp.ranks)} of a TP group came to different collectives of Accelerate (this one to "
+            f"{operation}); they are one process and must make the same calls"
+        )
 
 
 class _OverDP:
@@ -51,6 +72,7 @@ class _OverDP:
             return function
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            meet_at(name)
             if name.startswith("broadcast"):
                 return self._broadcast(function, *args, **kwargs)
             if mesh.dp_size == 1:
@@ -109,6 +131,8 @@ def _broadcast(original: Any, tensor: Any, from_process: int = 0) -> Any:
         return original(tensor, from_process=from_process)
     from accelerate.utils import recursively_apply
 
+    meet_at("broadcast")
+
     def send(value: torch.Tensor) -> torch.Tensor:
         mesh = current_mesh()
         assert mesh is not None
@@ -121,6 +145,7 @@ def _broadcast(original: Any, tensor: Any, from_process: int = 0) -> Any:
 def _broadcast_object_list(original: Any, object_list: list[Any], from_process: int = 0) -> list[Any]:
     if not _undistributed():
         return original(object_list, from_process=from_process)  # type: ignore[no-any-return]
+    meet_at("broadcast_object_list")
     mesh = current_mesh()
     assert mesh is not None
     object_list[:] = mesh.control.broadcast_object(list(object_list))
