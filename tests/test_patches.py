@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad
 
-from tp_plugin.engines.accelerate.operations import _OverDP
+from tp_plugin.engines.accelerate.operations import OverDP
 
 
 def distributed_calls(module: Any) -> set[str]:
@@ -35,7 +35,7 @@ def distributed_calls(module: Any) -> set[str]:
 
 @pytest.mark.parametrize("module", [accelerate.utils.operations, accelerate.utils.random])
 def test_accelerate_calls_only_collectives_that_are_redirected(module: Any) -> None:
-    unknown = distributed_calls(module) - set(_OverDP.HANDLED)
+    unknown = distributed_calls(module) - set(OverDP.HANDLED)
     assert not unknown, f"{module.__name__} now calls torch.distributed.{unknown}: over which group should it go?"
 
 
@@ -81,3 +81,17 @@ def test_every_model_passes_the_patched_init() -> None:
 def test_ddp_handler_still_gives_the_keywords() -> None:
     source = inspect.getsource(accelerate.Accelerator.prepare_model)
     assert source.count("self.ddp_handler.to_kwargs()") == source.count("DistributedDataParallel(") == 2
+
+
+def test_trainer_keeps_the_names_that_are_patched() -> None:
+    import transformers.trainer
+    import transformers.trainer_pt_utils
+    import transformers.training_args
+
+    for module in (transformers.trainer, transformers.trainer_pt_utils, transformers.training_args):
+        assert module.dist is not None, f"{module.__name__} no longer imports torch.distributed as dist"
+    for name in ("should_save", "should_log", "main_process_first"):
+        assert name in vars(transformers.TrainingArguments), f"TrainingArguments lost {name}"
+    for name in ("is_world_process_zero", "_save_rng_state", "_load_best_model"):
+        assert name in vars(transformers.Trainer), f"Trainer lost {name}"
+    assert "generate" in vars(transformers.GenerationMixin)

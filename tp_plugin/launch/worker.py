@@ -16,6 +16,9 @@ _PATCHES = {
     "accelerate.checkpointing": ("tp_plugin.engines.accelerate.prepare", "install_checkpointing"),
     "accelerate.accelerator": ("tp_plugin.engines.accelerate.prepare", "install"),
     "transformers.modeling_utils": ("tp_plugin.engines.transformers", "install"),
+    "transformers.trainer_pt_utils": ("tp_plugin.engines.trainer", "install_helpers"),
+    "transformers.training_args": ("tp_plugin.engines.trainer", "install_arguments"),
+    "transformers.trainer": ("tp_plugin.engines.trainer", "install"),
     "transformers.generation.utils": ("tp_plugin.engines.transformers", "install_generation"),
     "peft.peft_model": ("tp_plugin.engines.peft", "install"),
 }

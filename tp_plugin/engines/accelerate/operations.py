@@ -52,7 +52,7 @@ def meet_at(operation: str) -> None:
         )
 
 
-class _OverDP:
+class OverDP:
     """``torch.distributed`` whose calls without a group mean the DP group. Ranks are process indices."""
 
     # every function of torch.distributed that the patched modules call; a test reads their sources
@@ -100,9 +100,9 @@ def _alone(name: str, output: Any, value: Any = None) -> None:
 
 
 class TorchOverDP:
-    """The ``torch`` module with :class:`_OverDP` as its ``distributed``."""
+    """The ``torch`` module with :class:`OverDP` as its ``distributed``."""
 
-    distributed = _OverDP()
+    distributed = OverDP()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
