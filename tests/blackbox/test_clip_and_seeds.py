@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from .compare import GRADIENT, LOSS, NORM, WEIGHTS, close, peers_agree, same, tensors_close, tensors_in
@@ -35,10 +36,10 @@ def states(run, name):
     return tensors_in(run.out / "states" / f"{name}.safetensors")
 
 
-def gradient_of(run, checkpoint):
+def gradient_of(run, checkpoint, dtype=torch.float32):
     """The script took one step of bare descent with lr=1e4."""
-    after = states(run, f"gradients of {checkpoint.name}")
-    before = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    after = states(run, f"gradients of {'' if dtype is torch.float32 else 'bf16 '}{checkpoint.name}")
+    before = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).state_dict()
     return {name: (before[name].double() - after[name].double()) / 1e4 for name in before}
 
 
@@ -155,14 +156,15 @@ def bf16(bench, checkpoints):
     return [bench.run("bf16", tp, 1, (*args, precision)) for tp, precision in ((2, "bf16"), (1, "bf16"), (1, "no"))]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["autocast", "whole"])
 @pytest.mark.parametrize("model", MODELS)
-def test_bf16_gradients(bf16, checkpoints, model):
+def test_bf16_gradients(bf16, checkpoints, model, dtype):
     """Two bf16 runs that add in another order err by the same amount, not to the same value.
 
     The ranks round each partial sum and then the sum of both, where one process rounds once: an error of up to
     sqrt(1 + 2/2) = 1.4 in the activations that are reduced, and nothing more elsewhere.
     """
-    run, plain, exact = (gradient_of(r, checkpoints[model]) for r in bf16)
+    run, plain, exact = (gradient_of(r, checkpoints[model], dtype) for r in bf16)
     spread = relative(plain, exact)
     assert spread > 1e-3, "the oracle did not compute in bf16"
     assert 1e-3 < relative(run, exact) <= 1.4 * spread

@@ -8,7 +8,7 @@ from .compare import LOSS, NORM, WEIGHTS, close, tensors_close, tensors_in
 
 CASES = [("llama", 2, 2), ("gpt2", 4, 1)]
 SECTIONS = ["optimizer after the model", "split batches", "teacher", "own embeddings", "wrapped", "classification"]
-SECTIONS += ["two models", "skipped", "generation", "main process alone"]
+SECTIONS += ["two models", "skipped", "nested", "best weights", "generation"]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda c: f"{c[0]}-tp{c[1]}dp{c[2]}")
@@ -36,10 +36,21 @@ def test_section(runs, section):
         tensors_close(tensors_in(run.out / state), tensors_in(plain.out / state), WEIGHTS, section)
 
 
+@pytest.mark.parametrize("layout", [(2, 2), (4, 1)], ids=["tp2dp2", "tp4dp1"])
+def test_main_process_alone_evaluates(bench, checkpoints, layout):
+    tp, dp = layout
+    args = ("--models", str(checkpoints["llama"].parent), "--alone")
+    run, plain = bench.launch("relatives", tp, dp, args, timeout=90), bench.launch("relatives", 1, dp, args)
+    for process, group in enumerate(run.layout.groups()):
+        expected = plain.ranks[process]["main process alone"]
+        for rank in group:
+            close(run.ranks[rank]["main process alone"], expected, LOSS, f"rank {rank}")
+
+
 def test_main_process_alone_generates_with_a_cache(bench, checkpoints):
     """It works, or every rank of the group is told within seconds; it never hangs."""
-    args = ("--models", str(checkpoints["llama"].parent), "--only", "main process alone", "--cache")
-    run, plain = (bench.launch("relatives", tp, 1, args, timeout=60) for tp in (2, 1))
+    args = ("--models", str(checkpoints["llama"].parent), "--alone", "--cache")
+    run, plain = bench.launch("relatives", 2, 1, args, timeout=90), bench.launch("relatives", 1, 1, args)
     expected = plain.ranks[0]["main process alone"]
     for rank, own in enumerate(run.ranks):
         got = own["main process alone"]

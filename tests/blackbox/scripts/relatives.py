@@ -211,6 +211,69 @@ def generation(args, name):
     return found
 
 
+def evaluate(accelerator, model, loader):
+    model.eval()
+    losses = []
+    for batch in loader:
+        with torch.no_grad():
+            loss = model(**{key: value for key, value in batch.items() if key != "ids"}).loss
+        losses += accelerator.gather_for_metrics(loss.repeat(len(batch["ids"]))).tolist()
+    model.train()
+    return losses
+
+
+def nested(args, name):
+    """Peeks at a batch first, evaluates in the middle of an epoch, walks through two loaders at once."""
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    model = load(args)
+    size = model.config.vocab_size
+    loaders = loader_for(size, shuffle=True), loader_for(size, shuffle=True), loader_for(size)
+    model, optimizer, *loaders = accelerator.prepare(model, adamw(model), *loaders)
+    train_loader, second_loader, eval_loader = loaders
+    found = {"peeked": next(iter(train_loader))["ids"].tolist(), "losses": [], "ids": [], "evaluated": []}
+    for step, (batch, other) in enumerate(zip(train_loader, second_loader, strict=True)):
+        found["ids"] += [batch.pop("ids").tolist(), other.pop("ids").tolist()]
+        with accelerator.accumulate(model):
+            loss = (model(**batch).loss + model(**other).loss) / 2
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        found["losses"].append(loss.item())
+        if step == 1:
+            found["evaluated"] += evaluate(accelerator, model, eval_loader)
+    return found
+
+
+def best_weights(args, name):
+    """Keeps the best weights in memory and an average beside, goes back to the best, saves optimizer and average."""
+    accelerator = Accelerator()
+    model = load(args)
+    # GPT-2's key biases have no gradient but rounding noise, which an eps of 1e-8 would turn into steps
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-5)
+    loader, eval_loader = loader_for(model.config.vocab_size, shuffle=True), loader_for(model.config.vocab_size)
+    model, optimizer, loader, eval_loader = accelerator.prepare(model, optimizer, loader, eval_loader)
+    unwrapped = accelerator.unwrap_model(model)
+    average = torch.optim.swa_utils.AveragedModel(unwrapped, avg_fn=lambda a, b, n: 0.5 * a + 0.5 * b)
+    best = {key: value.clone() for key, value in unwrapped.state_dict().items()}
+    found = {"before": evaluate(accelerator, model, eval_loader)}
+    for batch in loader:
+        batch.pop("ids")
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(unwrapped)
+    found["trained"] = evaluate(accelerator, model, eval_loader)
+    found["average"] = evaluate(accelerator, average, eval_loader)
+    unwrapped.load_state_dict(best)
+    found["went back"] = evaluate(accelerator, model, eval_loader)
+    moments = [entry["exp_avg_sq"].double().sum().item() for entry in optimizer.state_dict()["state"].values()]
+    found["moments"] = broadcast_object_list([moments if accelerator.is_main_process else None])
+    state = average.module.state_dict()
+    if accelerator.is_main_process:
+        save_file({key: value.clone() for key, value in state.items()}, args.out / "states" / f"{name}.safetensors")
+    return found
+
+
 def main_process_alone(args, name):
     """Every epoch the main process alone looks at a sample and at its loss, while the others go on."""
     accelerator = Accelerator()
@@ -233,7 +296,6 @@ def main_process_alone(args, name):
 
 
 SECTIONS = {
-    "main process alone": main_process_alone,
     "optimizer after the model": optimizer_after_the_model,
     "split batches": split_batches,
     "teacher": teacher,
@@ -242,18 +304,21 @@ SECTIONS = {
     "classification": classification,
     "two models": two_models,
     "skipped": skipped,
+    "nested": nested,
+    "best weights": best_weights,
     "generation": generation,
+    "main process alone": main_process_alone,  # only if asked for: where it fails, it may hang
 }
 
 
 def main():
     parser = arguments()
-    parser.add_argument("--only", choices=SECTIONS)
+    parser.add_argument("--alone", action="store_true", help="the section of the main process alone, and no other")
     parser.add_argument("--cache", action="store_true", help="generate with a cache where the main process is alone")
     args = parser.parse_args()
     found = {}
     for name, section in SECTIONS.items():
-        if args.only not in (None, name):
+        if (name == "main process alone") != args.alone:
             continue
         set_seed(17)
         try:
