@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from tp_plugin.engines.patching import wrap
+from tp_plugin.parallel.exchange import exchange
 from tp_plugin.parallel.mesh import current_mesh
-from tp_plugin.shard import is_sharded, models_in, standing_by
+from tp_plugin.shard import is_sharded, models_in
 
 
 def install(peft_model: Any) -> None:
@@ -16,11 +17,7 @@ def install(peft_model: Any) -> None:
 
 def _save_pretrained(original: Any, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     mesh = current_mesh()
-    sharded = [model for _, model in models_in(self) if is_sharded(model)] if mesh is not None else []
-    if mesh is None or mesh.is_leader or not sharded:
+    if mesh is None or not any(is_sharded(model) for _, model in models_in(self)):
         return original(self, save_directory, *args, **kwargs)
-    if kwargs.get("state_dict") is None:
-        for model in sharded:  # the leader reads the whole state dict; stay until it has
-            with standing_by(model):
-                pass
-    return None
+    with exchange(mesh).together("PeftModel.save_pretrained"):
+        return original(self, save_directory, *args, **kwargs) if mesh.is_leader else None

@@ -59,6 +59,7 @@ def install(trainer: Any) -> None:
     wrap(cls, "is_world_process_zero", lambda original, self: original(self) and _leads())
     wrap(cls, "_save_rng_state", lambda original, self, *args: original(self, *args) if _leads() else None)
     wrap(cls, "_load_best_model", _load_best_model)
+    wrap(cls, "save_model", _save_model)
 
 
 def _leads() -> bool:
@@ -85,6 +86,14 @@ def _main_process_first(original: Any, self: Any, local: bool = True, desc: str 
         return
     with state.local_main_process_first() if local else state.main_process_first():
         yield
+
+
+def _save_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    mesh = current_mesh()
+    if mesh is None:
+        return original(self, *args, **kwargs)
+    with exchange(mesh).together("Trainer.save_model"):  # what it wrote is there when any rank returns
+        return original(self, *args, **kwargs)
 
 
 def _load_best_model(original: Any, self: Any) -> Any:

@@ -19,7 +19,7 @@ from tp_plugin.parallel.guard import digests
 from tp_plugin.parallel.lockstep import GENERATE, Request
 from tp_plugin.parallel.mesh import current_mesh
 from tp_plugin.policy import check_config, load, policy_for
-from tp_plugin.shard import is_sharded, standing_by
+from tp_plugin.shard import is_sharded
 
 
 def install(modeling_utils: Any) -> None:
@@ -112,15 +112,12 @@ def _refuse_quantized(config: Any, options: Options) -> None:
 
 
 def _save_pretrained(original: Any, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-    mesh = current_mesh()
-    if mesh is None or not is_sharded(self) or mesh.is_leader:
+    if not is_sharded(self):
         return original(self, save_directory, *args, **kwargs)
-    # the leader writes; a peer that makes the same call stays until the leader has read its shards
-    state_dict_given = kwargs.get("state_dict") is not None or (len(args) > 1 and args[1] is not None)
-    if not state_dict_given:
-        with standing_by(self):
-            pass
-    return None
+    record = self.tp_record
+    with record.exchange.together(f"{record.uid} save"):
+        # one rank of the TP group writes; the others return when the files are there
+        return original(self, save_directory, *args, **kwargs) if record.mesh.is_leader else None
 
 
 def _resize_token_embeddings(original: Any, self: Any, new_num_tokens: Any = None, *args: Any, **kwargs: Any) -> Any:

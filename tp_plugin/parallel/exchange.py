@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, Protocol
 
@@ -71,6 +72,7 @@ class Exchange:
         self._sources: dict[str, Any] = {}
         self._order: list[str] = []
         self._open: set[str] = set()
+        self._parked = ""
         self._finished: Counter[tuple[str, int]] = Counter()
         self._links: dict[int, Connection] = {}
         self._asking = threading.Lock()
@@ -137,26 +139,39 @@ class Exchange:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(dtype).view(shape)
 
-    def enter(self, uid: str) -> None:
-        """This rank begins to read ``uid``, or to stand by while others do."""
-        self._open.add(uid)
+    @contextlib.contextmanager
+    def together(self, session: str) -> Iterator[None]:
+        """A call that ranks leave together: a peer that does nothing in it returns when the leader's part is done."""
+        self.enter(session)
+        try:
+            yield
+        finally:
+            self.leave(session)
 
-    def leave(self, uid: str) -> None:
+    def enter(self, session: str) -> None:
+        """This rank begins a call in which shards are read, here or on another rank."""
+        self._open.add(session)
+
+    def leave(self, session: str) -> None:
         """Stay until every rank that made the same call has finished it; ranks elsewhere are not waited for."""
-        at = (uid, self.lockstep.clock)
+        at = (session, self.lockstep.clock)
         self._finished[at] += 1
-        self._open.discard(uid)
+        self._open.discard(session)
+        self._parked = session
         patience = time.monotonic() + GRACE
         waiting = [rank for rank in range(self.mesh.tp_size) if rank != self.mesh.tp.rank]
         while waiting:
             waiting = [rank for rank in waiting if not self._is_through(rank, at, time.monotonic() > patience)]
             if waiting:
                 time.sleep(0.005)
+        self._parked = ""
 
     def _is_through(self, rank: int, at: tuple[str, int], impatient: bool) -> bool:
         status = self._status(rank, *at)
         if status is None or status["leaving"] or status["clock"] > self.lockstep.clock:
             return True
+        if status["parked"] in self._open:
+            return True  # it waits for this rank in an outer call, of which this one is a part
         return bool(status["finished"] >= self._finished[at] or (impatient and not status["open"]))
 
     def farewell(self) -> None:
@@ -225,6 +240,7 @@ class Exchange:
                             "busy": 0.0 if groups.busy_since is None else time.monotonic() - groups.busy_since,
                             "leaving": self.leaving,
                             "open": uid in self._open,
+                            "parked": self._parked,
                             "finished": self._finished[uid, clock],
                         }
                     )

@@ -3,15 +3,12 @@
 from tp_plugin.shard.apply import is_sharded, model_type, models_in, parallelize
 from tp_plugin.shard.optimizer import shard_optimizer
 from tp_plugin.shard.replicas import agree_on_weights
-from tp_plugin.shard.state_dict import local_state_dicts, standing_by
 
 __all__ = [
     "agree_on_weights",
     "is_sharded",
-    "local_state_dicts",
     "model_type",
     "models_in",
     "parallelize",
     "shard_optimizer",
-    "standing_by",
 ]

@@ -6,8 +6,6 @@ a part, ``save_pretrained``, Accelerate's ``save_model`` and ``save_state``) pas
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,19 +13,6 @@ from torch import nn
 
 from tp_plugin.parallel.mesh import require_mesh
 from tp_plugin.shard.record import ShardRecord
-
-_local_only = False
-
-
-@contextlib.contextmanager
-def local_state_dicts() -> Iterator[None]:
-    """Inside, ``state_dict`` gives each rank's own tensors, without reading from any other rank."""
-    global _local_only
-    before, _local_only = _local_only, True
-    try:
-        yield
-    finally:
-        _local_only = before
 
 
 def install(record: ShardRecord, model: nn.Module) -> None:
@@ -43,23 +28,13 @@ def install(record: ShardRecord, model: nn.Module) -> None:
 
 
 def _enter(model: nn.Module, prefix: str, keep_vars: bool) -> None:
-    if not _local_only:
-        record: ShardRecord = model.tp_record  # type: ignore[assignment]
-        record.exchange.enter(record.uid)
+    record: ShardRecord = model.tp_record  # type: ignore[assignment]
+    record.exchange.enter(record.uid)
 
 
 def _leave(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    if not _local_only:
-        record: ShardRecord = model.tp_record  # type: ignore[assignment]
-        record.exchange.leave(record.uid)
-
-
-@contextlib.contextmanager
-def standing_by(model: nn.Module) -> Iterator[None]:
-    """For a rank that makes the same call as its peers but needs no whole tensors: be read, and leave with them."""
-    _enter(model, "", False)
-    yield
-    _leave(model, {}, "", None)
+    record: ShardRecord = model.tp_record  # type: ignore[assignment]
+    record.exchange.leave(record.uid)
 
 
 class Owner:
@@ -75,8 +50,6 @@ class Owner:
 
 def _give_whole(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     owner: Owner = module.tp_owner  # type: ignore[assignment]
-    if _local_only:
-        return
     for name, _ in module.named_parameters(recurse=False):
         if prefix + name in state:
             with torch.no_grad():
