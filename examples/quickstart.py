@@ -164,11 +164,11 @@ def memory_table(reports: list[dict]) -> Table:
 def collectives_table(report: dict) -> Table:
     forwards = report["forwards"]
     table = Table(title="Collectives per micro-batch of training", title_justify="left", caption_justify="left")
-    table.caption = f"of one rank, in the mean over {forwards}; set-up and evaluations included"
+    table.caption = f"of one rank, in the mean over {forwards}; from each forward to the optimizer step"
     table.add_column("operation / group")
     table.add_column("count", justify="right")
     table.add_column("bytes", justify="right")
-    for name, total in sorted(report["collectives"].items()):
+    for name, total in sorted(report["training_collectives"].items()):
         table.add_row(name, f"{total['count'] / forwards:,.2f}", f"{total['bytes'] / forwards:,.0f}")
     return table
 

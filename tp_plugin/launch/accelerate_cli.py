@@ -16,6 +16,7 @@ from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.launch.imports import after_import
 from tp_plugin.options import DISABLE, TP_SIZE, Options
+from tp_plugin.policy.registry import load
 
 _written: dict[str, Any] = {}
 """Our keys as the config file holds them."""
@@ -109,6 +110,8 @@ def options_of(args: Any) -> Options:
 
 
 def _check(options: Options, args: Any) -> None:
+    if options.policy:
+        load(options.policy)
     processes = args.num_processes or 1
     if processes % options.tp_size:
         raise TPError(

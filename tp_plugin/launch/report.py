@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+from collections import Counter
 from pathlib import Path
 
 
@@ -14,7 +15,7 @@ def write_at_exit(directory: str) -> None:
 
 def _write(directory: Path) -> None:
     from tp_plugin.parallel.guard import training_forwards
-    from tp_plugin.parallel.mesh import current_mesh, ledger
+    from tp_plugin.parallel.mesh import current_mesh, ledger, training
     from tp_plugin.shard.record import totals
 
     mesh = current_mesh()
@@ -28,9 +29,12 @@ def _write(directory: Path) -> None:
         "dp_size": mesh.dp_size,
         **totals(),
         "forwards": training_forwards(),
-        "collectives": {
-            key: {"count": count, "bytes": ledger["bytes"][key]} for key, count in sorted(ledger["count"].items())
-        },
+        "collectives": _entries(ledger),
+        "training_collectives": _entries(training),
     }
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"rank{mesh.rank}.json").write_text(json.dumps(report, indent=2))
+
+
+def _entries(book: dict[str, Counter[str]]) -> dict[str, dict[str, int]]:
+    return {key: {"count": count, "bytes": book["bytes"][key]} for key, count in sorted(book["count"].items())}

@@ -41,7 +41,7 @@ PATIENCE = float(os.environ.get("TP_PLUGIN_READ_TIMEOUT", "30"))
 GRACE = 5.0
 """Seconds that a reader stays for a peer of which nothing shows whether it will make the same call."""
 
-STUCK = 3.0
+STUCK = 20.0
 """Seconds in one collective after which a rank is taken to wait for one that has come to its end."""
 
 
@@ -78,7 +78,7 @@ class Exchange:
         self._asking = threading.Lock()
         self._key = mesh.control.broadcast_object(secrets.token_bytes(32) if mesh.is_leader else None)
         hosts = mesh.control.gather_objects(socket.gethostname())
-        host = "127.0.0.1" if len(set(hosts)) == 1 else socket.gethostbyname(hosts[mesh.tp.rank])
+        host = "127.0.0.1" if len(set(hosts)) == 1 else _address()
         self._listener = Listener((host, 0), backlog=mesh.tp_size, authkey=self._key)
         self._addresses = mesh.control.gather_objects(self._listener.address)
         threading.Thread(target=self._accept, name="tp-exchange", daemon=True).start()
@@ -188,7 +188,14 @@ class Exchange:
         others = [rank for rank in range(self.mesh.tp_size) if rank != self.mesh.tp.rank]
         while meeting.is_alive():
             meeting.join(timeout=0.05)
-            if not self.lockstep.helping and any(self._is_stuck(rank) for rank in others):
+            stuck = [rank for rank in others if not self.lockstep.helping and self._is_stuck(rank)]
+            if stuck:
+                ranks = [self.mesh.tp.ranks[rank] for rank in stuck]
+                print(
+                    f"tp_plugin: rank {self.mesh.rank} came to the end of its script while ranks {ranks} of its TP group "
+                    f"have been in a collective for {STUCK:.0f} s; it leaves them",
+                    file=sys.stderr,
+                )
                 return
 
     def _meet_at_the_end(self) -> None:
@@ -266,6 +273,13 @@ class Exchange:
         if source.fingerprint() != theirs:
             raise DivergenceError("its weights changed while they were read")
         return tensor
+
+
+def _address() -> str:
+    """This host's address as the others see it: the one from which it reaches the rendezvous (no packet is sent)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "29500"))))
+        return str(probe.getsockname()[0])
 
 
 _exchange: Exchange | None = None

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tp_plugin.errors import DivergenceError
-from tp_plugin.parallel import rng
+from tp_plugin.parallel import mesh, rng
 from tp_plugin.parallel.exchange import Exchange
 from tp_plugin.parallel.lockstep import FORWARD, GRADIENTS, Request
 from tp_plugin.parallel.mesh import Mesh
@@ -34,8 +34,8 @@ def training_forwards() -> int:
 class Guard:
     """Watches the forwards of one sharded model; ``audit`` runs every ``audit_every`` training forwards."""
 
-    def __init__(self, mesh: Mesh, exchange: Exchange, audit: Callable[[], None] | None = None, audit_every: int = 0):
-        self.mesh, self.exchange, self.lockstep = mesh, exchange, exchange.lockstep
+    def __init__(self, groups: Mesh, exchange: Exchange, audit: Callable[[], None] | None = None, audit_every: int = 0):
+        self.mesh, self.exchange, self.lockstep = groups, exchange, exchange.lockstep
         self.audit, self.audit_every = audit, audit_every
         self.training_forwards = 0
         self._depth = 0
@@ -48,8 +48,9 @@ class Guard:
         self._depth += 1
         if self._depth > 1 or self.lockstep.helping:
             return
+        mesh.in_training = module.training and torch.is_grad_enabled()
         self._check(module, args, kwargs)
-        if module.training and torch.is_grad_enabled():
+        if mesh.in_training:
             global _training_forwards
             self.training_forwards += 1
             _training_forwards += 1

@@ -22,6 +22,11 @@ from tp_plugin.errors import TPError
 ledger: dict[str, Counter[str]] = {"count": Counter(), "bytes": Counter()}
 """Calls and bytes (of this rank's input) of each collective since start, keyed ``"<op>/<group>"``."""
 
+training: dict[str, Counter[str]] = {"count": Counter(), "bytes": Counter()}
+"""The part of the ledger that belongs to training: from a training forward up to the next forward of another kind."""
+
+in_training = False
+
 busy_since: float | None = None
 """When the collective that this rank is in began (time.monotonic); read by the thread that answers its peers."""
 
@@ -80,9 +85,10 @@ class Group:
     def _at_work(self, op: str, tensor: torch.Tensor | None = None) -> Iterator[None]:
         global busy_since
         key = f"{op}/{self.name}"
-        ledger["count"][key] += 1
-        if tensor is not None:
-            ledger["bytes"][key] += tensor.numel() * tensor.element_size()
+        for book in (ledger, training) if in_training else (ledger,):
+            book["count"][key] += 1
+            if tensor is not None:
+                book["bytes"][key] += tensor.numel() * tensor.element_size()
         busy_since = time.monotonic()
         try:
             yield

@@ -1,0 +1,63 @@
+"""HF Trainer: evaluation, metrics, checkpoints and a limit on them, the best model at the end; reports its log."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+UNLIKE = ("runtime", "per_second")  # what a clock says
+
+
+def samples(count: int, vocabulary: int, seed: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocabulary, (count, 12), generator=generator)
+    return [{"input_ids": row, "labels": row.clone(), "attention_mask": torch.ones_like(row)} for row in ids]
+
+
+def metrics(prediction) -> dict[str, float]:
+    hits = prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]
+    return {"accuracy": float(hits.mean()), "seen": len(prediction.predictions)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--resume", default=None)
+    args = parser.parse_args()
+
+    model = AutoModelForCausalLM.from_pretrained(args.model)
+    vocabulary = model.config.vocab_size
+    settings = TrainingArguments(
+        output_dir=str(args.out / "trainer"), use_cpu=True, seed=5, num_train_epochs=2, learning_rate=1e-3,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.5, logging_steps=1,
+        eval_strategy="steps", eval_steps=4, save_steps=4, save_total_limit=2, load_best_model_at_end=True,
+        include_num_input_tokens_seen=True, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        model,
+        settings,
+        train_dataset=samples(22, vocabulary, 0),
+        eval_dataset=samples(7, vocabulary, 1),
+        compute_metrics=metrics,
+    )
+    trainer.train(resume_from_checkpoint=args.resume)
+    predicted = trainer.predict(samples(5, vocabulary, 2))
+    trainer.save_model(str(args.out / "final"))
+    if settings.world_size > 1:
+        trainer.accelerator.wait_for_everyone()
+    # a script of one process reads what it has just written, with no barrier between
+    AutoModelForCausalLM.from_pretrained(args.out / "final")
+    if trainer.is_world_process_zero():
+        log = [
+            {k: v for k, v in entry.items() if not any(w in k for w in UNLIKE)} for entry in trainer.state.log_history
+        ]
+        report = {"log": log, "world": settings.world_size, "predicted": list(predicted.predictions.shape)}
+        (args.out / "report.json").write_text(json.dumps(report))
+
+
+main()
