@@ -192,8 +192,8 @@ class Exchange:
             if stuck:
                 ranks = [self.mesh.tp.ranks[rank] for rank in stuck]
                 print(
-                    f"tp_plugin: rank {self.mesh.rank} came to the end of its script while ranks {ranks} of its TP group "
-                    f"have been in a collective for {STUCK:.0f} s; it leaves them",
+                    f"tp_plugin: rank {self.mesh.rank} is at the end of its script; ranks {ranks} of its TP group "
+                    f"have been in a collective for {STUCK:.0f} s and are left there",
                     file=sys.stderr,
                 )
                 return
