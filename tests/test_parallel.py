@@ -224,6 +224,30 @@ def test_evaluation_and_generation_on_the_main_process_alone() -> None:
     assert peer["generators kept"], "helping moved the peer's own generators"
 
 
+def loader_on_main_case() -> list[list[int]]:
+    """Both ranks take an epoch, then the leader alone takes one, while its peer waits at a barrier."""
+    import accelerate.data_loader as data_loader
+
+    from tp_plugin.engines.accelerate import loaders
+    from tp_plugin.parallel.exchange import exchange
+    from tp_plugin.parallel.lockstep import BARRIER
+    from tp_plugin.parallel.mesh import require_mesh
+
+    pair(2)
+    loader = data_loader.DataLoaderShard(list(range(5)), batch_size=2)
+    plain = vars(data_loader.DataLoaderShard)["__iter__"]
+    epochs = [[b.tolist() for b in loaders._iterate(plain, loader)]]
+    if rank() == 0:
+        epochs.append([b.tolist() for b in loaders._iterate(plain, loader)])
+    exchange(require_mesh()).lockstep.meet(BARRIER)
+    return epochs
+
+
+def test_the_main_process_may_iterate_alone() -> None:
+    batches = [[0, 1], [2, 3], [4]]
+    assert run(2, loader_on_main_case) == [[batches, batches], [batches]]
+
+
 def collective_case() -> str:
     from tp_plugin.engines.accelerate import operations
 

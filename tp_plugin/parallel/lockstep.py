@@ -5,7 +5,7 @@ that diverged learn it there at once, on every rank, instead of hanging in colle
 
 One divergence is ordinary: ``if accelerator.is_main_process: evaluate(model)``. When the leader is in a forward without
 gradients, or in ``generate``, and its peers are at a later point, the peers help: they make the same call on their
-shards and wait again.
+shards and wait again. When it takes a batch alone they only wait again.
 """
 
 from __future__ import annotations
@@ -111,6 +111,10 @@ class Lockstep:
                 if all(row[0] == place for row in rows):
                     return [row[1:-3] for row in rows]
                 raise DivergenceError(self._where(rows))
+            if rows[0][0] == BATCH:  # the leader iterates over a loader alone; its peers have no part in that
+                if self.mesh.is_leader:
+                    return [mine[1:]]
+                continue
             message = request() if self.mesh.is_leader and request is not None else None
             message = self.mesh.control.broadcast_object(message)
             if message is None:
@@ -133,7 +137,7 @@ class Lockstep:
         # a forward in another mode is another place too; with another batch it is an error, which the guard explains
         same = slice(0, 3) if leader[0] == FORWARD else slice(0, 4)
         alone = all(row[same] != leader[same] for row in peers)
-        return alone and (leader[0] == GENERATE or (leader[0] == FORWARD and not leader[1] & GRADIENTS))
+        return alone and (leader[0] in (GENERATE, BATCH) or (leader[0] == FORWARD and not leader[1] & GRADIENTS))
 
     def _help(self, model: nn.Module, request: Request) -> None:
         device = next(model.parameters()).device

@@ -75,16 +75,17 @@ def _lead(original: Any, loader: Any, mesh: Mesh) -> Iterator[Any]:
                 raise
             tensors: list[torch.Tensor] = []
             data = _detach_device_tensors(batch, tensors)
-            _send(mesh, _Batch(data, loader.end_of_dataloader, loader.remainder, _changed(before)))
-            for tensor in tensors:
-                mesh.tp.broadcast(tensor.contiguous())
+            if _send(mesh, _Batch(data, loader.end_of_dataloader, loader.remainder, _changed(before))):
+                for tensor in tensors:
+                    mesh.tp.broadcast(tensor.contiguous())
             yield batch
 
 
 def _follow(loader: Any, mesh: Mesh) -> Iterator[Any]:
     loader.begin()
     while True:
-        message = _send(mesh, None)
+        exchange(mesh).lockstep.meet(BATCH)
+        message = mesh.control.broadcast_object(None)
         if message.generators is not None:
             rng.restore(message.generators)
         if isinstance(message, _End):
@@ -98,9 +99,12 @@ def _follow(loader: Any, mesh: Mesh) -> Iterator[Any]:
         yield _receive_device_tensors(message.data, loader, mesh)
 
 
-def _send(mesh: Mesh, message: Any) -> Any:
-    exchange(mesh).lockstep.meet(BATCH)
-    return mesh.control.broadcast_object(message)
+def _send(mesh: Mesh, message: Any) -> bool:
+    """Send to the peers; False if none is at this loader (the main process iterates alone)."""
+    if len(exchange(mesh).lockstep.meet(BATCH)) < mesh.tp_size:
+        return False
+    mesh.control.broadcast_object(message)
+    return True
 
 
 def _changed(before: int) -> dict[str, Any] | None:
