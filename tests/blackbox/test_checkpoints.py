@@ -27,22 +27,25 @@ def test_trainer_resumes_at_another_tp(bench, checkpoints):
     args = ("--model", str(checkpoints["llama"]))
     saved = {tp: str(bench.run("trainer", tp, 1, args).out / "trainer" / "checkpoint-8") for tp in (1, 2)}
     plain = bench.run("trainer", 1, 1, (*args, "--resume", saved[1]))
-    for tp, origin in ((4, 1), (2, 2), (1, 2)):
+    for tp, origin in ((4, 1), (1, 2)):
         run = bench.run("trainer", tp, 1, (*args, "--resume", saved[origin]))
         close(run.report, plain.report, LOSS, f"resumed at tp {tp} from tp {origin}")
 
 
-@pytest.mark.parametrize("model", ["llama_tied", "gpt2_dropout"])
-def test_save_state_resumes_at_another_tp(bench, checkpoints, model):
-    args = ("--model", str(checkpoints[model]))
+def test_save_state_resumes_at_another_tp(bench, checkpoints):
+    args = ("--model", str(checkpoints["llama_tied"]))
     plain, sharded = (bench.run("resume", tp, 1, args) for tp in (1, 2))
-    exact = model != "gpt2_dropout"  # attention dropout differs by rank
-    if exact:
-        close(sharded.report, plain.report, LOSS, "uninterrupted")
+    close(sharded.report, plain.report, LOSS, "uninterrupted")
     half = len(plain.report["steps"]) // 2
-    same = bench.run("resume", 2, 1, (*args, "--resume", first_state(sharded)))
-    close(same.report["steps"], sharded.report["steps"][half:], LOSS, "resumed at the same tp")
-    if exact:
-        for tp, origin in ((1, sharded), (3, plain)):
-            run = bench.run("resume", tp, 1, (*args, "--resume", first_state(origin)))
-            close(run.report["steps"], plain.report["steps"][half:], LOSS, f"resumed at tp {tp}")
+    for tp, origin in ((1, sharded), (3, plain)):
+        run = bench.run("resume", tp, 1, (*args, "--resume", first_state(origin)))
+        close(run.report["steps"], plain.report["steps"][half:], LOSS, f"resumed at tp {tp}")
+
+
+def test_save_state_resumes_dropout(bench, checkpoints):
+    """Also where the plain run cannot be the oracle: attention dropout differs by rank."""
+    args = ("--model", str(checkpoints["gpt2_dropout"]))
+    whole = bench.run("resume", 2, 1, args)
+    again = bench.run("resume", 2, 1, (*args, "--resume", first_state(whole)))
+    steps = whole.report["steps"]
+    close(again.report["steps"], steps[len(steps) // 2 :], LOSS, "resumed")
