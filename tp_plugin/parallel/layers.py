@@ -97,9 +97,7 @@ class _RowParallel:
 
     tp_block: ParallelBlock
     bias: Any
-
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+    _product: Any  # the local part of the product, by the kind of layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         product = self._product(x)
