@@ -227,6 +227,7 @@ def test_evaluation_and_generation_on_the_main_process_alone() -> None:
 def loader_on_main_case() -> list[list[int]]:
     """Both ranks take an epoch, then the leader alone takes one, while its peer waits at a barrier."""
     import accelerate.data_loader as data_loader
+    from accelerate.state import PartialState
 
     from tp_plugin.engines.accelerate import loaders
     from tp_plugin.parallel.exchange import exchange
@@ -240,6 +241,7 @@ def loader_on_main_case() -> list[list[int]]:
     if rank() == 0:
         epochs.append([b.tolist() for b in loaders._iterate(plain, loader)])
     exchange(require_mesh()).lockstep.meet(BARRIER)
+    PartialState._reset_state()  # iterating made one; this worker's next case must not find it
     return epochs
 
 
