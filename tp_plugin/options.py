@@ -84,6 +84,26 @@ class Options:
         return {TP_SIZE: str(self.tp_size), OPTIONS: json.dumps(mapping)}
 
 
+def from_deepspeed(config: object, origin: str) -> Options | None:
+    """The options that stand in a DeepSpeed config: its ``tp_size`` and ``tp_plugin``; None if it has neither.
+
+    Raises:
+        TPError: naming the key, what was found and what to write.
+    """
+    if not isinstance(config, Mapping):
+        return None
+    for section, values in config.items():
+        # (DeepSpeed's own `tensor_parallel` section has such a key)
+        if isinstance(values, Mapping) and "tp_size" in values and section != "tensor_parallel":
+            raise TPError(
+                f"`{section}.tp_size` in {origin} has no effect there; move it to the top level: "
+                f'"tp_size": {values["tp_size"]!r}'
+            )
+    if not {"tp_size", "tp_plugin"} & set(config):
+        return None
+    return Options.parse(config.get("tp_size", 1), config.get("tp_plugin"), f"{origin}: tp_plugin")
+
+
 def _whole_number(value: object, key: str, least: int) -> int:
     if isinstance(value, str) and value.strip().isdecimal():
         value = int(value)

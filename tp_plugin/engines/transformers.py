@@ -27,6 +27,8 @@ def install(modeling_utils: Any) -> None:
     model = modeling_utils.PreTrainedModel
     patch(model, "from_pretrained", _from_pretrained(vars(model)["from_pretrained"].__func__))
     wrap(model, "__init__", _init)
+    # ZeRO-3 partitions what `deepspeed.initialize` has sharded, not what is being loaded
+    wrap(modeling_utils, "is_deepspeed_zero3_enabled", lambda original: _is_off() and original())
     wrap(model, "save_pretrained", _save_pretrained)
     wrap(model, "resize_token_embeddings", _resize_token_embeddings)
     if "num_parameters" in vars(model):
@@ -78,6 +80,10 @@ def _init(original: Any, self: Any, config: Any, *args: Any, **kwargs: Any) -> N
     # from_pretrained and from_config both come here, before any weight is read
     check_before_load(config, Options.from_environment())
     original(self, config, *args, **kwargs)
+
+
+def _is_off() -> bool:
+    return Options.from_environment().tp_size == 1
 
 
 def check_before_load(config: Any, options: Options) -> None:

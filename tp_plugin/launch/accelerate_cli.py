@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
+from tp_plugin.launch.deepspeed_config import file_in, mentions_key, read
 from tp_plugin.launch.imports import after_import
-from tp_plugin.options import DISABLE, TP_SIZE, Options
+from tp_plugin.options import DISABLE, TP_SIZE, Options, from_deepspeed
 from tp_plugin.policy.registry import load
 
 _written: dict[str, Any] = {}
@@ -25,7 +27,7 @@ _written: dict[str, Any] = {}
 def register(argv: list[str]) -> None:
     """Register the import hooks if the command line, the config file or the environment holds the key."""
     asked = any(arg.split("=")[0].replace("-", "_") == "__tp_size" for arg in argv)
-    if asked or os.environ.get(TP_SIZE) or _mentions_key(_config_file(argv)):
+    if asked or os.environ.get(TP_SIZE) or mentions_key(file_in(argv)) or _mentions_key(_config_file(argv)):
         after_import("accelerate.commands.config.config_args", _patch_config)
         after_import("accelerate.commands.launch", _patch_launch)
 
@@ -43,9 +45,11 @@ def _config_file(argv: list[str]) -> Path:
 
 def _mentions_key(config: Path) -> bool:
     try:
-        return "tp_size" in config.read_text(encoding="utf-8")
+        text = config.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return False  # Accelerate says what is wrong with the file
+    inner = re.search(r"deepspeed_config_file[\"']?\s*:\s*[\"']?([^\"'\s,}]+)", text)
+    return "tp_size" in text or (inner is not None and mentions_key(inner[1]))
 
 
 def _patch_config(config_args: Any) -> None:
@@ -104,9 +108,22 @@ def _validate_launch_command(original: Any, args: Any) -> Any:
 
 
 def options_of(args: Any) -> Options:
-    """The options from the command line, else the config file, else the environment."""
-    size = args.tp_size if args.tp_size is not None else _written.get("tp_size", os.environ.get(TP_SIZE) or 1)
-    return Options.parse(size, _written.get("tp_plugin"))
+    """The options from the command line, else the config file, else its DeepSpeed config, else the environment."""
+    inner = from_deepspeed(_deepspeed_config(args), f"{getattr(args, 'deepspeed_config_file', None)}")
+    size = args.tp_size if args.tp_size is not None else _written.get("tp_size")
+    if inner is None:
+        return Options.parse(size if size is not None else os.environ.get(TP_SIZE) or 1, _written.get("tp_plugin"))
+    outer = Options.parse(inner.tp_size if size is None else size, _written.get("tp_plugin"))
+    if outer.tp_size != inner.tp_size:
+        raise TPError(
+            f"tp_size is {outer.tp_size} in the Accelerate config (or command line), but {inner.tp_size} in "
+            f"{args.deepspeed_config_file}; write it in one place"
+        )
+    return outer if "tp_plugin" in _written else inner
+
+
+def _deepspeed_config(args: Any) -> dict[str, Any] | None:
+    return read(args.deepspeed_config_file) if getattr(args, "deepspeed_config_file", None) else None
 
 
 def _check(options: Options, args: Any) -> None:
@@ -121,18 +138,26 @@ def _check(options: Options, args: Any) -> None:
         )
     if getattr(args, "parallelism_config_tp_size", 1) not in (None, 1):
         raise TPError("`--tp_size` and `--parallelism_config_tp_size` are both set; keep `--tp_size`")
-    for flag, engine in {"use_deepspeed": "DeepSpeed", "use_fsdp": "FSDP", "use_megatron_lm": "Megatron-LM"}.items():
+    for flag, engine in {"use_fsdp": "FSDP", "use_megatron_lm": "Megatron-LM"}.items():
         if getattr(args, flag, False):
             raise TPError(
                 f"tp_size: {options.tp_size} together with {engine} is not supported by this version; write "
-                "distributed_type: MULTI_GPU or MULTI_CPU, or remove tp_size"
+                "distributed_type: MULTI_GPU, MULTI_CPU or DEEPSPEED, or remove tp_size"
             )
+    config = _deepspeed_config(args)
+    if config is not None:
+        from tp_plugin.engines.deepspeed.config import refuse
+
+        refuse(config, options.tp_size)
 
 
 def _start_cpu_processes(args: Any) -> None:
     """Accelerate starts one process for MULTI_CPU; and with ``use_cpu`` its workers do not see each other."""
-    on_cpu = bool(args.cpu or args.use_cpu)
-    if on_cpu:
+    if args.use_deepspeed:
+        args.cpu = args.use_cpu = False  # which switch DeepSpeed off; its own backend on CPU is gloo
+        os.environ["ACCELERATE_USE_CPU"] = "false"
+        return
+    if args.cpu or args.use_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     if getattr(args, "mpirun_hostfile", None) is None and (args.num_processes or 1) > 1:
         args.cpu = False

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 def parallelize(model: nn.Module, tp_size: int | None = None, policy: Policy | None = None) -> nn.Module:
     """Shard ``model`` in place over TP groups of ``tp_size`` neighbouring ranks. Collective over the world.
 
-    torch's gradient norms, clipping and GradScaler see the whole model from here on. Data parallelism, one batch per TP
-    group and saving on one rank are the script's own matter: ``tp_plugin.parallel.mesh.require_mesh()`` has the groups.
+    torch's gradient norms, clipping and GradScaler see the whole model from here on, and ``deepspeed.initialize``
+    trains it with ZeRO over the DP groups. Without DeepSpeed, data parallelism, one batch per TP group and saving on
+    one rank are the script's own matter: ``tp_plugin.parallel.mesh.require_mesh()`` has the groups.
 
     Args:
         model: a transformers model, or a module that contains some, with whole weights (the same on every rank, or the
@@ -29,7 +30,7 @@ def parallelize(model: nn.Module, tp_size: int | None = None, policy: Policy | N
         PolicyError: no policy, or one that does not fit.
         TPError: ``tp_size`` does not divide the world, differs from the run's, or comes too late for Accelerate.
     """
-    from tp_plugin.engines import torch_utils
+    from tp_plugin.launch import worker
     from tp_plugin.options import Options
     from tp_plugin.parallel.mesh import current_mesh
     from tp_plugin.shard import parallelize as shard
@@ -41,5 +42,5 @@ def parallelize(model: nn.Module, tp_size: int | None = None, policy: Policy | N
             "`tp_size` in the Accelerate config (or TP_PLUGIN_TP_SIZE in the environment) instead"
         )
     options = Options.from_environment()
-    torch_utils.install()
+    worker.register("deepspeed")
     return shard(model, tp_size or options.tp_size, policy, options=options)

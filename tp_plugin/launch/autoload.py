@@ -1,8 +1,8 @@
 """PyTorch's autoload hook (entry-point group ``torch.backends``): runs at the end of every ``import torch``.
 
 It looks for the key and registers lazy import hooks, nothing else. What it raises would break ``import torch``, so
-a bad value is left for the first patched call, which names it. Imports nothing heavy: an idle process pays for three
-look-ups.
+a bad value is left for the first patched call, which names it. Imports nothing heavy: an idle process pays for a
+few look-ups.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ def activate() -> None:
         from tp_plugin.launch import accelerate_cli
 
         accelerate_cli.register(sys.argv)  # disabled, the keys in the file are still legal
-    elif not disabled and os.environ.get(TP_SIZE, "1").strip() not in ("", "1"):
+        return
+    if disabled:
+        return
+    if not os.environ.get(TP_SIZE, "").strip():
+        from tp_plugin.launch import deepspeed_config
+
+        deepspeed_config.look(sys.argv)
+    if os.environ.get(TP_SIZE, "").strip() not in ("", "1"):
         from tp_plugin.launch import worker
 
         worker.register()

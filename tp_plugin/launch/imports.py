@@ -11,31 +11,75 @@ from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from typing import Any
 
-from wrapt import register_post_import_hook
+Action = Callable[[Any], None]
 
 
-def after_import(name: str, action: Callable[[Any], None]) -> None:
+def after_import(name: str, action: Action) -> None:
     """Call ``action(module)`` when module ``name`` is complete: now, or at the end of its import."""
-    spec = getattr(sys.modules.get(name), "__spec__", None)
-    if getattr(spec, "_initializing", False):
-        _watch(spec, name, action)
+    module = sys.modules.get(name)
+    spec = getattr(module, "__spec__", None)
+    if isinstance(spec, _Watched):
+        spec.tp_actions.append(action)
+    elif getattr(spec, "_initializing", False):
+        assert spec is not None
+        _watch(spec, [action])
+    elif module is not None:
+        action(module)
     else:
-        register_post_import_hook(action, name)
+        _finder.awaited.setdefault(name, []).append(action)
+        if _finder not in sys.meta_path:
+            sys.meta_path.insert(0, _finder)
 
 
-def _watch(spec: Any, name: str, action: Callable[[Any], None]) -> None:
-    # importlib sets spec._initializing to False when the module's code has run (importlib._bootstrap._load_unlocked)
-    class Watched(ModuleSpec):
-        @property
-        def _initializing(self) -> bool:
-            return True
+class _Finder:
+    """First in ``sys.meta_path``: lets the others find an awaited module, and watches its spec."""
 
-        @_initializing.setter
-        def _initializing(self, value: bool) -> None:
-            self.__class__ = ModuleSpec
-            self._initializing = value
-            if not value and name in sys.modules:  # it is taken out again if its code raised
-                action(sys.modules[name])
+    def __init__(self) -> None:
+        self.awaited: dict[str, list[Action]] = {}
 
-    vars(spec).pop("_initializing")
-    spec.__class__ = Watched
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name not in self.awaited:
+            return None
+        actions = self.awaited.pop(name)
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((found for found in others if found is not None), None)
+        if spec is None:
+            self.awaited[name] = actions  # not installed, or not yet
+        else:
+            _watch(spec, actions)
+        return spec
+
+
+_finder = _Finder()
+
+
+class _Watched(ModuleSpec):
+    """A spec that notices when importlib is through with its module.
+
+    importlib sets ``spec._initializing`` to True before a module's code runs and to False after it
+    (``importlib._bootstrap._load_unlocked``).
+    """
+
+    tp_actions: list[Action]
+
+    @property
+    def _initializing(self) -> bool:
+        return True
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        if value:
+            return
+        actions = self.tp_actions
+        del self.tp_actions
+        self.__class__ = ModuleSpec
+        self._initializing = value
+        if self.name in sys.modules:  # it is taken out again if its code raised
+            for action in actions:
+                action(sys.modules[self.name])
+
+
+def _watch(spec: ModuleSpec, actions: list[Action]) -> None:
+    vars(spec).pop("_initializing", None)
+    spec.__class__ = _Watched
+    spec.tp_actions = actions  # type: ignore[attr-defined]

@@ -20,18 +20,35 @@ _PATCHES = {
     "transformers.training_args": ("tp_plugin.engines.trainer", "install_arguments"),
     "transformers.trainer": ("tp_plugin.engines.trainer", "install"),
     "transformers.generation.utils": ("tp_plugin.engines.transformers", "install_generation"),
+    "deepspeed": ("tp_plugin.engines.deepspeed.initialize", "install"),
+    "deepspeed.comm.torch": ("tp_plugin.engines.deepspeed.groups", "install_backend"),
+    "deepspeed.runtime.config": ("tp_plugin.engines.deepspeed.initialize", "install_config"),
+    "deepspeed.runtime.dataloader": ("tp_plugin.engines.deepspeed.data", "install"),
+    "deepspeed.runtime.engine": ("tp_plugin.engines.deepspeed.norms", "install_engine"),
+    "deepspeed.runtime.zero.partition_parameters": ("tp_plugin.engines.deepspeed.initialize", "install_zero_init"),
+    "deepspeed.runtime.zero.stage_1_and_2": ("tp_plugin.engines.deepspeed.norms", "install_zero12"),
+    "deepspeed.runtime.zero.stage3": ("tp_plugin.engines.deepspeed.norms", "install_zero3"),
+    "deepspeed.runtime.bf16_optimizer": ("tp_plugin.engines.deepspeed.norms", "install_bf16"),
+    "deepspeed.runtime.fp16.fused_optimizer": ("tp_plugin.engines.deepspeed.norms", "install_fp16"),
+    "deepspeed.runtime.fp16.unfused_optimizer": ("tp_plugin.engines.deepspeed.norms", "install_unfused"),
+    "accelerate.utils.deepspeed": ("tp_plugin.engines.deepspeed.initialize", "install_hf_config"),
     "peft.peft_model": ("tp_plugin.engines.peft", "install"),
 }
 """Module → the function of an engine that patches it once it is imported."""
 
 
-def register() -> None:
-    """Register the import hooks; a module that is imported already is patched at once."""
+_registered: set[str] = set()
+
+
+def register(library: str = "") -> None:
+    """Register the import hooks (of one library), once; a module that is imported already is patched at once."""
     from tp_plugin.engines import torch_utils
 
     torch_utils.install()  # now: scripts import get_total_norm by name
     for module, (engine, function) in _PATCHES.items():
-        after_import(module, _patcher(engine, function))
+        if module.startswith(library) and module not in _registered:
+            _registered.add(module)
+            after_import(module, _patcher(engine, function))
     if os.environ.get("TP_PLUGIN_REPORT"):
         from tp_plugin.launch.report import write_at_exit
 

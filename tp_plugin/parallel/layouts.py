@@ -42,19 +42,39 @@ def owned_part(tensor: torch.Tensor, layout: ParamLayout, rank: int) -> list[tor
     return [tensor.narrow(layout.dim, a, b - a) for a, b in ranges]
 
 
+@functools.lru_cache(maxsize=256)
+def not_owned(layout: ParamLayout, rank: int) -> torch.Tensor | None:
+    """Flat mask of the elements of a shard that another rank counts; None if this rank owns them all."""
+    assert layout.dim is not None
+    shape = layout.local_shape(rank)
+    owned = layout.owned(rank)
+    if owned == ((0, shape[layout.dim]),) or not math.prod(shape):
+        return None
+    mask = torch.ones(shape, dtype=torch.bool)
+    for a, b in owned:
+        mask.narrow(layout.dim, a, b - a).fill_(False)
+    return mask.reshape(-1)
+
+
 def any_sharded() -> bool:
     """Whether this process holds a sharded parameter."""
     return len(_layouts) > 0
 
 
 def total_norm(tensors: Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
+    """:func:`wide_norm` in the dtype of the gradients, as torch's own norm is given."""
+    tensors = list(tensors)
+    norm = wide_norm(tensors, norm_type)
+    return norm.to(functools.reduce(torch.promote_types, (t.dtype for t in tensors))) if tensors else norm
+
+
+def wide_norm(tensors: list[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
     """The ``norm_type`` norm of whole gradients (or parameters), each seen as its whole tensor; a scalar tensor.
 
     ``tensors`` are what this rank holds, recognised as parameters, their ``.grad``, or views of the same memory.
     Sharded ones are summed over the TP group, replicated ones and replicas counted once. One all-reduce of one number;
     its result is the same on every rank of the group to the last bit.
     """
-    tensors = list(tensors)
     mesh = current_mesh()
     assert mesh is not None
     if not tensors:
@@ -77,7 +97,7 @@ def total_norm(tensors: Iterable[torch.Tensor], norm_type: float = 2.0) -> torch
     else:
         powers = torch.stack(norms).to(wide).pow(norm_type) if norms else torch.zeros(1, dtype=wide, device=device)
         total = mesh.tp.all_reduce(powers.sum()).pow(1.0 / norm_type)
-    return total.to(functools.reduce(torch.promote_types, (t.dtype for t in tensors)))
+    return total
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype | None:

@@ -84,11 +84,7 @@ class Group:
     @contextlib.contextmanager
     def _at_work(self, op: str, tensor: torch.Tensor | None = None) -> Iterator[None]:
         global busy_since
-        key = f"{op}/{self.name}"
-        for book in (ledger, training) if in_training else (ledger,):
-            book["count"][key] += 1
-            if tensor is not None:
-                book["bytes"][key] += tensor.numel() * tensor.element_size()
+        entry(op, self, 0 if tensor is None else tensor.numel() * tensor.element_size())
         busy_since = time.monotonic()
         try:
             yield
@@ -97,6 +93,14 @@ class Group:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return self  # a copied model communicates in the same groups
+
+
+def entry(op: str, group: Group, size: int) -> None:
+    """Book one collective of ``size`` bytes in the ledger."""
+    key = f"{op}/{group.name}"
+    for book in (ledger, training) if in_training else (ledger,):
+        book["count"][key] += 1
+        book["bytes"][key] += size
 
 
 @dataclass
@@ -138,6 +142,7 @@ class Mesh:
 
 
 _mesh: Mesh | None = None
+_alone: dist.ProcessGroup | None = None
 
 
 def init_mesh(tp_size: int) -> Mesh:
@@ -173,6 +178,17 @@ def init_mesh(tp_size: int) -> Mesh:
     everyone = Group("world", tuple(range(world)), dist.group.WORLD)
     _mesh = Mesh(tp_size, dp_size, tp, dp, control, everyone)
     return _mesh
+
+
+def alone() -> dist.ProcessGroup:
+    """A process group of this rank only, for libraries that take None for the world. Collective at its first call."""
+    global _alone
+    if _alone is None or _alone not in dist.distributed_c10d._world.pg_map:
+        for rank in range(dist.get_world_size()):
+            pg = _new_group((rank,))
+            _alone = pg if rank == dist.get_rank() else _alone
+    assert _alone is not None
+    return _alone
 
 
 def current_mesh() -> Mesh | None:

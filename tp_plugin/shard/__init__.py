@@ -1,10 +1,11 @@
 """Policy + model + mesh → sharded model; its weights seen whole again for saving, loading and optimizers."""
 
 from tp_plugin.shard.apply import is_sharded, model_type, models_in, parallelize
-from tp_plugin.shard.optimizer import shard_optimizer
+from tp_plugin.shard.optimizer import NOT_ELEMENTWISE, shard_optimizer
 from tp_plugin.shard.replicas import agree_on_weights
 
 __all__ = [
+    "NOT_ELEMENTWISE",
     "agree_on_weights",
     "is_sharded",
     "model_type",

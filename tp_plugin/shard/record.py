@@ -6,6 +6,7 @@ import itertools
 import weakref
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -28,6 +29,8 @@ class ShardRecord:
     def __init__(self, model: nn.Module, plan: Plan, mesh: Mesh, exchange: Exchange):
         self.plan, self.mesh, self.exchange = plan, mesh, exchange
         self.armed = True
+        self.progress: Callable[[], int] = int
+        """Steps taken by an engine that updates parameters behind their back (in flat buffers)."""
         self._settle(model)
         for name, parameter in model.named_parameters():
             size = parameter.element_size()
@@ -53,6 +56,7 @@ class ShardRecord:
             return self  # only a part of the model is copied: it goes on reading the original's record
         copied = ShardRecord.__new__(ShardRecord)
         copied.plan, copied.mesh, copied.exchange = self.plan, self.mesh, self.exchange
+        copied.progress = int
         copied.armed = False  # copied Parameters lose their hooks; the first forward puts them back
         copied._settle(copied_model)
         return copied
@@ -104,7 +108,7 @@ class ShardRecord:
             if not self.plan.layouts[name].is_sharded and counted < _FINGERPRINTED:
                 counted += 1
                 content = checksum(parameter, content)
-        return moved, content
+        return moved, content, self.progress()
 
     def local(self, key: str) -> torch.Tensor:
         """This rank's tensor named ``key`` (a parameter's first name in the model)."""

@@ -1,7 +1,8 @@
 """``PartialState`` in terms of data-parallel processes.
 
 With dp = 1 the script sees an undistributed run (``DistributedType.NO``): it takes the code path that it takes on one
-process, and only what the TP group must do together (barriers, triggers) still crosses ranks.
+process, and only what the TP group must do together (barriers, triggers) still crosses ranks. A DeepSpeed run stays
+one.
 """
 
 from __future__ import annotations
@@ -75,8 +76,13 @@ def _init(original: Any, self: Any, cpu: bool = False, **kwargs: Any) -> None:
     _refuse_engines()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         # without this, Accelerate takes each rank for a lone process, or starts only one
-        cpu = True
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            cpu = False  # which would switch DeepSpeed off
+            os.environ["ACCELERATE_USE_CPU"] = "false"
+            kwargs["backend"] = kwargs.get("backend") or "gloo"
+        else:
+            cpu = True
+            os.environ["ACCELERATE_USE_CPU"] = "true"
     original(self, cpu, **kwargs)
     if not torch.distributed.is_initialized():
         cls._shared_state.clear()
@@ -107,7 +113,6 @@ def show(state: Any, mesh: Mesh) -> None:
 
 def _refuse_engines() -> None:
     for variable, engine in {
-        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
         "ACCELERATE_USE_FSDP": "FSDP",
         "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     }.items():

@@ -1,0 +1,3 @@
+def link(engine, records):
+    for r in records:
+        r.progress = lambda: engine.global_steps

@@ -1,0 +1,55 @@
+"""``deepspeed_io``: the leader of each TP group iterates, its peers receive, as with Accelerate's loaders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tp_plugin.engines.patching import wrap
+from tp_plugin.errors import DivergenceError
+from tp_plugin.parallel import rng
+from tp_plugin.parallel.exchange import exchange
+from tp_plugin.parallel.lockstep import BATCH
+from tp_plugin.parallel.mesh import current_mesh
+
+
+def install(dataloader: Any) -> None:
+    """Patch ``deepspeed.runtime.dataloader``."""
+    wrap(dataloader.DeepSpeedDataLoader, "__iter__", _iter)
+    wrap(dataloader.DeepSpeedDataLoader, "__next__", _next)
+
+
+def _iter(original: Any, self: Any) -> Any:
+    mesh = current_mesh()
+    return original(self) if mesh is None or mesh.is_leader else self
+
+
+def _next(original: Any, self: Any) -> Any:
+    mesh = current_mesh()
+    if mesh is None:
+        return original(self)
+    lockstep = exchange(mesh).lockstep
+    if mesh.is_leader:
+        before = rng.fingerprint()
+        batch, error = None, None
+        try:
+            batch = original(self)
+        except Exception as raised:
+            error = raised
+        together = len(lockstep.meet(BATCH)) == mesh.tp_size
+        if together:
+            drawn = rng.snapshot() if rng.fingerprint() != before else None
+            mesh.control.broadcast_object((batch, None if error is None else repr(error), drawn))
+        if error is not None:
+            raise error
+        return batch
+    if self.tput_timer:
+        self.tput_timer.start()
+    lockstep.meet(BATCH)
+    batch, problem, drawn = mesh.control.broadcast_object(None)
+    if drawn is not None:
+        rng.restore(drawn)
+    if problem is not None and problem.startswith("StopIteration"):
+        raise StopIteration
+    if problem is not None:
+        raise DivergenceError(f"the data loader failed on rank {mesh.tp.ranks[0]}: {problem}")
+    return batch

@@ -1,0 +1,158 @@
+"""``deepspeed.initialize``: the model is sharded, the DP groups are injected, and ZeRO does the rest."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_plugin.engines import torch_utils
+from tp_plugin.engines.deepspeed import checkpoint
+from tp_plugin.engines.deepspeed.config import options_of, refuse, without_our_keys
+from tp_plugin.engines.deepspeed.groups import Mpu
+from tp_plugin.engines.patching import wrap
+from tp_plugin.errors import TPError
+from tp_plugin.launch.deepspeed_config import read
+from tp_plugin.options import Options
+from tp_plugin.parallel import rng
+from tp_plugin.parallel.exchange import exchange
+from tp_plugin.parallel.mesh import alone, current_mesh, init_mesh, require_mesh
+from tp_plugin.shard import agree_on_weights, is_sharded, models_in, parallelize, shard_optimizer
+
+
+def install(deepspeed: Any) -> None:
+    """Patch ``deepspeed``."""
+    torch_utils.install()
+    wrap(deepspeed, "initialize", _initialize)
+
+
+def install_config(config: Any) -> None:
+    """Patch ``deepspeed.runtime.config``: batch sizes are those of dp processes."""
+    wrap(config.DeepSpeedConfig, "__init__", _config)
+
+
+def install_hf_config(hf_config: Any) -> None:
+    """Patch ``accelerate.utils.deepspeed``: what does not go with ``tp_size`` is refused before a model is loaded."""
+    wrap(hf_config.HfDeepSpeedConfig, "__init__", _hf_config)
+
+
+def install_zero_init(partition_parameters: Any) -> None:
+    """Patch ``zero.Init``: the model is built whole, sharded by ``initialize``, and only then partitioned."""
+    wrap(partition_parameters.Init, "__init__", _zero_init)
+
+
+def _config(original: Any, self: Any, config: Any, mpu: Any = None, *args: Any, **kwargs: Any) -> None:
+    mesh = current_mesh()
+    original(self, config, Mpu(mesh) if mpu is None and mesh is not None else mpu, *args, **kwargs)
+
+
+def _hf_config(original: Any, self: Any, config: Any) -> None:
+    original(self, config)
+    options = options_of(self.config, "the DeepSpeed config")
+    if options.tp_size > 1:
+        refuse(self.config, options.tp_size)
+    self.config = without_our_keys(self.config)
+
+
+def _zero_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    if Options.from_environment().tp_size == 1:
+        return original(self, *args, **kwargs)
+    module = args[0] if args else kwargs.get("module")
+    if module is not None:
+        raise TPError(
+            "deepspeed.zero.Init(module=…) partitions a model that is to be sharded first; leave the conversion to "
+            "deepspeed.initialize"
+        )
+    return original(self, enabled=False)
+
+
+def _initialize(original: Any, *args: Any, **kwargs: Any) -> Any:
+    call = inspect.signature(original).bind(*args, **kwargs)
+    given = call.arguments
+    config = _take_config(given)
+    if config is None:
+        return original(*args, **kwargs)  # DeepSpeed says what is wrong
+    options = options_of(config, "the DeepSpeed config")
+    given["config"] = config = without_our_keys(config)
+    if options.tp_size == 1 and any(is_sharded(root) for _, root in models_in(given["model"])):
+        options = replace(options, tp_size=require_mesh().tp_size)  # by tp_plugin.parallelize
+    if options.tp_size == 1:
+        return original(*call.args, **call.kwargs)
+    refuse(config, options.tp_size)
+    _refuse_arguments(original, given, options)
+    mesh = _join(options)
+    model: nn.Module = given["model"]
+    if type(model).__name__ in options.leave_whole:
+        agree_on_weights(model, mesh)
+    else:
+        parallelize(model, options.tp_size, options=options)
+    optimizer = given.get("optimizer")
+    if isinstance(optimizer, torch.optim.Optimizer):
+        shard_optimizer(optimizer)
+    given["mpu"] = Mpu(mesh)
+    _use_torch_adam_on_cpu(config)
+    engine, *rest = original(*call.args, **call.kwargs)
+    checkpoint.link(engine, [root.tp_record for _, root in models_in(model) if is_sharded(root)])
+    return (engine, *rest)
+
+
+def _take_config(given: dict[str, Any]) -> dict[str, Any] | None:
+    """The config among the arguments, as a mapping of our own; the other places are emptied."""
+    script = given.get("args")
+    named = [given.get("config"), given.get("config_params"), getattr(script, "deepspeed_config", None)]
+    present = [value for value in named if value is not None]
+    if len(present) != 1 or (found := read(present[0])) is None:
+        return None
+    given.pop("config_params", None)
+    if getattr(script, "deepspeed_config", None) is not None:
+        given["args"] = copy.copy(script)
+        given["args"].deepspeed_config = None
+    return dict(found)
+
+
+def _refuse_arguments(original: Any, given: dict[str, Any], options: Options) -> None:
+    if given.get("mpu") is not None:
+        raise TPError(
+            f"deepspeed.initialize was given an mpu and tp_size={options.tp_size}, which brings its own; pass one of "
+            "them"
+        )
+    if given.get("mesh_param") is not None:
+        raise TPError(f"mesh_param (Ulysses) does not go with tp_size={options.tp_size}; remove one of them")
+    model = given.get("model")
+    if any("PipelineModule" in base.__name__ for base in type(model).__mro__):
+        raise TPError(
+            f"{type(model).__name__} is a PipelineModule, whose stages DeepSpeed spreads over the world itself; "
+            f"pipeline parallelism does not go with tp_size={options.tp_size}"
+        )
+
+
+def _join(options: Options) -> Any:
+    """The mesh of this run. Collective over the world at its first call."""
+    from deepspeed import comm
+    from deepspeed.accelerator import get_accelerator
+
+    on_cpu = get_accelerator().device_name() == "cpu"
+    comm.init_distributed(dist_backend="gloo" if on_cpu else get_accelerator().communication_backend_name())
+    joined = current_mesh() is not None
+    mesh = init_mesh(options.tp_size)
+    if mesh.dp_size == 1:
+        alone()
+    exchange(mesh)
+    if not joined:
+        rng.synchronize(mesh.control)
+    return mesh
+
+
+def _use_torch_adam_on_cpu(config: dict[str, Any]) -> None:
+    """On CPU, DeepSpeed's Adam is a C++ extension compiled at start-up; torch's computes the same."""
+    from deepspeed.accelerator import get_accelerator
+
+    optimizer = config.get("optimizer")
+    if get_accelerator().device_name() != "cpu" or not isinstance(optimizer, dict):
+        return
+    if str(optimizer.get("type")).lower() in ("adam", "adamw"):
+        config["optimizer"] = {**optimizer, "params": {"torch_adam": True, **optimizer.get("params", {})}}

@@ -1,0 +1,154 @@
+"""Gradient norms of the whole model in DeepSpeed's optimizers.
+
+DeepSpeed counts a parameter with ``tensor_model_parallel`` on every rank and others on rank 0 of the model-parallel
+group. What it cannot know is a shard of which a part is held by other ranks too (KV heads replicated, because there are
+fewer than ranks): here those elements are blanked, on all ranks but their first holder, before it takes the norm.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from tp_plugin.engines.patching import patch, wrap
+from tp_plugin.parallel.layouts import layout_of, not_owned, total_norm, wide_norm
+from tp_plugin.parallel.mesh import current_mesh, require_mesh
+
+
+def install_engine(engine: Any) -> None:
+    """Patch ``deepspeed.runtime.engine``: clipping in fp32 without ZeRO."""
+    original = vars(engine)["clip_grad_norm_"]
+
+    def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2, mpu: Any = None) -> Any:
+        if current_mesh() is None:
+            return original(parameters, max_norm, norm_type, mpu)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norm = total_norm(grads, norm_type)
+        torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        return norm
+
+    patch(engine, "clip_grad_norm_", clip_grad_norm_)
+
+
+def install_zero12(stage_1_and_2: Any) -> None:
+    """Patch ZeRO stages 1 and 2."""
+    cls = stage_1_and_2.DeepSpeedZeroOptimizer
+    wrap(cls, "get_grad_norm_direct", _direct_12)
+    wrap(cls, "complete_grad_norm_calculation_for_cpu_offload", _offloaded_12)
+
+
+def install_zero3(stage3: Any) -> None:
+    """Patch ZeRO stage 3."""
+    cls = stage3.DeepSpeedZeroOptimizer_Stage3
+    wrap(cls, "get_grad_norm_direct", _direct_3)
+    wrap(cls, "complete_grad_norm_calculation_for_cpu_offload", _offloaded_3)
+
+
+def install_bf16(bf16_optimizer: Any) -> None:
+    """Patch the optimizer of bf16 with fp32 accumulation."""
+    wrap(bf16_optimizer.BF16_Optimizer, "get_grads_for_norm", _grads_for_norm)
+
+
+def install_fp16(fused_optimizer: Any) -> None:
+    """Patch the optimizer of fp16 and bf16 without ZeRO."""
+    wrap(fused_optimizer.FP16_Optimizer, "_get_norm_mask_idx", _norm_mask)
+
+
+def install_unfused(unfused_optimizer: Any) -> None:
+    """Patch the same for optimizers that cannot be fused; DeepSpeed's version drops all ranks but the first."""
+    original = vars(unfused_optimizer)["get_weight_norm"]
+
+    def get_weight_norm(parameters: Any, norm_type: float = 2, mpu: Any = None) -> float:
+        if current_mesh() is None:
+            return float(original(parameters, norm_type, mpu))
+        norm = wide_norm([parameters] if isinstance(parameters, torch.Tensor) else list(parameters), norm_type).item()
+        return norm if math.isfinite(norm) else -1.0
+
+    patch(unfused_optimizer, "get_weight_norm", get_weight_norm)
+
+
+def counted(parameter: torch.Tensor, fragment: torch.Tensor, offset: int = 0) -> torch.Tensor:
+    """``fragment``, which begins at element ``offset`` of a flat local gradient, without what other ranks count."""
+    mask = _mask(parameter)
+    if mask is None:
+        return fragment
+    part = mask[offset : offset + fragment.numel()].to(fragment.device)
+    part = torch.nn.functional.pad(part, (0, fragment.numel() - part.numel()))  # ZeRO-3 pads the last partition
+    return fragment.reshape(-1).masked_fill(part, 0)
+
+
+def _mask(parameter: torch.Tensor) -> torch.Tensor | None:
+    layout, mesh = layout_of(parameter), current_mesh()
+    if layout is None or mesh is None or not layout.is_sharded:
+        return None
+    return not_owned(layout, mesh.tp.rank)
+
+
+def _direct_12(original: Any, self: Any, gradients: Any, params: Any, norm_type: float = 2) -> Any:
+    group = next((i for i, mine in enumerate(self.params_in_partition) if mine is params), None)
+    if group is None:
+        return original(self, gradients, params, norm_type)
+    fragments = [g for g in gradients if not getattr(g, "_zero_padding", False)]
+    offsets = [self.first_offset[group], *[0] * len(params)]
+    masked = [counted(p, g, offset) for p, g, offset in zip(params, fragments, offsets, strict=False)]
+    return original(self, masked, params, norm_type)
+
+
+def _offloaded_12(original: Any, self: Any, params: Any) -> Any:
+    for parameter in params:
+        number = self.get_param_id(parameter)
+        if number in self.norm_for_param_grads and _mask(parameter) is not None:
+            group, offset, at, count = self.grad_position[number]
+            fragment = self.single_partition_of_fp32_groups[group].grad.view(-1).narrow(0, at, count)
+            self.norm_for_param_grads[number] = torch.linalg.vector_norm(counted(parameter, fragment, offset))
+    return original(self, params)
+
+
+def _direct_3(original: Any, self: Any, gradients: Any, params: Any, norm_type: float = 2) -> Any:
+    rank = require_mesh().dp.rank if current_mesh() is not None else 0
+    masked = [counted(p, g, rank * p.partition_numel()) for g, p in zip(gradients, params, strict=True)]
+    return original(self, masked, params, norm_type)
+
+
+def _offloaded_3(original: Any, self: Any, params: Any) -> Any:
+    for parameter in params:
+        number = self.get_param_id(parameter)
+        if number in self.norm_for_param_grads and _mask(parameter) is not None:
+            group, at, count = self.grad_position[number]
+            fragment = self.fp32_partitioned_groups_flat[group].grad.view(-1).narrow(0, at, count)
+            offset = require_mesh().dp.rank * parameter.partition_numel()
+            self.norm_for_param_grads[number] = torch.linalg.vector_norm(counted(parameter, fragment, offset))
+    return original(self, params)
+
+
+def _grads_for_norm(original: Any, self: Any, for_clipping: bool = False) -> Any:
+    found = original(self, for_clipping)
+    if for_clipping or current_mesh() is None:
+        return found
+    gradients, experts = found
+    holders = {
+        id(gradient): parameter
+        for parameters, mine in zip(self.bf16_groups, self.fp32_groups_gradients, strict=True)
+        for parameter, gradient in zip(parameters, mine, strict=True)
+    }
+    return [counted(holders[id(g)], g) for g in gradients], experts
+
+
+def _norm_mask(original: Any, self: Any, group: Any) -> torch.Tensor:
+    """Ranges (start, stop) of the group's flat gradient that this rank does not count, shape (n, 2), merged."""
+    mesh = current_mesh()
+    if mesh is None:
+        return original(self, group)  # type: ignore[no-any-return]
+    skipped = []
+    for parameter in group:
+        mask = _mask(parameter)
+        if mask is None:
+            layout = layout_of(parameter)
+            replicated = (layout is None or not layout.is_sharded) and not mesh.is_leader
+            mask = torch.full((parameter.numel(),), replicated)
+        skipped.append(mask)
+    edges = torch.diff(torch.cat(skipped).to(torch.int8), prepend=torch.zeros(1), append=torch.zeros(1))
+    starts, stops = (edges == 1).nonzero(), (edges == -1).nonzero()
+    return torch.cat([starts, stops], dim=1).to(group[0].device)
