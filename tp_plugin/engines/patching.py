@@ -23,6 +23,7 @@ def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs)
 
+    wrapped.tp_patched = True  # type: ignore[attr-defined]
     patch(owner, name, wrapped)
 
 

@@ -40,13 +40,10 @@ class _Finder:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name not in self.awaited:
             return None
-        actions = self.awaited.pop(name)
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((found for found in others if found is not None), None)
-        if spec is None:
-            self.awaited[name] = actions  # not installed, or not yet
-        else:
-            _watch(spec, actions)
+        if spec is not None:
+            _watch(spec, self.awaited[name])  # awaited further: who asks may not import it (importlib.util.find_spec)
         return spec
 
 
@@ -75,6 +72,7 @@ class _Watched(ModuleSpec):
         self.__class__ = ModuleSpec
         self._initializing = value
         if self.name in sys.modules:  # it is taken out again if its code raised
+            _finder.awaited.pop(self.name, None)
             for action in actions:
                 action(sys.modules[self.name])
 

@@ -123,6 +123,11 @@ def _refuse_unsupported(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise TPError(f"parameter {name!r} is on the meta device; load its weights before preparing the model")
+        if hasattr(parameter, "ds_id"):
+            raise TPError(
+                f"parameter {name!r} is already partitioned by ZeRO-3 (deepspeed.zero.Init(module=…)), but is to be "
+                "sharded first; leave the partitioning to deepspeed.initialize"
+            )
         if type(parameter) is not nn.Parameter:
             raise TPError(
                 f"parameter {name!r} is a {type(parameter).__name__}, not a plain Parameter; the model was already "

@@ -13,6 +13,7 @@ from tp_plugin.parallel.exchange import exchange
 from tp_plugin.parallel.layouts import layout_of
 from tp_plugin.parallel.mesh import require_mesh
 from tp_plugin.shard.record import read_whole
+from tp_plugin.shard.state_dict import gives_local
 
 _uids = itertools.count()
 
@@ -92,6 +93,8 @@ def _nothing() -> None:
 
 
 def _give_whole(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    if gives_local():
+        return state_dict
     states: OptimizerStates = optimizer.tp_states  # type: ignore[attr-defined]
     mesh = require_mesh()
     link = exchange(mesh)

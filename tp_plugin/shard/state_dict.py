@@ -6,6 +6,8 @@ a part, ``save_pretrained``, Accelerate's ``save_model`` and ``save_state``) pas
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +15,25 @@ from torch import nn
 
 from tp_plugin.parallel.mesh import require_mesh
 from tp_plugin.shard.record import ShardRecord
+
+
+_local = False
+
+
+@contextlib.contextmanager
+def local_states() -> Iterator[None]:
+    """Inside, ``state_dict`` of models and optimizers is this rank's own: for checkpoints that all ranks write."""
+    global _local
+    before, _local = _local, True
+    try:
+        yield
+    finally:
+        _local = before
+
+
+def gives_local() -> bool:
+    """Whether ``state_dict`` is this rank's own just now."""
+    return _local
 
 
 def install(record: ShardRecord, model: nn.Module) -> None:
@@ -29,12 +50,14 @@ def install(record: ShardRecord, model: nn.Module) -> None:
 
 def _enter(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     record: ShardRecord = model.tp_record  # type: ignore[assignment]
-    record.exchange.enter(record.uid)
+    if not _local:
+        record.exchange.enter(record.uid)
 
 
 def _leave(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     record: ShardRecord = model.tp_record  # type: ignore[assignment]
-    record.exchange.leave(record.uid)
+    if not _local:
+        record.exchange.leave(record.uid)
 
 
 class Owner:
@@ -50,10 +73,14 @@ class Owner:
 
 def _give_whole(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     owner: Owner = module.tp_owner  # type: ignore[assignment]
+    rank = owner.record.mesh.tp.rank
     for name, _ in module.named_parameters(recurse=False):
-        if prefix + name in state:
-            with torch.no_grad():
-                state[prefix + name] = owner.record.whole(owner.key(name), state[prefix + name])
+        value = state.get(prefix + name)
+        # another shape than this rank's share is a placeholder: ZeRO-3 keeps the data elsewhere
+        if _local or value is None or tuple(value.shape) != owner.record.plan.layouts[owner.key(name)].local_shape(rank):
+            continue
+        with torch.no_grad():
+            state[prefix + name] = owner.record.whole(owner.key(name), value)
 
 
 def _take_whole(

@@ -81,6 +81,10 @@ def _shard(accelerator: Any, model: nn.Module) -> None:
         return
     if getattr(model, "_is_accelerate_prepared", False):
         return
+    if accelerator.distributed_type.value == "DEEPSPEED":
+        import deepspeed
+
+        assert getattr(deepspeed.initialize, "tp_patched", False), "ZeRO would reduce gradients over the whole world"
     options = Options.from_environment()
     if type(model).__name__ in options.leave_whole:
         agree_on_weights(model, mesh)

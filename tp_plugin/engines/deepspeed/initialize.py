@@ -24,6 +24,10 @@ from tp_plugin.parallel.mesh import alone, current_mesh, init_mesh, require_mesh
 from tp_plugin.shard import agree_on_weights, is_sharded, models_in, parallelize, shard_optimizer
 
 
+DEFAULTS = {"torch_adam": True, "weight_decay": 0.0}
+"""Settings with which torch's Adam is DeepSpeed's, whose weight decay is 0 by default (ops/adam/fused_adam.py)."""
+
+
 def install(deepspeed: Any) -> None:
     """Patch ``deepspeed``."""
     torch_utils.install()
@@ -59,14 +63,9 @@ def _hf_config(original: Any, self: Any, config: Any) -> None:
 
 
 def _zero_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    if Options.from_environment().tp_size == 1:
-        return original(self, *args, **kwargs)
     module = args[0] if args else kwargs.get("module")
-    if module is not None:
-        raise TPError(
-            "deepspeed.zero.Init(module=…) partitions a model that is to be sharded first; leave the conversion to "
-            "deepspeed.initialize"
-        )
+    if Options.from_environment().tp_size == 1 or module is not None:
+        return original(self, *args, **kwargs)  # DeepSpeed partitions the sharded model
     return original(self, enabled=False)
 
 
@@ -155,4 +154,4 @@ def _use_torch_adam_on_cpu(config: dict[str, Any]) -> None:
     if get_accelerator().device_name() != "cpu" or not isinstance(optimizer, dict):
         return
     if str(optimizer.get("type")).lower() in ("adam", "adamw"):
-        config["optimizer"] = {**optimizer, "params": {"torch_adam": True, **optimizer.get("params", {})}}
+        config["optimizer"] = {**optimizer, "params": {**DEFAULTS, **optimizer.get("params", {})}}
