@@ -24,7 +24,7 @@ _PATCHES = {
     "deepspeed.comm.torch": ("tp_plugin.engines.deepspeed.groups", "install_backend"),
     "deepspeed.runtime.config": ("tp_plugin.engines.deepspeed.initialize", "install_config"),
     "deepspeed.runtime.dataloader": ("tp_plugin.engines.deepspeed.data", "install"),
-    "deepspeed.runtime.engine": ("tp_plugin.engines.deepspeed.norms", "install_engine"),
+    "deepspeed.runtime.engine": ("tp_plugin.engines.deepspeed.initialize", "install_engine"),
     "deepspeed.runtime.zero.partition_parameters": ("tp_plugin.engines.deepspeed.initialize", "install_zero_init"),
     "deepspeed.runtime.zero.stage_1_and_2": ("tp_plugin.engines.deepspeed.norms", "install_zero12"),
     "deepspeed.runtime.zero.stage3": ("tp_plugin.engines.deepspeed.norms", "install_zero3"),

@@ -3,11 +3,13 @@
 from tp_plugin.shard.apply import is_sharded, model_type, models_in, parallelize
 from tp_plugin.shard.optimizer import NOT_ELEMENTWISE, shard_optimizer
 from tp_plugin.shard.replicas import agree_on_weights
+from tp_plugin.shard.state_dict import local_states
 
 __all__ = [
     "NOT_ELEMENTWISE",
     "agree_on_weights",
     "is_sharded",
+    "local_states",
     "model_type",
     "models_in",
     "parallelize",

@@ -16,7 +16,6 @@ from torch import nn
 from tp_plugin.parallel.mesh import require_mesh
 from tp_plugin.shard.record import ShardRecord
 
-
 _local = False
 
 
@@ -77,7 +76,11 @@ def _give_whole(module: nn.Module, state: dict[str, Any], prefix: str, metadata:
     for name, _ in module.named_parameters(recurse=False):
         value = state.get(prefix + name)
         # another shape than this rank's share is a placeholder: ZeRO-3 keeps the data elsewhere
-        if _local or value is None or tuple(value.shape) != owner.record.plan.layouts[owner.key(name)].local_shape(rank):
+        if (
+            _local
+            or value is None
+            or tuple(value.shape) != owner.record.plan.layouts[owner.key(name)].local_shape(rank)
+        ):
             continue
         with torch.no_grad():
             state[prefix + name] = owner.record.whole(owner.key(name), value)

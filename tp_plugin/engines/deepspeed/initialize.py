@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tp_plugin.engines import torch_utils
-from tp_plugin.engines.deepspeed import checkpoint
+from tp_plugin.engines.deepspeed import checkpoint, norms
 from tp_plugin.engines.deepspeed.config import options_of, refuse, without_our_keys
 from tp_plugin.engines.deepspeed.groups import Mpu
 from tp_plugin.engines.patching import wrap
@@ -23,7 +23,6 @@ from tp_plugin.parallel.exchange import exchange
 from tp_plugin.parallel.mesh import alone, current_mesh, init_mesh, require_mesh
 from tp_plugin.shard import agree_on_weights, is_sharded, models_in, parallelize, shard_optimizer
 
-
 DEFAULTS = {"torch_adam": True, "weight_decay": 0.0}
 """Settings with which torch's Adam is DeepSpeed's, whose weight decay is 0 by default (ops/adam/fused_adam.py)."""
 
@@ -32,6 +31,12 @@ def install(deepspeed: Any) -> None:
     """Patch ``deepspeed``."""
     torch_utils.install()
     wrap(deepspeed, "initialize", _initialize)
+
+
+def install_engine(engine: Any) -> None:
+    """Patch ``deepspeed.runtime.engine``: clipping without ZeRO, checkpoints."""
+    norms.install_engine(engine)
+    checkpoint.install_engine(engine)
 
 
 def install_config(config: Any) -> None:
