@@ -6,7 +6,12 @@ import pytest
 import torch
 from models import batch, build, config_for
 from test_zero import LLAMA, REPLICATED_KV, ds_config, plain_again
+from transformers import AutoModelForCausalLM
 from workers import run
+
+from tp_plugin.cli.export import export
+from tp_plugin.cli.reshard import reshard
+from tp_plugin.errors import TPError
 
 BEFORE, AFTER = 2, 3
 
@@ -66,9 +71,12 @@ def uninterrupted(tp, model, stage, lora, changes, folder):
     engine, settings = engine_for(tp, model, stage, lora, **changes)
     steps(engine, settings.vocab_size, 0, BEFORE, tp)
     engine.save_checkpoint(folder, client_state={"mine": 7})
+    assert engine.save_16bit_model(folder, "whole.bin")
+    weights = engine._zero3_consolidated_16bit_state_dict() if stage == 3 else engine.module.state_dict()
+    weights = {name: tensor.clone() for name, tensor in (weights or {}).items()}  # replicated ones train on
     result = steps(engine, settings.vocab_size, BEFORE, BEFORE + AFTER, tp)
     engine.destroy()
-    return result
+    return *result, weights
 
 
 def resumed(tp, model, stage, lora, changes, folder):
@@ -104,3 +112,81 @@ def check(model, stage, tmp_path, source, target, lora=False, tolerance=1e-5, **
 def test_resume(stage, source, target, tmp_path) -> None:
     model = REPLICATED_KV if 4 in (source[0], target[0]) else LLAMA
     check(model, stage, tmp_path, source, target)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("source, target", [((2, 2), (2, 2)), ((2, 2), (4, 1)), ((1, 2), (2, 1))])
+def test_resume_lora(stage, source, target, tmp_path) -> None:
+    """Frozen parameters, too, which ZeRO keeps apart."""
+    check(LLAMA, stage, tmp_path, source, target, lora=True)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resume_bf16(stage, tmp_path) -> None:
+    """fp32 masters are what is resumed from; one rounding of a bf16 sum may fall differently at another tp."""
+    check(LLAMA, stage, tmp_path, (2, 1), (2, 1), bf16={"enabled": True})
+    check(LLAMA, stage, tmp_path, (2, 2), (4, 1), tolerance=2e-2, bf16={"enabled": True})
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_resume_offloaded(stage, tmp_path) -> None:
+    check(LLAMA, stage, tmp_path, (2, 2), (4, 1), zero={"offload_optimizer": {"device": "cpu"}})
+
+
+RESHARDED = [((2, 2), (1, 2)), ((2, 1), (1, 1)), ((4, 1), (1, 2)), ((2, 2), (4, 1)), ((1, 2), (2, 1))]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("source, target", RESHARDED)
+def test_reshard(stage, source, target, tmp_path) -> None:
+    """The command's result is what the target would have saved: at tp 1, plain DeepSpeed resumes from it."""
+    (tp, dp), (tp2, dp2) = source, target
+    model = REPLICATED_KV if 4 in (tp, tp2) else LLAMA
+    folder, out = tmp_path / "checkpoint", tmp_path / "resharded"
+    expected = run(tp * dp, uninterrupted, tp, model, stage, False, {}, str(folder))[0]
+    if tp == 1:  # a plain checkpoint does not say which model it holds
+        with pytest.raises(TPError, match="does not say which transformers model"):
+            reshard(folder, out, None, tp2, dp2)
+        return
+    reshard(folder, out, None, tp2, dp2)
+    ours = run(tp2 * dp2, resumed, tp2, model, stage, False, {}, str(out))
+    for result in ours:
+        assert result[0] == pytest.approx(expected[0], rel=1e-5)
+        assert result[1] == pytest.approx(expected[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("tp, dp", [(2, 2), (4, 1)])
+def test_whole_weights(stage, tp, dp, tmp_path) -> None:
+    """Consolidated, exported and 16-bit weights are the whole model's; transformers reloads them without a word."""
+    folder, out = tmp_path / "checkpoint", tmp_path / "exported"
+    weights = run(tp * dp, uninterrupted, tp, REPLICATED_KV, stage, False, {}, str(folder))[0][2]
+    whole = torch.load(folder / "whole.bin", weights_only=True)
+    export(folder, out, None, "float32", 50_000)  # several files
+    assert len(list(out.glob("*.safetensors"))) > 1
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True, dtype="float32")
+    assert not any(info.values()), info
+    reloaded = model.state_dict()
+    assert set(weights) == set(reloaded) == set(whole)
+    for name, tensor in reloaded.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(whole[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def test_damaged(tmp_path) -> None:
+    """A missing or truncated file is named; nothing half-written is left."""
+    folder, out = tmp_path / "checkpoint", tmp_path / "out"
+    run(2, uninterrupted, 2, LLAMA, 2, False, {}, str(folder))
+    tag = next(folder.glob("global_step*"))
+    victim = tag / "zero_pp_rank_0_mp_rank_01_optim_states.pt"
+    content = victim.read_bytes()
+    victim.write_bytes(content[: len(content) // 2])
+    for command in (lambda: export(folder, out, None, "float32", 10**9), lambda: reshard(folder, out, None, 1, None)):
+        with pytest.raises(TPError, match=r"mp_rank_01_optim_states.pt cannot be read .* truncated"):
+            command()
+    victim.unlink()
+    with pytest.raises(TPError, match=r"is not complete: zero_pp_rank_0_mp_rank_01_optim_states.pt is missing"):
+        reshard(folder, out, None, 1, None)
+    with pytest.raises(TPError, match="no checkpoint 'other'"):
+        reshard(folder, out, "other", 1, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]

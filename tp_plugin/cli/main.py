@@ -1,4 +1,4 @@
-"""The command line: ``tp-plugin policies`` lists the architectures with a policy and what each shards."""
+"""The command line: ``tp-plugin policies``, ``tp-plugin export``, ``tp-plugin reshard``."""
 
 from __future__ import annotations
 
@@ -6,16 +6,53 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+from tp_plugin.errors import TPError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     os.environ["TP_PLUGIN_DISABLE"] = "1"  # the tool itself is one plain process
+    arguments = _parser().parse_args(argv)
+    try:
+        return _run(arguments)
+    except TPError as error:
+        print(f"tp-plugin {arguments.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tp-plugin", description="Tensor parallelism for Hugging Face scripts.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("policies", help="list the architectures that have a policy")
-    parser.parse_args(argv)
-    return _policies()
+
+    export = commands.add_parser("export", help="turn a DeepSpeed checkpoint into a plain Hugging Face model")
+    reshard = commands.add_parser("reshard", help="rewrite a DeepSpeed checkpoint for another tp_size and dp size")
+    for command in (export, reshard):
+        command.add_argument("checkpoint", type=Path, help="folder given to save_checkpoint, or one of its tags")
+        command.add_argument("output", type=Path, help="folder to write; must not hold anything yet")
+        command.add_argument("-t", "--tag", help="tag to read; default the one in the file `latest`")
+    export.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    export.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="largest file; default 5")
+    reshard.add_argument("--tp", type=int, required=True, help="tp_size of the run that resumes")
+    reshard.add_argument("--dp", type=int, help="its data-parallel size; default: as many processes as saved it")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "policies":
+        return _policies()
+    if arguments.command == "export":
+        from tp_plugin.cli.export import export
+
+        size = int(arguments.max_shard_size * 10**9)
+        export(arguments.checkpoint, arguments.output, arguments.tag, arguments.dtype, size)
+        return 0
+    from tp_plugin.cli.reshard import reshard
+
+    reshard(arguments.checkpoint, arguments.output, arguments.tag, arguments.tp, arguments.dp)
+    return 0
 
 
 def _policies() -> int:

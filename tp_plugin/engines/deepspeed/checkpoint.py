@@ -1,7 +1,7 @@
 """Checkpoints of a DeepSpeed engine: every rank writes its own shard; a run of any tp and dp reads them.
 
-What DeepSpeed saves at (tp, dp) it loads at (tp, dp) itself. At another size each rank asks for its own two files, which
-are made from the saved ones (files.py), so DeepSpeed's loading code does all the rest.
+What DeepSpeed saves at (tp, dp) it loads at (tp, dp) itself. At another size each rank asks for its own two files,
+which are made from the saved ones (files.py), so DeepSpeed's loading code does all the rest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tp_plugin.policy import ParamLayout
 from tp_plugin.shard import local_states
 
 RECOVERY = '''#!/usr/bin/env python3
-"""fp32 weights of this tensor-parallel checkpoint as one Hugging Face model: zero_to_fp32.py CHECKPOINT_DIR OUTPUT_DIR"""
+"""fp32 weights of this tensor-parallel checkpoint as one model: zero_to_fp32.py CHECKPOINT_DIR OUTPUT_DIR"""
 import sys
 
 from tp_plugin.cli.main import main
@@ -78,7 +78,9 @@ def _save_model_file(original: Any, self: Any, save_dir: Any, tag: Any, *args: A
             "dp_size": mesh.dp_size,
             "layouts": files.layouts_to(_layouts(self)),
             "optimizer_names": _optimizer_names(self),
+            "aliases": _aliases(self.module),
             "config": _model_config(self.module),
+            "model_class": type(self.module).__name__ if hasattr(self.module, "tp_record") else None,
         }
         (Path(save_dir) / str(tag) / files.SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
     return result
@@ -87,6 +89,12 @@ def _save_model_file(original: Any, self: Any, save_dir: Any, tag: Any, *args: A
 def _model_config(module: Any) -> dict[str, Any] | None:
     config = getattr(module, "config", None)
     return config.to_dict() if hasattr(config, "to_dict") else None
+
+
+def _aliases(module: Any) -> dict[str, str]:
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in named if first[id(parameter)] != name}
 
 
 def _copy_recovery_script(original: Any, self: Any, save_path: Any) -> None:
@@ -198,12 +206,10 @@ def _consolidated(original: Any, self: Any, exclude_frozen_parameters: bool = Fa
             for name, parameter in parameters.items():
                 if exclude_frozen_parameters and not parameter.requires_grad:
                     continue
-                if id(parameter) in seen:
-                    state[prefix + name] = state[seen[id(parameter)]]
+                if mesh.dp.rank > 0:
                     continue
-                seen[id(parameter)] = prefix + name
-                if mesh.dp.rank == 0:
-                    state[prefix + name] = _whole(parameter, mesh)
+                first = seen.setdefault(id(parameter), prefix + name)
+                state[prefix + name] = state[first] if first in state else _whole(parameter, mesh)
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 state[prefix + name] = buffer.detach().cpu()

@@ -96,8 +96,8 @@ class Checkpoint:
         self.layouts = layouts_from(self.sidecar.get("layouts", {}))
         if self.tp > 1 and not self.sidecar:
             raise TPError(
-                f"{folder} was saved with a model-parallel size of {self.tp} and has no {SIDECAR}; how its tensors were "
-                "split is not known"
+                f"{folder} was saved with a model-parallel size of {self.tp} and has no {SIDECAR}; how its tensors "
+                "were split is not known"
             )
         self.optimizer_names = self.sidecar.get("optimizer_names") or optimizer_names
         self.stage = self._stage()
@@ -201,6 +201,11 @@ class Checkpoint:
         length = flat_tensor(partition, group, "fp32").numel()
         return [key for key, value in base_state(partition)["state"][group].items() if is_flat(value, length)]
 
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Names that are another parameter's second name (tied weights), with the first one."""
+        return self.sidecar.get("aliases") or dict(self.model_state(0).get("shared_params") or {})
+
     def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The whole model as fp32 masters (what ``zero_to_fp32`` gives): trained, frozen, buffers, tied names."""
         state = self.model_state(0)
@@ -212,7 +217,7 @@ class Checkpoint:
             elif self.stage == 3 and key in (state["frozen_param_shapes"] or {}):
                 yield key, self.frozen(key).float()
             elif self.stage == 3 and key not in state["buffer_names"]:
-                owner = (state["shared_params"] or {}).get(key)
+                owner = self.aliases.get(key)
                 if owner is None:
                     raise TPError(f"checkpoint {self.folder} has no data of {key!r}")
                 yield key, trained[owner]()

@@ -1,0 +1,79 @@
+"""``tp-plugin export``: a DeepSpeed checkpoint of any tp and dp → a model for plain transformers. One process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from tp_plugin.cli.folders import complete_or_absent, find_tag
+from tp_plugin.engines.deepspeed.files import Checkpoint
+from tp_plugin.errors import TPError
+
+BESIDE = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
+"""What a Trainer leaves beside the checkpoint and a model folder needs, too."""
+
+
+def export(folder: Path, output: Path, tag: str | None, dtype: str, shard_size: int) -> None:
+    """Write ``output`` with safetensors files of at most ``shard_size`` bytes, tensor by tensor, and the config.
+
+    Raises:
+        TPError: no checkpoint, an incomplete or damaged one, or ``output`` exists.
+    """
+    source = Checkpoint(find_tag(folder, tag))
+    names = source.model_state(0)["module"]
+    if any(name.startswith("base_model.model.") for name in names):
+        raise TPError(
+            f"{source.folder} is a checkpoint of a PEFT model, which is no plain model; resume from it and call "
+            "save_pretrained, which writes the adapter"
+        )
+    with complete_or_absent(output) as out:
+        for pattern in BESIDE:
+            for path in sorted(folder.glob(pattern)):
+                shutil.copy2(path, out)
+        config = source.sidecar.get("config")
+        if config is not None and not (out / "config.json").exists():
+            (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+        count = _write(_tensors(source, getattr(torch, dtype)), out, shard_size)
+    print(f"{count} tensors from {source.folder} (tp {source.tp}, dp {source.dp}) written to {output}", file=sys.stderr)
+
+
+def _tensors(source: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    aliases = source.aliases
+    for name, tensor in source.masters():
+        if name not in aliases:
+            yield name, (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+
+
+def _write(tensors: Iterator[tuple[str, torch.Tensor]], out: Path, limit: int) -> int:
+    shards: list[list[str]] = []
+    total = 0
+    held: dict[str, torch.Tensor] = {}
+
+    def flush() -> None:
+        save_file(held, out / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if held and sum(t.numel() * t.element_size() for t in held.values()) + size > limit:
+            flush()
+        held[name] = tensor.clone()
+        total += size
+    flush()
+    index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": {}}
+    for number, names in enumerate(shards):
+        several = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = several if len(shards) > 1 else "model.safetensors"
+        (out / f"{number}.part").rename(out / file)
+        index["weight_map"] |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return sum(len(names) for names in shards)

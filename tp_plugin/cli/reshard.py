@@ -1,0 +1,92 @@
+"""``tp-plugin reshard``: a DeepSpeed checkpoint rewritten as a run of another tp and dp would have saved it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from tp_plugin.cli.folders import complete_or_absent, find_tag
+from tp_plugin.engines.deepspeed import files
+from tp_plugin.errors import TPError
+from tp_plugin.policy import ParamLayout, make_plan, policy_for
+
+
+def reshard(folder: Path, output: Path, tag: str | None, tp: int, dp: int | None) -> None:
+    """Write ``output`` for ``tp`` × ``dp`` ranks, one file at a time, with everything else that lay in ``folder``.
+
+    At tp 1 the result is an ordinary DeepSpeed checkpoint. A run under the plugin resumes from any tp and dp without
+    this tool.
+
+    Raises:
+        TPError: no checkpoint, an incomplete or damaged one, sizes that do not go, or ``output`` exists.
+    """
+    source = files.Checkpoint(find_tag(folder, tag))
+    if tp < 1 or (dp is not None and dp < 1):
+        raise TPError(f"--tp {tp} --dp {dp}: expected whole numbers of at least 1")
+    world = source.tp * source.dp
+    if dp is None and world % tp:
+        raise TPError(f"{world} processes saved the checkpoint, which --tp {tp} does not divide; name --dp, too")
+    dp = dp or world // tp
+    layouts = _layouts(source, tp)
+    groups = [source.model_state(0)["ds_config"].get("zero_optimization", {}).get("round_robin_gradients")]
+    if any(groups) and dp != source.dp:
+        raise TPError(
+            "zero_optimization.round_robin_gradients orders parameters by the data-parallel size; keep --dp "
+            f"{source.dp}, or resume from {folder} directly under the plugin"
+        )
+    with complete_or_absent(output) as out:
+        inside = out if source.folder == folder else out / source.folder.name
+        _copy_rest(folder, out, source.folder)
+        inside.mkdir(exist_ok=True)
+        for t in range(tp):
+            for d in range(dp):
+                target = files.Target(tp, dp, t, d, layouts)
+                model, optimizer = files.file_names(source, t, d)
+                if d == 0 or source.stage == 3:
+                    torch.save(files.model_file(source, target), inside / model)
+                if optimizer is not None:
+                    torch.save(files.optimizer_file(source, target), inside / optimizer)
+        sidecar = {**source.sidecar, "tp_size": tp, "dp_size": dp, "layouts": files.layouts_to(layouts)}
+        (inside / files.SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
+    message = f"{source.folder} (tp {source.tp}, dp {source.dp}) written to {output} (tp {tp}, dp {dp})"
+    print(message, file=sys.stderr)
+
+
+def _copy_rest(folder: Path, out: Path, tag: Path) -> None:
+    """Everything beside the tags: Trainer's state, scheduler, generators, ``latest``."""
+    if tag == folder:
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            shutil.copy2(path, out)
+        elif not any(path.glob("*model_states.pt")):
+            shutil.copytree(path, out / path.name)
+
+
+def _layouts(source: files.Checkpoint, tp: int) -> dict[str, ParamLayout]:
+    """The layouts under ``tp``, from a model of the same config that is never filled."""
+    if tp == 1:
+        return {}
+    if tp == source.tp:
+        return source.layouts
+    name, config = source.sidecar.get("model_class"), source.sidecar.get("config")
+    if name is None or config is None:
+        raise TPError(
+            f"{source.folder} does not say which transformers model it holds, so it is not known how --tp {tp} splits "
+            "it; reshard to --tp 1, from which a run at any tp_size resumes under the plugin"
+        )
+    import transformers
+
+    configuration = transformers.AutoConfig.for_model(**config)
+    with torch.device("meta"):
+        model = getattr(transformers, name)(configuration)
+    plan = make_plan(model, policy_for(configuration), tp)
+    layouts = dict(plan.layouts)
+    first = {id(p): n for n, p in model.named_parameters()}
+    for alias, parameter in model.named_parameters(remove_duplicate=False):
+        layouts[alias] = plan.layouts[first[id(parameter)]]
+    return layouts
