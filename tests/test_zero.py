@@ -132,6 +132,34 @@ def test_fp32(tp: int, dp: int, stage: int, model: Any) -> None:
     compare(tp, dp, *model, ds_config(stage))
 
 
+@pytest.mark.parametrize("dp", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bytes(stage: int, dp: int) -> None:
+    """The formula of engines/deepspeed/groups.py; nothing in a DP group of one, and no TP traffic because of ZeRO."""
+    zero = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
+    config = ds_config(stage, zero=zero if stage == 3 else {})
+    found = run(2 * dp, train, 2, *LLAMA, config)
+    base = run(2 * dp, train, 2, *LLAMA, ds_config(0))[0]["moved"]
+    for result in found:
+        sizes = [4 * tensor.numel() for tensor in result["weights"].values()]
+        assert all(size % (4 * dp) == 0 for size in sizes)  # no padding in this model
+        held = sum(sizes)
+        moved = {key: size / STEPS for key, (_, size) in result["moved"].items() if key.endswith("/dp") and size}
+        expected = {
+            0: {"all_reduce/dp": held},
+            1: {"all_reduce/dp": held + 4, "all_gather_into_tensor/dp": held / dp},
+            2: {"all_reduce/dp": MICRO * held + 4, "all_gather_into_tensor/dp": held / dp},
+            3: {
+                "reduce_scatter_tensor/dp": MICRO * held,
+                "all_gather_into_tensor/dp": 2 * MICRO * held / dp,
+                "all_reduce/dp": 8,
+            },
+        }[stage]
+        assert moved == ({} if dp == 1 else expected)
+        of_tp = {key: count for key, (count, _) in result["moved"].items() if key.endswith("/tp")}
+        assert of_tp == {key: count for key, (count, _) in base.items() if key.endswith("/tp")}
+
+
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
