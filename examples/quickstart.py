@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -58,13 +58,13 @@ class Run:
 class Engine:
     """How the two runs are launched."""
 
-    name: str
     config: Path
-    dp: int
-    launch: tuple[object, ...]  # options of both launches
-    single: tuple[object, ...]  # those that make one plain process of it
-    reference: str
-    env: dict[str, str]
+    dp: int = 1
+    options: tuple[object, ...] = ()  # of `accelerate launch`
+    env: dict[str, str] = field(default_factory=dict)
+    single: tuple[object, ...] = (EXAMPLES / "configs" / "single.yaml",)  # config and options of the reference
+    program: tuple[object, ...] = (EXAMPLES / "finetune.py",)  # of the reference
+    reference: str = "plain Accelerate"
 
     @property
     def column(self) -> str:
@@ -105,30 +105,31 @@ def run(*command: object, env: dict[str, str], capture: bool = False) -> str:
 def choose_engine(name: str, work: Path) -> Engine:
     configs = EXAMPLES / "configs"
     if name == "ddp":
-        return Engine(name, configs / "tp2.yaml", 1, (), (), "plain Accelerate", {})
+        return Engine(configs / "tp2.yaml")
     config = work / f"{name}.yaml"
     yaml = (configs / "tp2_dp2_zero3.yaml").read_text(encoding="utf-8")
     config.write_text(yaml.replace("examples/configs/ds_zero3", str(configs / f"ds_{name}")), encoding="utf-8")
-    env = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore::FutureWarning"}
-    launch, single, reference = ("--gradient_clipping", MAX_GRAD_NORM), ("--num_processes", 1), "plain DeepSpeed"
-    if not shutil.which(os.environ.get("CXX", "c++")):
-        # On CPU, DeepSpeed alone compiles an extension when it starts. In fp32 its numbers are those of torch.
-        reference = "plain Accelerate without DeepSpeed, which needs a C++ compiler to run alone"
-        single = ()
-    return Engine(name, config, 2, launch, single, reference, env)
+    options = ("--gradient_clipping", MAX_GRAD_NORM)
+    return Engine(
+        config,
+        dp=2,
+        options=options,
+        env={"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore::FutureWarning"},
+        single=(config, *options, "--num_processes", 1),
+        program=(EXAMPLES / "plain_deepspeed.py", EXAMPLES / "finetune.py"),
+        reference="plain DeepSpeed",
+    )
 
 
 def train(
-    config: Path, options: tuple[object, ...], dp: int, folder: Path, args: argparse.Namespace, env: dict[str, str]
+    launch: tuple[object, ...], dp: int, folder: Path, work: Path, args: argparse.Namespace, env: dict[str, str]
 ) -> Run:
-    work = folder.parent
     log_file = work / f"{folder.name}.jsonl"
-    launch = [BIN / "accelerate", "launch", "--config_file", config, *options, EXAMPLES / "finetune.py"]
     files = ["--model", work / "checkpoint", "--data", work / "corpus.txt", "--output", folder, "--log-file", log_file]
     settings = ["--max-steps", args.steps, "--eval-every", max(args.steps // 2, 1), "--batch-size", BLOCKS // dp]
     settings += ["--accum", ACCUMULATION, "--lr", 1e-3, "--max-grad-norm", MAX_GRAD_NORM]
     start = time.perf_counter()
-    run(*launch, *files, *settings, env=env)
+    run(BIN / "accelerate", "launch", "--config_file", *launch, *files, *settings, env=env)
     seconds = time.perf_counter() - start
     return Run(folder, [json.loads(line) for line in log_file.read_text().splitlines()], seconds)
 
@@ -244,23 +245,21 @@ def main() -> None:
 
     console.rule("[bold]1/4  A small checkpoint, a tokenizer and a text")
     make = ["--output", work / "checkpoint", "--text", work / "corpus.txt", "--arch", args.arch]
-    run(sys.executable, EXAMPLES / "make_checkpoint.py", *make, env=plain)
+    run(sys.executable, EXAMPLES / "make_checkpoint.py", *make, env=plain | engine.env)
 
     console.rule(f"[bold]2/4  examples/finetune.py on one process: {engine.reference}")
-    config, options = (engine.config, engine.launch + engine.single)
-    if not engine.single:
-        config, options = EXAMPLES / "configs" / "single.yaml", ()
-    single = train(config, options, 1, work / "single", args, plain | engine.env)
+    single = train((*engine.single, *engine.program), 1, work / "single", work, args, plain | engine.env)
 
-    console.rule(f"[bold]3/4  examples/finetune.py with {engine.column}, {engine.name}")
+    console.rule(f"[bold]3/4  examples/finetune.py with {engine.column}, {args.engine}")
     reporting = environment(TP_PLUGIN_REPORT=str(work / "report"))
     (work / "report").mkdir()
-    tp = train(engine.config, engine.launch, engine.dp, work / "tp2", args, reporting | engine.env)
+    launch = (engine.config, *engine.options, EXAMPLES / "finetune.py")
+    tp = train(launch, engine.dp, work / "tp2", work, args, reporting | engine.env)
     reports = read_reports(work / "report")
 
     console.rule("[bold]4/4  The saved checkpoint, in plain transformers")
     check = [EXAMPLES / "check_checkpoint.py", tp.folder, "--reference", single.folder, "--prompt", PROMPT]
-    reloaded = json.loads(run(sys.executable, *check, env=plain, capture=True).splitlines()[-1])
+    reloaded = json.loads(run(sys.executable, *check, env=plain | engine.env, capture=True).splitlines()[-1])
     for text, style in ((PROMPT, "bold"), (reloaded["continuation"], "cyan")):
         console.print(Text(text, style), end="")
     console.print("\n")
@@ -268,7 +267,7 @@ def main() -> None:
     checks = compare(tp, single, reloaded["weight_difference"])
     for table in (
         curve_table(tp, single, engine.column),
-        memory_table(reports, engine.name),
+        memory_table(reports, args.engine),
         collectives_table(reports[0], args.steps),
         check_table(checks),
     ):
@@ -280,7 +279,7 @@ def main() -> None:
     failed = [check.what for check in checks if not check.passed]
     if failed:
         raise SystemExit(f"quickstart FAILED: {engine.column} differs from one process in: {'; '.join(failed)}")
-    console.print(f"[green]{engine.column}, {engine.name}: the numbers of one process ({engine.reference}).[/]")
+    console.print(f"[green]{engine.column}, {args.engine}: the numbers of one process ({engine.reference}).[/]")
 
 
 if __name__ == "__main__":
