@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_launch import launch, seen
 
 from tp_plugin.engines.deepspeed.config import REFUSED, options_of, refuse, without_our_keys
+from tp_plugin.engines.deepspeed.initialize import _refuse_arguments
 from tp_plugin.errors import TPError
 from tp_plugin.launch import deepspeed_config
 from tp_plugin.options import Options
@@ -68,7 +70,7 @@ SWITCHED_ON = {
     "zero_optimization.mics_shard_size": 2, "zero_optimization.zero_quantized_gradients": True,
     "zero_optimization.zenflow": {"topk_ratio": 0.1}, "sequence_parallel_size": 2, "expert_parallel.enabled": True,
     "hybrid_engine.enabled": True, "compression_training": {"weight_quantization": {}}, "elasticity.enabled": True,
-    "pipeline.stages": 2,
+    "pipeline.stages": 2, "checkpoint.load_universal": True,
 }  # fmt: skip
 
 
@@ -88,6 +90,23 @@ def test_each_refusal_names_its_key(path: str) -> None:
 def test_optimizers_that_need_whole_tensors(name: str) -> None:
     with pytest.raises(TPError, match=r"optimizer\.type"):
         refuse({"optimizer": {"type": name}}, 2)
+
+
+class PipelineModule(torch.nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"model": PipelineModule(1, 1)}, "is a PipelineModule"),
+        ({"model": torch.nn.Linear(1, 1), "mpu": object()}, "was given an mpu and tp_size=2"),
+        ({"model": torch.nn.Linear(1, 1), "mesh_param": (1, 2)}, r"mesh_param \(Ulysses\)"),
+    ],
+)
+def test_arguments_that_do_not_go(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(TPError, match=message):
+        _refuse_arguments(given, Options(2))
 
 
 def test_ordinary_configs_pass() -> None:
