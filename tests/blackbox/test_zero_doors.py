@@ -38,12 +38,13 @@ def test_keys_of_accelerate_only(bench, checkpoints, plain):
 
 
 def test_trainer_resumes_at_another_tp(bench, checkpoints, tmp_path, plain, zero_launch):
-    """torchrun, the key in the file that `--deepspeed` names; from the half-way checkpoint of tp 2 on."""
-    half = zero_launch(2, 1).of("trainer3").out / "trainer" / "checkpoint-4"
+    """torchrun, the key in the file that `--deepspeed` names; from a checkpoint of tp 2 on."""
+    half = zero_launch(2, 1).of("trainer3").out / "trainer" / "checkpoint-8"  # of 12
     words = [w.replace("{out}", str(tmp_path)) for w in arguments(tmp_path, "trainer3", checkpoints["llama"].parent, 4)]
     run = bench.launch("zero_trainer", 4, 1, (*words, "--resume", str(half)), entry="zero torchrun", timeout=150)
     assert run.code == 0, run.tail()
     log, expected = (r.report["log"] for r in (run, plain.of("trainer3")))
     for entry in (*log, *expected):
         entry.pop("total_flos", None)
+        entry.pop("train_loss", None)  # the mean since the resume
     close(log, expected, LOSS, "log")
