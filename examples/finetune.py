@@ -7,11 +7,13 @@
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator, get_scheduler
@@ -60,11 +62,15 @@ def load_data(args: argparse.Namespace, tokenizer) -> tuple[TextBlocks, TextBloc
 
 
 def build_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Weight decay for matrices only: biases and norms are left alone."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Weight decay for matrices only: biases and norms are left alone.
+
+    They are told apart by name, which holds also where a parameter is not there in full (ZeRO-3).
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    is_matrix = {name: not re.search(r"bias|norm|\bln_", name) for name, _ in named}
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in named if is_matrix[name]], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if not is_matrix[name]], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr)
 
@@ -75,9 +81,10 @@ def evaluate(accelerator: Accelerator, model: torch.nn.Module, loader: DataLoade
     model.eval()
     losses = []
     for batch in loader:
-        loss = model(**batch).loss
-        # The batch's mean, once per block: gather_for_metrics drops those that only filled up the last batch.
-        losses.append(accelerator.gather_for_metrics(loss.float().repeat(len(batch["input_ids"]))))
+        logits, labels = model(**batch).logits, batch["labels"]
+        # One loss per block: gather_for_metrics drops the blocks that only filled up the last batch.
+        tokens = cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none")
+        losses.append(accelerator.gather_for_metrics(tokens.mean(dim=1)))
     model.train()
     losses = torch.cat(losses)
     return losses.mean().item(), len(losses)
@@ -92,29 +99,33 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     train_data, eval_data = load_data(args, tokenizer)
     train_loader = DataLoader(
-        train_data, batch_size=args.batch_size, shuffle=True, drop_last=True, collate_fn=default_data_collator
+        train_data,
+        batch_size=args.batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(args.seed),  # one order, whatever the number of processes
+        drop_last=True,
+        collate_fn=default_data_collator,
     )
     eval_loader = DataLoader(eval_data, batch_size=args.batch_size, collate_fn=default_data_collator)
     optimizer = build_optimizer(model, args.lr, args.weight_decay)
 
-    # Steps are counted after `prepare`, which divides the loader among the processes; the prepared scheduler takes one
-    # step per process at each optimizer step, hence the factor below.
-    model, optimizer, train_loader, eval_loader = accelerator.prepare(model, optimizer, train_loader, eval_loader)
-    steps_per_epoch = math.ceil(len(train_loader) / args.accum)
-    total_steps = args.max_steps or args.epochs * steps_per_epoch
-    scheduler = accelerator.prepare(
-        get_scheduler(
-            "linear",
-            optimizer,
-            num_warmup_steps=int(args.warmup_ratio * total_steps) * accelerator.num_processes,
-            num_training_steps=total_steps * accelerator.num_processes,
-        )
+    # `prepare` divides the loader among the processes, and the prepared scheduler takes one step per process at each
+    # optimizer step; hence the factors below. All are prepared in one call, as DeepSpeed needs it.
+    processes = accelerator.num_processes
+    total_steps = args.max_steps or args.epochs * math.ceil(len(train_loader) // processes / args.accum)
+    scheduler = get_scheduler(
+        "linear",
+        optimizer,
+        num_warmup_steps=int(args.warmup_ratio * total_steps) * processes,
+        num_training_steps=total_steps * processes,
+    )
+    model, optimizer, train_loader, eval_loader, scheduler = accelerator.prepare(
+        model, optimizer, train_loader, eval_loader, scheduler
     )
 
     accelerator.print(
         f"{len(train_data)} training blocks of {args.block_size} tokens, {len(eval_data)} for evaluation; "
-        f"{total_steps} steps of {args.batch_size * args.accum * accelerator.num_processes} blocks "
-        f"on {accelerator.num_processes} process(es)"
+        f"{total_steps} steps of {args.batch_size * args.accum * processes} blocks on {processes} process(es)"
     )
 
     log_file = None

@@ -1,6 +1,7 @@
 """Fine-tune a small model twice, on one process and tensor-parallel, and show that the numbers are the same.
 
     bash ci/quickstart.sh                  # makes the environment first
+    bash ci/quickstart.sh --engine zero2   # the same with DeepSpeed's ZeRO, at tp 2 x dp 2
     python examples/quickstart.py          # in an environment that has the package
 
 Ends with an error if the two runs differ by more than the limits below.
@@ -15,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -25,6 +26,9 @@ from rich.text import Text
 EXAMPLES = Path(os.path.relpath(Path(__file__).resolve().parent))  # relative: the commands shown stay readable
 BIN = Path(sys.executable).parent  # not resolved: an environment's python is a link to another one
 PROMPT = "import os\nimport"
+BLOCKS, ACCUMULATION = 8, 2  # blocks per micro-batch of all processes, and micro-batches per step
+# Below the usual gradient norm, so that clipping is always at work.
+MAX_GRAD_NORM = 0.5
 
 # fp32 against fp32: only the order of additions differs.
 MAX_LOSS_DIFFERENCE = 1e-5  # relative, every step
@@ -48,6 +52,23 @@ class Run:
 
     def series(self, key: str) -> dict[int, float]:
         return {record["step"]: record[key] for record in self.records if key in record}
+
+
+@dataclass
+class Engine:
+    """How the two runs are launched."""
+
+    config: Path
+    dp: int = 1
+    options: tuple[object, ...] = ()  # of `accelerate launch`
+    env: dict[str, str] = field(default_factory=dict)
+    single: tuple[object, ...] = (EXAMPLES / "configs" / "single.yaml",)  # config and options of the reference
+    program: tuple[object, ...] = (EXAMPLES / "finetune.py",)  # of the reference
+    reference: str = "plain Accelerate"
+
+    @property
+    def column(self) -> str:
+        return "tp_size 2" if self.dp == 1 else f"tp 2 x dp {self.dp}"
 
 
 @dataclass
@@ -81,15 +102,34 @@ def run(*command: object, env: dict[str, str], capture: bool = False) -> str:
     return result.stdout or ""
 
 
-def train(config: Path, folder: Path, work: Path, args: argparse.Namespace, env: dict[str, str]) -> Run:
+def choose_engine(name: str, work: Path) -> Engine:
+    configs = EXAMPLES / "configs"
+    if name == "ddp":
+        return Engine(configs / "tp2.yaml")
+    config = work / f"{name}.yaml"
+    yaml = (configs / "tp2_dp2_zero3.yaml").read_text(encoding="utf-8")
+    config.write_text(yaml.replace("examples/configs/ds_zero3", str(configs / f"ds_{name}")), encoding="utf-8")
+    options = ("--gradient_clipping", MAX_GRAD_NORM)
+    return Engine(
+        config,
+        dp=2,
+        options=options,
+        env={"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore::FutureWarning"},
+        single=(config, *options, "--num_processes", 1),
+        program=(EXAMPLES / "plain_deepspeed.py", EXAMPLES / "finetune.py"),
+        reference="plain DeepSpeed",
+    )
+
+
+def train(
+    launch: tuple[object, ...], dp: int, folder: Path, work: Path, args: argparse.Namespace, env: dict[str, str]
+) -> Run:
     log_file = work / f"{folder.name}.jsonl"
-    launch = [BIN / "accelerate", "launch", "--config_file", config, EXAMPLES / "finetune.py"]
     files = ["--model", work / "checkpoint", "--data", work / "corpus.txt", "--output", folder, "--log-file", log_file]
-    # A clipping limit below the usual gradient norm, so that clipping is always at work.
-    settings = ["--max-steps", args.steps, "--eval-every", max(args.steps // 2, 1), "--batch-size", 8, "--accum", 2]
-    settings += ["--lr", 1e-3, "--max-grad-norm", 0.5]
+    settings = ["--max-steps", args.steps, "--eval-every", max(args.steps // 2, 1), "--batch-size", BLOCKS // dp]
+    settings += ["--accum", ACCUMULATION, "--lr", 1e-3, "--max-grad-norm", MAX_GRAD_NORM]
     start = time.perf_counter()
-    run(*launch, *files, *settings, env=env)
+    run(BIN / "accelerate", "launch", "--config_file", *launch, *files, *settings, env=env)
     seconds = time.perf_counter() - start
     return Run(folder, [json.loads(line) for line in log_file.read_text().splitlines()], seconds)
 
@@ -123,12 +163,12 @@ def compare(tp: Run, single: Run, weight_difference: float) -> list[Check]:
     ]
 
 
-def curve_table(tp: Run, single: Run, rows: int = 12) -> Table:
-    table = Table(title="The same script, one process and tp_size 2", title_justify="left")
+def curve_table(tp: Run, single: Run, column: str, rows: int = 12) -> Table:
+    table = Table(title=f"The same script, one process and {column}", title_justify="left")
     table.add_column("step", justify="right")
     for quantity in ("loss", "grad norm"):
-        for column in (f"{quantity}, 1 process", "tp_size 2", "|difference|"):
-            table.add_column(column, justify="right")
+        for head in (f"{quantity}, 1 process", column, "|difference|"):
+            table.add_column(head, justify="right")
     single_loss, tp_loss = single.series("loss"), tp.series("loss")
     single_norm, tp_norm = single.series("grad_norm"), tp.series("grad_norm")
     steps = sorted(single_loss.keys() & tp_loss.keys())
@@ -150,8 +190,10 @@ def curve_table(tp: Run, single: Run, rows: int = 12) -> Table:
     return table
 
 
-def memory_table(reports: list[dict]) -> Table:
-    table = Table(title="Bytes of parameters per rank", title_justify="left")
+def memory_table(reports: list[dict], engine: str) -> Table:
+    table = Table(title="Bytes of parameters per rank", title_justify="left", caption_justify="left")
+    if engine == "zero3":
+        table.caption = "in use; between uses ZeRO 3 keeps 1 / dp of them"
     for column in ("rank", "tp rank", "dp rank", "bytes", "of the whole model"):
         table.add_column(column, justify="right")
     for report in reports:
@@ -161,15 +203,15 @@ def memory_table(reports: list[dict]) -> Table:
     return table
 
 
-def collectives_table(report: dict) -> Table:
-    forwards = report["forwards"]
-    table = Table(title="Collectives per micro-batch of training", title_justify="left", caption_justify="left")
-    table.caption = f"of one rank, in the mean over {forwards}; from each forward to the optimizer step"
+def collectives_table(report: dict, steps: int) -> Table:
+    title = f"Collectives per step of training ({ACCUMULATION} micro-batches)"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.caption = f"of one rank, in the mean over {steps} steps; bytes that it puts in"
     table.add_column("operation / group")
     table.add_column("count", justify="right")
     table.add_column("bytes", justify="right")
     for name, total in sorted(report["training_collectives"].items()):
-        table.add_row(name, f"{total['count'] / forwards:,.2f}", f"{total['bytes'] / forwards:,.0f}")
+        table.add_row(name, f"{total['count'] / steps:,.2f}", f"{total['bytes'] / steps:,.0f}")
     return table
 
 
@@ -187,48 +229,57 @@ def check_table(checks: list[Check]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=["llama", "gpt2"], default="llama")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--engine", choices=["ddp", "zero0", "zero1", "zero2", "zero3"], default="ddp")
+    parser.add_argument("--steps", type=int, help="default 30, with ZeRO (four processes) 20")
     parser.add_argument("--work", type=Path, default=Path("out/quickstart"), help="replaced if it exists")
     args = parser.parse_args()
+    args.steps = args.steps or (30 if args.engine == "ddp" else 20)
 
     start = time.perf_counter()
     work = args.work
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    engine = choose_engine(args.engine, work)
     # The reference never meets the plugin, nor does the process that reloads the result.
     plain = environment(TP_PLUGIN_DISABLE="1")
 
     console.rule("[bold]1/4  A small checkpoint, a tokenizer and a text")
     make = ["--output", work / "checkpoint", "--text", work / "corpus.txt", "--arch", args.arch]
-    run(sys.executable, EXAMPLES / "make_checkpoint.py", *make, env=plain)
+    run(sys.executable, EXAMPLES / "make_checkpoint.py", *make, env=plain | engine.env)
 
-    console.rule("[bold]2/4  examples/finetune.py on one process")
-    single = train(EXAMPLES / "configs" / "single.yaml", work / "single", work, args, plain)
+    console.rule(f"[bold]2/4  examples/finetune.py on one process: {engine.reference}")
+    single = train((*engine.single, *engine.program), 1, work / "single", work, args, plain | engine.env)
 
-    console.rule("[bold]3/4  examples/finetune.py with tp_size: 2")
+    console.rule(f"[bold]3/4  examples/finetune.py with {engine.column}, {args.engine}")
     reporting = environment(TP_PLUGIN_REPORT=str(work / "report"))
     (work / "report").mkdir()
-    tp = train(EXAMPLES / "configs" / "tp2.yaml", work / "tp2", work, args, reporting)
+    launch = (engine.config, *engine.options, EXAMPLES / "finetune.py")
+    tp = train(launch, engine.dp, work / "tp2", work, args, reporting | engine.env)
     reports = read_reports(work / "report")
 
     console.rule("[bold]4/4  The saved checkpoint, in plain transformers")
     check = [EXAMPLES / "check_checkpoint.py", tp.folder, "--reference", single.folder, "--prompt", PROMPT]
-    reloaded = json.loads(run(sys.executable, *check, env=plain, capture=True).splitlines()[-1])
+    reloaded = json.loads(run(sys.executable, *check, env=plain | engine.env, capture=True).splitlines()[-1])
     for text, style in ((PROMPT, "bold"), (reloaded["continuation"], "cyan")):
         console.print(Text(text, style), end="")
     console.print("\n")
 
     checks = compare(tp, single, reloaded["weight_difference"])
-    for table in (curve_table(tp, single), memory_table(reports), collectives_table(reports[0]), check_table(checks)):
+    for table in (
+        curve_table(tp, single, engine.column),
+        memory_table(reports, args.engine),
+        collectives_table(reports[0], args.steps),
+        check_table(checks),
+    ):
         console.print(table)
     console.print(
-        f"Training took {single.seconds:.0f} s on one process, {tp.seconds:.0f} s on two; "
+        f"Training took {single.seconds:.0f} s on one process, {tp.seconds:.0f} s on {2 * engine.dp}; "
         f"everything {time.perf_counter() - start:.0f} s. Files: {work}"
     )
     failed = [check.what for check in checks if not check.passed]
     if failed:
-        raise SystemExit(f"quickstart FAILED: tp_size 2 differs from one process in: {'; '.join(failed)}")
-    console.print("[green]tp_size 2 gives the numbers of one process.[/]")
+        raise SystemExit(f"quickstart FAILED: {engine.column} differs from one process in: {'; '.join(failed)}")
+    console.print(f"[green]{engine.column}, {args.engine}: the numbers of one process ({engine.reference}).[/]")
 
 
 if __name__ == "__main__":
