@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import accelerate
@@ -95,3 +99,53 @@ def test_trainer_keeps_the_names_that_are_patched() -> None:
     for name in ("is_world_process_zero", "_save_rng_state", "_load_best_model"):
         assert name in vars(transformers.Trainer), f"Trainer lost {name}"
     assert "generate" in vars(transformers.GenerationMixin)
+
+
+EVERYTHING = """
+import json, os, sys
+os.environ["TP_PLUGIN_TP_SIZE"] = "2"
+from tp_plugin.launch import worker
+worker.register()
+import accelerate, accelerate.checkpointing, deepspeed, peft, transformers, transformers.trainer
+import transformers.generation.utils, deepspeed.runtime.bf16_optimizer, deepspeed.runtime.fp16.unfused_optimizer
+import deepspeed.runtime.zero.stage3, deepspeed.runtime.zero.stage_1_and_2, torch.utils.data.distributed
+missing = [module for module in worker._PATCHES if module not in sys.modules]
+from tp_plugin.engines import patching
+taken = list(patching._originals)
+inactive = [f"{owner}.{name}" for owner, name, original in taken if vars(owner)[name] is original]
+patching.unpatch_all()
+first = {}
+for owner, name, original in taken:
+    first.setdefault((id(owner), name), (owner, name, original))
+left = [f"{owner}.{name}" for owner, name, original in first.values() if vars(owner)[name] is not original]
+print(json.dumps({"missing": missing, "inactive": inactive, "left": left, "count": len(taken)}))
+"""
+
+
+def test_every_patch_finds_its_place_and_can_be_taken_back() -> None:
+    """All libraries, DeepSpeed included, imported in a process with a ``tp_size``."""
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", EVERYTHING], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["missing"] == found["inactive"] == found["left"] == []
+    assert found["count"] >= 80
+
+
+def test_deepspeed_reads_the_mpu_where_we_think() -> None:
+    from deepspeed.runtime import engine
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+    from deepspeed.utils import groups
+
+    assert "initialize_sequence_parallel" in inspect.getsource(groups._get_data_parallel_group)
+    one = stage_1_and_2.DeepSpeedZeroOptimizer
+    for name in ("params_in_partition", "first_offset", "single_partition_of_fp32_groups", "grad_position"):
+        assert name in inspect.getsource(one), f"ZeRO 1 and 2 lost {name}"
+    three = stage3.DeepSpeedZeroOptimizer_Stage3
+    for name in ("norm_for_param_grads", "fp32_partitioned_groups_flat", "grad_position", "averaged_gradients"):
+        assert name in inspect.getsource(three), f"ZeRO 3 lost {name}"
+    source = inspect.getsource(engine.DeepSpeedEngine._load_checkpoint)
+    assert "_get_all_ckpt_names" in source and "self.checkpoint_engine" in source
+    assert "clip_grad_norm_(parameters=" in inspect.getsource(engine.DeepSpeedEngine.clip_fp32_gradients)

@@ -42,13 +42,16 @@ def plain_again() -> None:
     groups.mpu = None
 
 
-def train(tp: int, model_type: str, overrides: dict[str, Any], config: dict[str, Any], lora: bool = False) -> Any:
+def train(
+    tp: int, model_type: str, overrides: dict[str, Any], config: dict[str, Any], lora: bool = False, seeds: bool = False
+) -> Any:
     """Train with DeepSpeed alone (tp 1) or with the plugin; what this rank saw, and its local weights."""
     import deepspeed
 
     plain_again()
     settings = config_for(model_type, **overrides)
-    model = build(settings)
+    # every rank another model: the leader's of the first TP group is what is trained
+    model = build(settings, seed=torch.distributed.get_rank() if seeds and tp > 1 else 0)
     if lora:
         from peft import LoraConfig, get_peft_model
 
@@ -183,6 +186,44 @@ def test_architectures(stage: int, model: Any) -> None:
 def test_lora(stage: int) -> None:
     compare(2, 2, *LLAMA, ds_config(stage), True)
     compare(4, 1, *REPLICATED_KV, ds_config(stage), True)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_ranks_start_equal(stage: int) -> None:
+    """Whatever each rank's seed: one model in a TP group, and one in all of them."""
+    expected = plain(2, *LLAMA, ds_config(stage))
+    for rank, result in enumerate(run(4, train, 2, *LLAMA, ds_config(stage), False, True)):
+        assert result["losses"] == pytest.approx(expected[rank // 2]["losses"], rel=1e-5)
+
+
+def flattened_norm(tp: int) -> tuple[float, float, float]:
+    """DeepSpeed's norm of a flat gradient with our mask, our own norm, and its norm without a mask."""
+    from deepspeed.runtime.utils import get_flattened_grad_norm
+
+    import tp_plugin
+    from tp_plugin.engines.deepspeed.groups import Mpu
+    from tp_plugin.engines.deepspeed.norms import _norm_mask
+    from tp_plugin.parallel.layouts import total_norm
+    from tp_plugin.parallel.mesh import require_mesh
+
+    plain_again()
+    settings = config_for(*REPLICATED_KV[:1], **REPLICATED_KV[1])
+    model = tp_plugin.parallelize(build(settings), tp_size=tp)
+    model(**batch(settings.vocab_size, seed=1)).loss.backward()
+    group = list(model.parameters())
+    flat = torch.nn.Parameter(torch.zeros(sum(p.numel() for p in group)))
+    flat.grad = torch.cat([p.grad.reshape(-1) for p in group])
+    mask = _norm_mask(None, None, group)
+    norm = get_flattened_grad_norm([flat], mpu=Mpu(require_mesh()), grad_norm_mask=[mask])
+    bare = get_flattened_grad_norm([flat], mpu=Mpu(require_mesh()), grad_norm_mask=[torch.empty(0)])
+    return norm, total_norm([p.grad for p in group]).item(), bare
+
+
+def test_mask_of_the_fused_optimizer() -> None:
+    """What DeepSpeed's fused 16-bit optimizer, which needs a GPU, is told to leave out."""
+    for norm, ours, bare in run(4, flattened_norm, 4):
+        assert norm == pytest.approx(ours, rel=1e-6)
+        assert bare > 1.05 * ours
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

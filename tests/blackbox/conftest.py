@@ -9,6 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from .harness import Bench
+from .zero import CASES, LAUNCHES, write_config, write_plan
 
 
 def _llama(**changes) -> LlamaForCausalLM:
@@ -64,3 +65,26 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory) -> Bench:
     return Bench(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def zero_launch(bench, checkpoints, tmp_path_factory):
+    """Start a layout's chain, or its plain oracle; both once per session."""
+    root = tmp_path_factory.mktemp("zero")
+    models = checkpoints["llama"].parent
+
+    def start(tp: int, dp: int):
+        entry, door, names = LAUNCHES.get((tp, dp), ("zero plain", "", []))
+        if tp == 1:
+            wanted = [name for (_, other), (_, _, names) in LAUNCHES.items() if other == dp for name in names]
+            names = [*dict.fromkeys([*wanted, "fp32_stage3"])]
+        folder = root / f"tp{tp}dp{dp}"
+        plan = write_plan(folder, names, models, None if tp == 1 or door == "YAML" else tp)
+        config = {}
+        if entry == "zero accelerate":
+            path = write_config(folder / "launched.json", CASES["stage0"][2], tp if door == "JSON" else None)
+            config = {"deepspeed_config": {"deepspeed_config_file": path, "zero3_init_flag": True}}
+            config |= {"tp_size": tp} if door == "YAML" else {}
+        return bench.launch("zero_chain", tp, dp, ("--plan", str(plan)), entry=entry, config=config, timeout=280)
+
+    return start

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -112,7 +113,8 @@ class Bench:
             program = [str(SCRIPTS / f"{names[0]}.py")]
             if not isinstance(scripts, str):
                 program = [str(SCRIPTS / "chain.py"), "--scripts", ",".join(names)]
-            command, env = _command(out, tp, dp, entry, config or {})
+            make = _zero_command if entry.startswith("zero") else _command
+            command, env = make(out, tp, dp, entry, config or {})
             self.runs[key] = _execute([*command, *program, "--out", str(out), *args], env, out, Layout(tp, dp), timeout)
         run = self.runs[key]
         assert run.code != TIMED_OUT, f"{names} at {run.layout} did not end within {timeout} s\n{run.tail()}"
@@ -153,6 +155,31 @@ def _command(out: Path, tp: int, dp: int, entry: str, extra: dict) -> tuple[list
     config |= extra
     path.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}))
     return [str(BIN / "accelerate"), "launch", "--config_file", str(path), *options], env
+
+
+def _zero_command(out: Path, tp: int, dp: int, entry: str, extra: dict) -> tuple[list[str], dict[str, str]]:
+    """The same for DeepSpeed; tp_size comes in by `extra`, or by a JSON that the script is given."""
+    world = tp * dp
+    _, env = _command(out, 1, 1, "", {})
+    del env["ACCELERATE_USE_CPU"], env["TP_PLUGIN_DISABLE"]
+    env["TORCH_EXTENSIONS_DIR"] = str(out / "compiled")
+    if entry == "zero plain":
+        env |= {"TP_PLUGIN_DISABLE": "1", "BLACKBOX_PLAIN": "1"}
+    elif entry == "zero deepspeed":
+        env["PATH"] = f"{BIN}{os.pathsep}{env['PATH']}"
+        return [str(BIN / "deepspeed"), "--num_gpus", str(world), "--master_port", str(_free_port())], env
+    elif entry == "zero accelerate":
+        config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "num_processes": world}
+        config |= {"num_machines": 1, "machine_rank": 0, "main_process_port": 0, "use_cpu": False} | extra
+        (out / "config.yaml").write_text(yaml.safe_dump(config))
+        return [str(BIN / "accelerate"), "launch", "--config_file", str(out / "config.yaml")], env
+    return [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(world)], env
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def _execute(command: list[str], env: dict[str, str], out: Path, layout: Layout, timeout: float) -> Run:

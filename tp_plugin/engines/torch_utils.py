@@ -1,4 +1,4 @@
-"""torch's own helpers that look at all gradients: norms, clipping, and fp16's decision to skip a step."""
+"""torch's own helpers that look at all gradients, or count processes: norms, clipping, skipped steps, samplers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils.data.distributed
 from torch.nn.utils import clip_grad
 
 from tp_plugin.engines.patching import patch, wrap
+from tp_plugin.options import Options
 
 
 def install() -> None:
-    """Make ``get_total_norm``, ``clip_grad_norm_`` and ``GradScaler`` see the whole model; once."""
+    """Make norms, clipping and ``GradScaler`` see the whole model, and samplers see replicas; once."""
     original = clip_grad._get_total_norm
     if getattr(original, "sees_whole_model", False):
         return
@@ -41,6 +43,31 @@ def install() -> None:
     patch(clip_grad, "_get_total_norm", get_total_norm)
     patch(torch.nn.utils, "get_total_norm", get_total_norm)
     wrap(torch.amp.GradScaler, "_unscale_grads_", _unscale_grads)
+    patch(torch.utils.data.distributed, "dist", _Replicas())
+
+
+class _Replicas:
+    """``torch.distributed`` as ``DistributedSampler`` sees it: a TP group is one replica.
+
+    Needs no groups: a sampler may be made before them.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+    @staticmethod
+    def get_world_size() -> int:
+        return dist.get_world_size() // _tp_size()
+
+    @staticmethod
+    def get_rank() -> int:
+        return dist.get_rank() // _tp_size()
+
+
+def _tp_size() -> int:
+    mesh = sys.modules.get("tp_plugin.parallel.mesh")
+    current = mesh.current_mesh() if mesh is not None else None
+    return int(current.tp_size) if current is not None else Options.from_environment().tp_size
 
 
 def _layouts() -> Any:

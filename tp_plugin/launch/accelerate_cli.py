@@ -154,8 +154,11 @@ def _check(options: Options, args: Any) -> None:
 def _start_cpu_processes(args: Any) -> None:
     """Accelerate starts one process for MULTI_CPU; and with ``use_cpu`` its workers do not see each other."""
     if args.use_deepspeed:
-        args.cpu = args.use_cpu = False  # which switch DeepSpeed off; its own backend on CPU is gloo
-        os.environ["ACCELERATE_USE_CPU"] = "false"
+        if args.cpu or args.use_cpu:
+            # Accelerate would switch DeepSpeed off; its own way to say CPU, with gloo, is this
+            os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="false")
+            args.cpu = args.use_cpu = False
+            args.gpu_ids = "all"
         return
     if args.cpu or args.use_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"

@@ -61,3 +61,24 @@ def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
         batch["attention_mask"][row, :length] = 1
         batch["labels"][row, :length] = sample["tokens"]
     return batch | {"ids": torch.tensor([s["id"] for s in samples])}
+
+
+def start_plain() -> None:
+    """What plain DeepSpeed needs to run on CPU (BLACKBOX_PLAIN is set for the oracles only).
+
+    Accelerate sees several processes only if gloo is named, for which a Trainer has no place; and DeepSpeed is kept
+    from an op that compiles at start-up and leaves buffers in /dev/shm.
+    """
+    if not os.environ.get("BLACKBOX_PLAIN"):
+        return
+    import deepspeed
+    from accelerate import PartialState
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    original = PartialState.__init__
+    if original.__name__ != "with_gloo":
+
+        def with_gloo(self, *args, **kwargs):
+            original(self, *args, **({"backend": "gloo"} | kwargs))
+
+        PartialState.__init__ = with_gloo

@@ -34,6 +34,11 @@ REFUSED = {
     "expert_parallel.enabled": (bool, "AutoEP does not work with an mpu; remove it, or set tp_size: 1"),
     "hybrid_engine.enabled": (bool, "the hybrid engine shards the model itself for inference; remove it"),
     "compression_training": (bool, "compression prunes and quantizes whole weights, which no rank holds; remove it"),
+    "checkpoint.load_universal": (
+        bool,
+        "universal checkpoints know nothing of the shards; remove it: any checkpoint, saved at whatever tp and dp, is "
+        "resharded while it is loaded",
+    ),
     "elasticity.enabled": (bool, "elastic training changes the world under the TP groups; remove it"),
     "pipeline.stages": (lambda value: value not in (None, 1, "auto"), "pipeline stages need a PipelineModule"),
 }

@@ -87,7 +87,7 @@ def _initialize(original: Any, *args: Any, **kwargs: Any) -> Any:
     if options.tp_size == 1:
         return original(*call.args, **call.kwargs)
     refuse(config, options.tp_size)
-    _refuse_arguments(original, given, options)
+    _refuse_arguments(given, options)
     mesh = _join(options)
     model: nn.Module = given["model"]
     if type(model).__name__ in options.leave_whole:
@@ -118,7 +118,7 @@ def _take_config(given: dict[str, Any]) -> dict[str, Any] | None:
     return dict(found)
 
 
-def _refuse_arguments(original: Any, given: dict[str, Any], options: Options) -> None:
+def _refuse_arguments(given: dict[str, Any], options: Options) -> None:
     if given.get("mpu") is not None:
         raise TPError(
             f"deepspeed.initialize was given an mpu and tp_size={options.tp_size}, which brings its own; pass one of "
