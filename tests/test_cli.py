@@ -111,7 +111,7 @@ def test_sizes_that_are_no_numbers(sizes, checkpoint, tmp_path, capsys) -> None:
 
 def test_size_that_does_not_divide(checkpoint, tmp_path, capsys) -> None:
     error = fails(capsys, "reshard", checkpoint, tmp_path / "out", "--tp", 2)
-    assert "1 processes saved the checkpoint, which --tp 2 does not divide; name --dp, too" in error
+    assert "a world of 1 saved the checkpoint, which --tp 2 does not divide; name --dp, too" in error
 
 
 def test_model_that_is_not_known(checkpoint, tmp_path, capsys) -> None:
@@ -132,3 +132,27 @@ def test_export_of_the_least(checkpoint, tmp_path, capsys) -> None:
     assert main(["export", str(checkpoint / "global_step1"), str(out)]) == 0
     assert "1 tensors" in capsys.readouterr().err
     assert (out / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("size", ["0", "-1"])
+def test_export_refuses_a_shard_size_that_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str
+) -> None:
+    assert main(["export", str(tmp_path), str(tmp_path / "out"), "--max-shard-size", size]) == 1
+    assert "--max-shard-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["export"], ["reshard", "--tp", "1"]])
+def test_a_file_of_another_kind_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    torch.save({"module": {}}, tmp_path / "mp_rank_00_model_states.pt")
+    assert main([*command, str(tmp_path), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "mp_rank_00_model_states.pt is no DeepSpeed checkpoint: it has no key 'mp_world_size'" in error
+
+
+def test_an_empty_latest_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "latest").write_text("")
+    assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 1
+    assert "latest is empty" in capsys.readouterr().err

@@ -168,6 +168,10 @@ LATE = {
         "say(engine.dp_world_size, 0, model.lm_head.weight.shape[0] < whole and not engine.global_rank)\n"
     ),
 }
+LATE["parallelize"] = LATE["initialize"].replace(
+    "optimizer = ",
+    "import tp_plugin\nmodel = tp_plugin.parallelize(model, tp_size=2)\nCONFIG.pop('tp_size')\noptimizer = ",
+)
 
 
 @pytest.mark.parametrize("library", list(LATE))

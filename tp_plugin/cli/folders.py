@@ -22,6 +22,8 @@ def find_tag(folder: Path, tag: str | None) -> Path:
     if tag is None and (folder / "latest").is_file():
         tag = (folder / "latest").read_text(encoding="utf-8").strip()
     if tag is not None:
+        if not tag:
+            raise TPError(f"{folder / 'latest'} is empty; name one of {', '.join(_tags(folder)) or 'none'} with --tag")
         if not (folder / tag).is_dir():
             raise TPError(f"{folder} has no checkpoint {tag!r}; there are: {', '.join(_tags(folder)) or 'none'}")
         return folder / tag

@@ -13,13 +13,16 @@ from tp_plugin.errors import TPError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
-    os.environ["TP_PLUGIN_DISABLE"] = "1"  # the tool itself is one plain process
     arguments = _parser().parse_args(argv)
+    # the tool itself is one plain process
+    before, os.environ["TP_PLUGIN_DISABLE"] = os.environ.get("TP_PLUGIN_DISABLE", ""), "1"
     try:
         return _run(arguments)
     except TPError as error:
         print(f"tp-plugin {arguments.command}: {error}", file=sys.stderr)
         return 1
+    finally:
+        os.environ["TP_PLUGIN_DISABLE"] = before
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,6 +50,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from tp_plugin.cli.export import export
 
         size = int(arguments.max_shard_size * 10**9)
+        if size <= 0:
+            raise TPError(
+                f"--max-shard-size {arguments.max_shard_size:g}: expected a size in GB above 0, for example 5"
+            )
         export(arguments.checkpoint, arguments.output, arguments.tag, arguments.dtype, size)
         return 0
     from tp_plugin.cli.reshard import reshard

@@ -29,7 +29,7 @@ def reshard(folder: Path, output: Path, tag: str | None, tp: int, dp: int | None
         raise TPError(f"--tp {tp} --dp {dp}: expected whole numbers of at least 1")
     world = source.tp * source.dp
     if dp is None and world % tp:
-        raise TPError(f"{world} processes saved the checkpoint, which --tp {tp} does not divide; name --dp, too")
+        raise TPError(f"a world of {world} saved the checkpoint, which --tp {tp} does not divide; name --dp, too")
     dp = dp or world // tp
     layouts = _layouts(source, tp)
     groups = [source.model_state(0)["ds_config"].get("zero_optimization", {}).get("round_robin_gradients")]
@@ -50,10 +50,21 @@ def reshard(folder: Path, output: Path, tag: str | None, tp: int, dp: int | None
                     torch.save(files.model_file(source, target), inside / model)
                 if optimizer is not None:
                     torch.save(files.optimizer_file(source, target), inside / optimizer)
+        if tp == 1:
+            _put_back_scripts(out)
         sidecar = {**source.sidecar, "tp_size": tp, "dp_size": dp, "layouts": files.layouts_to(layouts)}
         (inside / files.SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
     message = f"{source.folder} (tp {source.tp}, dp {source.dp}) written to {output} (tp {tp}, dp {dp})"
     print(message, file=sys.stderr)
+
+
+def _put_back_scripts(out: Path) -> None:
+    """DeepSpeed's own recovery scripts: at tp 1 they are right, and need no plugin."""
+    import deepspeed.utils
+
+    for script in ("zero_to_fp32.py", "zero_to_torch.py"):
+        if (out / script).exists():
+            shutil.copy2(Path(deepspeed.utils.__file__).with_name(script), out / script)
 
 
 def _copy_rest(folder: Path, out: Path, tag: Path) -> None:

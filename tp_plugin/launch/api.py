@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ def parallelize(model: nn.Module, tp_size: int | None = None, policy: Policy | N
         PolicyError: no policy, or one that does not fit.
         TPError: ``tp_size`` does not divide the world, differs from the run's, or comes too late for Accelerate.
     """
+    import torch
+
     from tp_plugin.launch import worker
     from tp_plugin.options import Options
     from tp_plugin.parallel.mesh import current_mesh
@@ -43,4 +46,6 @@ def parallelize(model: nn.Module, tp_size: int | None = None, policy: Policy | N
         )
     options = Options.from_environment()
     worker.register("deepspeed")
+    if not torch.distributed.is_initialized() and {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
+        torch.distributed.init_process_group()  # as deepspeed.initialize would, by the launcher's variables
     return shard(model, tp_size or options.tp_size, policy, options=options)

@@ -27,14 +27,17 @@ from tp_plugin.policy import ParamLayout
 from tp_plugin.shard import local_states
 
 RECOVERY = '''#!/usr/bin/env python3
-"""fp32 weights of this tensor-parallel checkpoint as one model: zero_to_fp32.py CHECKPOINT_DIR OUTPUT_DIR"""
+"""This tensor-parallel checkpoint as one Hugging Face model: {name} CHECKPOINT_DIR OUTPUT_DIR (needs tp-plugin)."""
 import sys
 
 from tp_plugin.cli.main import main
 
-sys.exit(main(["export", *sys.argv[1:]]))
+if __name__ == "__main__":
+    sys.exit(main(["export", *sys.argv[1:]]))
 '''
-"""Stands where DeepSpeed puts a script that takes all ranks for data-parallel ones."""
+"""Stands where DeepSpeed puts scripts that take all ranks for data-parallel ones."""
+
+SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
 
 def install_engine(engine: Any) -> None:
@@ -100,7 +103,8 @@ def _aliases(module: Any) -> dict[str, str]:
 def _copy_recovery_script(original: Any, self: Any, save_path: Any) -> None:
     original(self, save_path)
     if current_mesh() is not None:
-        (Path(save_path) / "zero_to_fp32.py").write_text(RECOVERY, encoding="utf-8")
+        for name in SCRIPTS:
+            (Path(save_path) / name).write_text(RECOVERY.replace("{name}", name), encoding="utf-8")
 
 
 def _layouts(engine: Any) -> dict[str, ParamLayout]:

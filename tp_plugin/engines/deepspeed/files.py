@@ -88,10 +88,13 @@ class Checkpoint:
         self._last: tuple[Any, torch.Tensor] | None = None
         self._model_files = _by_rank(folder, _MODEL)
         self._optimizer_files = _by_rank(folder, _OPTIMIZER)
-        if not self._model_files:
+        if (0, 0) not in self._model_files:
             raise TPError(f"{folder} holds no DeepSpeed checkpoint: no *mp_rank_00_model_states.pt in it")
         self.sidecar = self._read_sidecar()
         first = self.model_state(0)
+        missing = [key for key in ("module", "mp_world_size", "dp_world_size", "ds_config") if key not in first]
+        if missing:
+            raise TPError(f"{self._model_files[0, 0]} is no DeepSpeed checkpoint: it has no key {missing[0]!r}")
         self.tp, self.dp = int(first["mp_world_size"]), int(first["dp_world_size"])
         self.layouts = layouts_from(self.sidecar.get("layouts", {}))
         if self.tp > 1 and not self.sidecar:
