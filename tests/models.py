@@ -31,13 +31,50 @@ GPT2 = {
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
+GPT_NEO = {
+    "vocab_size": 97, "hidden_size": 48, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64,
+    "attention_types": [[["global", "local"], 1]], "window_size": 5, "intermediate_size": 80, "bos_token_id": 1,
+    "eos_token_id": 2, "attention_dropout": 0.0, "resid_dropout": 0.0, "embed_dropout": 0.0,
+}  # fmt: skip
+OWN: dict[str, dict[str, Any]] = {
+    "gpt2": {**GPT2, **NO_DROPOUT},
+    "gpt_neo": GPT_NEO,
+    "gptj": {**GPT2, **NO_DROPOUT, "rotary_dim": 8, "n_inner": 80},
+    "codegen": {**GPT2, **NO_DROPOUT, "n_head": 16, "n_embd": 64, "rotary_dim": 4, "n_inner": 80},
+    "gpt_bigcode": {**GPT2, **NO_DROPOUT, "n_inner": 80},
+    "bloom": {"vocab_size": 97, "hidden_size": 48, "n_layer": 2, "n_head": 4, "hidden_dropout": 0.0},
+    "mpt": {"vocab_size": 97, "d_model": 48, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "expansion_ratio": 2},
+}
+"""Architectures whose configs have names of their own."""
+
+EXTRA: dict[str, dict[str, Any]] = {
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.5},
+    "cohere2": {"sliding_window": 6, "head_dim": 12},
+    "glm": {"head_dim": 12, "attention_bias": True},
+    "glm4": {"head_dim": 12, "attention_bias": True},
+    "phi": {"qk_layernorm": True},
+    "phi3": {"pad_token_id": 0},
+    "gpt_neox": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "persimmon": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "stablelm": {"use_qkv_bias": True, "hidden_size": 64},
+    "nemotron": {"head_dim": 12, "attention_bias": True, "mlp_bias": True},
+    "ernie4_5": {"use_bias": True, "head_dim": 12},
+    "exaone4": {"sliding_window": 6, "head_dim": 12},
+    "falcon": {"bias": True, "new_decoder_architecture": False, "multi_query": True},
+    "opt": {"ffn_dim": 80, "dropout": 0.0, "word_embed_proj_dim": 48},
+    "xglm": {"d_model": 48, "ffn_dim": 80, "attention_heads": 4, "num_layers": 2, "dropout": 0.0, "attention_dropout": 0.0},
+    "biogpt": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "activation_dropout": 0.0},
+}
+"""What the common settings do not say."""
+
+
 def config_for(model_type: str, **overrides: Any) -> Any:
     """A small config of an architecture; dropout off unless ``overrides`` say otherwise."""
     from transformers import AutoConfig
 
-    if model_type == "gpt2":
-        return AutoConfig.for_model("gpt2", **{**GPT2, **NO_DROPOUT, **overrides})
-    settings: dict[str, Any] = dict(COMMON)
+    if model_type in OWN:
+        return AutoConfig.for_model(model_type, **{**OWN[model_type], **overrides})
+    settings: dict[str, Any] = {**COMMON, **EXTRA.get(model_type, {})}
     if model_type in ("gemma", "gemma2", "gemma3_text", "qwen3", "seed_oss", "helium", "ministral"):
         settings["head_dim"] = 12
     if model_type in (

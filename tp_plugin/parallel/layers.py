@@ -5,6 +5,7 @@ A class changed in place (as FSDP2 does) keeps the module object, its hooks, its
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tp_plugin.errors import TPError
 from tp_plugin.parallel import collectives, rng
 from tp_plugin.parallel.mesh import Group, require_mesh
 from tp_plugin.policy import ParamLayout
+from tp_plugin.policy.layout import Range
 
 
 class ParallelBlock:
@@ -25,10 +28,18 @@ class ParallelBlock:
         inputs: names of the forward's activation arguments.
         positions: position of every argument of the forward.
         tp_rank: this rank in the TP group.
+        head_inputs: arguments with a dimension of heads → that dimension, the number of heads, this rank's range.
     """
 
-    def __init__(self, path: str, inputs: tuple[str, ...], positions: dict[str, int], tp_rank: int):
-        self.inputs, self.positions = inputs, positions
+    def __init__(
+        self,
+        path: str,
+        inputs: tuple[str, ...],
+        positions: dict[str, int],
+        tp_rank: int,
+        head_inputs: Mapping[str, tuple[int, int, Range]] | None = None,
+    ):
+        self.inputs, self.positions, self.head_inputs = inputs, positions, head_inputs or {}
         self.region = rng.ShardedRegion(path, tp_rank)
         self._probabilities: list[tuple[Any, str]] | None = None
 
@@ -43,9 +54,24 @@ class ParallelBlock:
             if (holder is named or key < len(values)) and isinstance(holder[key], torch.Tensor):
                 device = holder[key].device
                 holder[key] = collectives.enter(holder[key], group)
+        for name, (dim, heads, (start, stop)) in self.head_inputs.items():
+            holder = named if name in named else values
+            key = name if name in named else self.positions[name]
+            if (holder is named or key < len(values)) and isinstance(holder[key], torch.Tensor):
+                tensor = collectives.enter(holder[key], group)
+                holder[key] = (
+                    tensor.unflatten(dim, (-1, heads)).narrow(dim + 1, start, stop - start).flatten(dim, dim + 1)
+                )
         if module.training and device is not None and self._draws(module):
             self.region.begin(device)
         return tuple(values), named
+
+    def enter_linear(self, block: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Forward pre-hook of the column-parallel module at which a block begins that is no module of its own."""
+        entered = collectives.enter(args[0], require_mesh().tp)
+        if block.training and self._draws(block):
+            self.region.begin(entered.device)
+        return (entered, *args[1:])
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook (always called): a block that raised must not leave the sharded random stream on."""
@@ -121,6 +147,36 @@ class RowParallelConv1D(_RowParallel, Conv1D):
 
 
 ROW_PARALLEL = {nn.Linear: RowParallelLinear, Conv1D: RowParallelConv1D}
+
+
+class WideNorm:
+    """RMS norm over a width that is split: the mean of squares is taken over all ranks, each element once.
+
+    One all-reduce of one number per token in the forward and one in the backward.
+    """
+
+    def __init__(self, module: nn.Module, width: int, owned: tuple[Range, ...]):
+        self.module, self.width, self.owned = module, width, owned
+
+    @staticmethod
+    def install(module: nn.Module, width: int, owned: tuple[Range, ...]) -> None:
+        """Replace the forward of ``module``, an RMS norm with ``weight`` and ``variance_epsilon``."""
+        if not hasattr(module, "variance_epsilon"):
+            raise TPError(f"{type(module).__name__} is no RMS norm (it has no variance_epsilon)")
+        module.forward = WideNorm(module, width, owned)  # type: ignore[method-assign, assignment]
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        group = require_mesh().tp
+        x = hidden_states.to(torch.float32)
+        mine = torch.cat([x[..., a:b] for a, b in self.owned], dim=-1) if self.owned else x[..., :0]
+        squares = mine.pow(2).sum(-1, keepdim=True)
+        # every rank uses the sum on its own share, so its gradient is the ranks' sum
+        mean = collectives.enter(collectives.reduce(squares, group), group) / self.width
+        x = x * torch.rsqrt(mean + self.module.variance_epsilon)
+        return self.module.weight * x.to(hidden_states.dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WideNorm:
+        return WideNorm(memo[id(self.module)], self.width, self.owned)
 
 
 def fit_sizes(module: nn.Module, layout: ParamLayout, rank: int) -> None:

@@ -7,10 +7,14 @@ path component.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from tp_plugin.policy.split import Split, even, kv, q
+
+Count = str | Callable[[Any], int]
+"""A number in the model's config: its name, or a function of the config."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +26,21 @@ class Block:
         path: pattern of the block's module.
         columns: column-parallel modules below it (weight split by output features), each with its split.
         row: row-parallel modules below it (weight split by input features), each with its split.
-        inputs: names of the forward's arguments that carry activations into the block.
+        inputs: names of the forward's arguments that carry activations into the block; empty if the block is no module
+            of its own (``fc1`` and ``fc2`` of a layer): it then begins at the input of its one column-parallel module.
         partial: replicated modules or parameters that every rank applies to its own shard only (a norm over
             ``head_dim``): their gradient is summed over the TP group.
-        per_head: parameters with one entry per query head, sharded with the heads along dimension 0.
+        per_head: parameters with entries per head, with the split and the dimension: ``{"sinks": (q, 0)}``.
+        head_inputs: arguments of the forward with a dimension of query heads (position biases, ALiBi), of which each
+            rank takes its heads; that dimension may be batch · heads.
+        wide_norms: RMS norms over the whole width of q or k, whose statistic is a sum over the ranks, with the split of
+            their weight.
         local: attributes of the block's module that must hold this rank's share, as
-            ``{attribute: "q_heads" | "kv_heads" | "groups" | "q_width" | "width"}``.
+            ``{attribute: "q_heads" | "kv_heads" | "groups" | "q_width" | "kv_width" | "width"}``. A dotted name is an
+            attribute of a module below; ``config.NAME`` gives the module a config of its own with that value.
         optional: whether a model may have no such block.
+
+    A name in ``partial``, ``per_head`` or ``wide_norms`` that ends with ``?`` may be absent.
     """
 
     path: str
@@ -36,19 +48,21 @@ class Block:
     row: Mapping[str, Split]
     inputs: tuple[str, ...] = ("hidden_states",)
     partial: tuple[str, ...] = ()
-    per_head: tuple[str, ...] = ()
+    per_head: Mapping[str, tuple[Split, int]] = field(default_factory=dict)
+    head_inputs: Mapping[str, int] = field(default_factory=dict)
+    wide_norms: Mapping[str, Split] = field(default_factory=dict)
     local: Mapping[str, str] = field(default_factory=dict)
     optional: bool = False
 
 
 @dataclass(frozen=True)
 class Attention(Block):
-    """An attention block; ``heads`` and ``kv_heads`` name the counts in the model's config."""
+    """An attention block; ``heads`` and ``kv_heads`` name the counts in the model's config, or compute them from it."""
 
     columns: Mapping[str, Split] = field(default_factory=lambda: {"q_proj": q, "k_proj": kv, "v_proj": kv})
     row: Mapping[str, Split] = field(default_factory=lambda: {"o_proj": q})
-    heads: str = "num_attention_heads"
-    kv_heads: str = "num_key_value_heads"
+    heads: Count = "num_attention_heads"
+    kv_heads: Count = "num_key_value_heads"
 
 
 @dataclass(frozen=True)
@@ -78,9 +92,11 @@ class Policy:
         vocabulary: embedding and head, or None.
         replicated: patterns of modules or parameters that every rank holds whole. Every parameter must be claimed by
             a block, the vocabulary or this list; anything else is an error that names it.
+        linears: class names of the architecture's own ``nn.Linear`` classes that compute what ``nn.Linear`` does.
     """
 
     model_types: tuple[str, ...]
     blocks: tuple[Block, ...] = ()
     vocabulary: Vocabulary | None = None
     replicated: tuple[str, ...] = ()
+    linears: tuple[str, ...] = ()

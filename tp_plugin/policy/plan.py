@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,8 +14,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tp_plugin.errors import PolicyError
-from tp_plugin.policy.blocks import Attention, Block, Policy, Vocabulary
-from tp_plugin.policy.layout import ParamLayout, Parts
+from tp_plugin.policy.blocks import Attention, Block, Count, Policy, Vocabulary
+from tp_plugin.policy.layout import ParamLayout, Parts, Range
 from tp_plugin.policy.lora import is_adapted, plan_adapters
 from tp_plugin.policy.split import HeadSplit, Split, vocabulary_rows
 
@@ -32,7 +33,10 @@ class Plan:
         rows: paths of row-parallel modules.
         columns: paths of column-parallel modules.
         partial: names of replicated parameters whose gradient must be summed over the TP group.
-        attributes: (path, attribute) → its value on each rank.
+        attributes: (path, attribute) → its value on each rank; the attribute may be dotted.
+        owners: path of a row- or column-parallel module → path of its block.
+        head_inputs: path → argument → its dimension of heads, their number, and each rank's range.
+        wide_norms: path of a norm over a split width → its whole width.
         embeddings, heads: paths of vocabulary-parallel modules.
         dropouts: paths of an adapter's dropout → whether its input is "replicated" or "sharded".
     """
@@ -44,6 +48,9 @@ class Plan:
     columns: list[str] = field(default_factory=list)
     partial: set[str] = field(default_factory=set)
     attributes: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)
+    head_inputs: dict[str, dict[str, tuple[int, int, tuple[Range, ...]]]] = field(default_factory=dict)
+    wide_norms: dict[str, int] = field(default_factory=dict)
     embeddings: list[str] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
     dropouts: dict[str, str] = field(default_factory=dict)
@@ -94,32 +101,59 @@ class Planner:
             self.fail(f"no module matches {block.path!r}")
         for path in paths:
             heads = _head_split(self.config, block, self.plan.tp) if isinstance(block, Attention) else _NO_HEADS
+            if path in self.plan.blocks:
+                self.fail(f"{path} is two blocks")
             self.plan.blocks[path] = block.inputs
+            linears = {*self.plan.rows, *self.plan.columns}
             for name, split in block.columns.items():
                 self._linear(f"{path}.{name}", split, heads, column=True)
             for name, split in block.row.items():
                 self._linear(f"{path}.{name}", split, heads, column=False)
+            for linear in {*self.plan.rows, *self.plan.columns} - linears:
+                self.plan.owners[linear] = path
             for name in block.partial:
                 for claimed in self._below(f"{path}.{name}"):
                     self.claim(claimed, ParamLayout.replicated(self.parameters[claimed].shape, self.plan.tp))
                     self.plan.partial.add(claimed)
-            for name in block.per_head:
-                size = self.parameters[f"{path}.{name}"].shape
-                unit = size[0] // heads.q_heads
-                parts = tuple(((a * unit, b * unit),) for a, b in heads.q)
-                self.claim(f"{path}.{name}", ParamLayout(tuple(size), 0, parts))
+            for name, (split, dim) in block.per_head.items():
+                self._per_head(f"{path}.{name}", split, dim, heads)
+            for name, split in block.wide_norms.items():
+                self._wide_norm(f"{path}.{name}", split, heads)
+            if block.head_inputs:
+                inputs = {name: (dim, heads.q_heads, heads.q) for name, dim in block.head_inputs.items()}
+                self.plan.head_inputs[path] = inputs
+            if not block.inputs and len(block.columns) != 1:
+                self.fail(f"block {block.path!r} has no inputs, but {len(block.columns)} column-parallel modules")
             self._attributes(path, block, heads)
+
+    def _per_head(self, name: str, split: Split, dim: int, heads: HeadSplit) -> None:
+        for claimed in self._below(name):
+            shape = tuple(self.parameters[claimed].shape)
+            try:
+                self.claim(claimed, ParamLayout(shape, dim, split(shape[dim], self.plan.tp, heads)))
+            except PolicyError as error:
+                self.fail(f"{claimed}: {error}")
+
+    def _wide_norm(self, path: str, split: Split, heads: HeadSplit) -> None:
+        if path.endswith("?"):
+            path = path[:-1]
+            if path not in self.modules:
+                return
+        self._per_head(f"{path}.weight", split, 0, heads)
+        self.plan.wide_norms[path] = self.parameters[f"{path}.weight"].shape[0]
 
     def _attributes(self, path: str, block: Block, heads: HeadSplit) -> None:
         for attribute, meaning in block.local.items():
-            if not hasattr(self.modules[path], attribute):
+            try:
+                whole = operator.attrgetter(attribute)(self.modules[path])
+            except AttributeError:
                 self.fail(f"{path} has no attribute {attribute!r}, which the policy wants to set")
-            whole = getattr(self.modules[path], attribute)
             counts = {
                 "q_heads": lambda k: _count(heads.q[k]),
                 "kv_heads": lambda k: _count(heads.kv[k]),
                 "groups": lambda k: _count(heads.q[k]) // _count(heads.kv[k]),
                 "q_width": lambda k: _count(heads.q[k]) * (whole // heads.q_heads),  # noqa: B023 (called below)
+                "kv_width": lambda k: _count(heads.kv[k]) * (whole // heads.kv_heads),  # noqa: B023
                 "width": lambda k: self._row_width(path, block, k),
             }
             if meaning not in counts:
@@ -141,7 +175,7 @@ class Planner:
             parts = self._parts(f"{path}.base_layer")
             plan_adapters(self, path, module, parts, column=column)
             return
-        if type(module) not in (nn.Linear, Conv1D):
+        if type(module) not in (nn.Linear, Conv1D) and type(module).__name__ not in self.policy.linears:
             self.fail(
                 f"{path} is a {type(module).__name__}; column- and row-parallel modules must be plain nn.Linear or "
                 "Conv1D (quantized and wrapped layers are not supported)"
@@ -213,6 +247,10 @@ class Planner:
         return (path for path in self.modules if _matches(pattern, path))
 
     def _below(self, path: str) -> list[str]:
+        if path.endswith("?"):
+            path = path[:-1]
+            if path not in self.modules and path not in self.parameters:
+                return []
         names = [name for name in self.parameters if name == path or name.startswith(path + ".")]
         if not names and path not in self.modules:
             self.fail(f"there is no module or parameter {path!r}")
@@ -225,11 +263,14 @@ class Planner:
 
 
 def _head_split(config: object, block: Attention, tp: int) -> HeadSplit:
-    q_heads = getattr(config, block.heads, None)
+    q_heads = _number(config, block.heads)
     if not isinstance(q_heads, int):
         raise PolicyError(f"the config has no integer {block.heads!r}, which the policy reads the head count from")
-    kv_heads = getattr(config, block.kv_heads, None) or q_heads
-    return HeadSplit.of(q_heads, kv_heads, tp)
+    return HeadSplit.of(q_heads, _number(config, block.kv_heads) or q_heads, tp)
+
+
+def _number(config: object, count: Count) -> int | None:
+    return count(config) if callable(count) else getattr(config, count, None)
 
 
 def _count(r: tuple[int, int]) -> int:

@@ -5,12 +5,15 @@ Keeping the objects keeps everything that was built on them before: optimizers, 
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from tp_plugin.errors import TPError
 from tp_plugin.options import Options
@@ -179,26 +182,43 @@ def _fit_modules(model: nn.Module, plan: Plan, rank: int) -> None:
     for path in (*plan.columns, *plan.rows):
         layers.fit_sizes(model.get_submodule(path), plan.layouts[f"{path}.weight"], rank)
     for (path, attribute), values in plan.attributes.items():
-        setattr(model.get_submodule(path), attribute, values[rank])
+        *owners, name = attribute.split(".")
+        owner: Any = model.get_submodule(path)
+        for inner in owners:
+            if inner == "config":  # shared by the whole model: this module gets its own
+                owner.config = copy.copy(owner.config)
+            owner = getattr(owner, inner)
+        setattr(owner, name, values[rank])
+    for path, width in plan.wide_norms.items():
+        layout = plan.layouts[f"{path}.weight"]
+        layers.WideNorm.install(model.get_submodule(path), width, layout.owned(rank))
 
 
 def _hook_blocks(model: nn.Module, plan: Plan, rank: int) -> None:
     for path, inputs in plan.blocks.items():
         block = model.get_submodule(path)
         positions = {name: at for at, name in enumerate(inspect.signature(block.forward).parameters)}
-        missing = [name for name in inputs if name not in positions]
+        missing = [name for name in (*inputs, *plan.head_inputs.get(path, {})) if name not in positions]
         if missing:
             raise TPError(f"the forward of {path} takes no argument {missing[0]!r}, which its policy calls an input")
-        parallel = layers.ParallelBlock(path, inputs, positions, rank)
-        block.register_forward_pre_hook(parallel.enter, with_kwargs=True)
+        of_heads = plan.head_inputs.get(path, {})
+        taken = {name: (dim, heads, ranges[rank]) for name, (dim, heads, ranges) in of_heads.items()}
+        parallel = layers.ParallelBlock(path, inputs, positions, rank, taken)
+        if inputs:
+            block.register_forward_pre_hook(parallel.enter, with_kwargs=True)
+        else:
+            column = next(name for name in plan.columns if plan.owners[name] == path)
+            model.get_submodule(column).register_forward_pre_hook(functools.partial(parallel.enter_linear, block))
         block.register_forward_hook(parallel.leave, always_call=True)
         for row in plan.rows:
-            if row.startswith(path + "."):
+            if plan.owners[row] == path:
                 module: Any = model.get_submodule(row)
-                module.__class__ = layers.ROW_PARALLEL[type(module)]
+                kind = Conv1D if isinstance(module, Conv1D) else nn.Linear
+                module.__class__ = layers.ROW_PARALLEL[kind]
                 module.tp_block = parallel
         for dropout, kind in plan.dropouts.items():
-            if dropout.startswith(path + "."):
+            nearest = max((p for p in plan.blocks if dropout.startswith(p + ".")), key=len)
+            if nearest == path:
                 beside = layers.AdapterDropout(dropout, kind, parallel, rank)
                 model.get_submodule(dropout).register_forward_pre_hook(beside.before)
                 model.get_submodule(dropout).register_forward_hook(beside.after, always_call=True)
