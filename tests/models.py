@@ -62,7 +62,14 @@ EXTRA: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window": 6, "head_dim": 12},
     "falcon": {"bias": True, "new_decoder_architecture": False, "multi_query": True},
     "opt": {"ffn_dim": 80, "dropout": 0.0, "word_embed_proj_dim": 48},
-    "xglm": {"d_model": 48, "ffn_dim": 80, "attention_heads": 4, "num_layers": 2, "dropout": 0.0, "attention_dropout": 0.0},
+    "xglm": {
+        "d_model": 48,
+        "ffn_dim": 80,
+        "attention_heads": 4,
+        "num_layers": 2,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
     "biogpt": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "activation_dropout": 0.0},
 }
 """What the common settings do not say."""

@@ -1,4 +1,4 @@
-"""The command line: ``tp-plugin policies``, ``tp-plugin export``, ``tp-plugin reshard``."""
+"""The command line: ``tp-plugin policies``, ``verify``, ``export`` and ``reshard``."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("policies", help="list the architectures that have a policy")
 
+    verify = commands.add_parser("verify", help="show what a policy does to a model, and prove it on local ranks")
+    verify.add_argument("target", help="model type, config.json or local checkpoint folder")
+    verify.add_argument("--tp", type=int, default=2, help="ranks of the TP group; default 2")
+    verify.add_argument("--policy", help="module:NAME or path/to/file.py:NAME; default the registered one")
+    verify.add_argument("--dry-run", action="store_true", help="only the plan, no proof")
+
     export = commands.add_parser("export", help="turn a DeepSpeed checkpoint into a plain Hugging Face model")
     reshard = commands.add_parser("reshard", help="rewrite a DeepSpeed checkpoint for another tp_size and dp size")
     for command in (export, reshard):
@@ -46,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "policies":
         return _policies()
+    if arguments.command == "verify":
+        from tp_plugin.cli.verify import verify
+
+        return verify(arguments.target, arguments.tp, arguments.policy, arguments.dry_run)
     if arguments.command == "export":
         from tp_plugin.cli.export import export
 

@@ -155,7 +155,7 @@ class WideNorm:
     One all-reduce of one number per token in the forward and one in the backward.
     """
 
-    def __init__(self, module: nn.Module, width: int, owned: tuple[Range, ...]):
+    def __init__(self, module: Any, width: int, owned: tuple[Range, ...]):
         self.module, self.width, self.owned = module, width, owned
 
     @staticmethod
@@ -163,7 +163,7 @@ class WideNorm:
         """Replace the forward of ``module``, an RMS norm with ``weight`` and ``variance_epsilon``."""
         if not hasattr(module, "variance_epsilon"):
             raise TPError(f"{type(module).__name__} is no RMS norm (it has no variance_epsilon)")
-        module.forward = WideNorm(module, width, owned)  # type: ignore[method-assign, assignment]
+        module.forward = WideNorm(module, width, owned)
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         group = require_mesh().tp
@@ -172,8 +172,8 @@ class WideNorm:
         squares = mine.pow(2).sum(-1, keepdim=True)
         # every rank uses the sum on its own share, so its gradient is the ranks' sum
         mean = collectives.enter(collectives.reduce(squares, group), group) / self.width
-        x = x * torch.rsqrt(mean + self.module.variance_epsilon)
-        return self.module.weight * x.to(hidden_states.dtype)
+        scaled: torch.Tensor = self.module.weight * (x * torch.rsqrt(mean + self.module.variance_epsilon))
+        return scaled.to(hidden_states.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WideNorm:
         return WideNorm(memo[id(self.module)], self.width, self.owned)

@@ -213,8 +213,7 @@ def _hook_blocks(model: nn.Module, plan: Plan, rank: int) -> None:
         for row in plan.rows:
             if plan.owners[row] == path:
                 module: Any = model.get_submodule(row)
-                kind = Conv1D if isinstance(module, Conv1D) else nn.Linear
-                module.__class__ = layers.ROW_PARALLEL[kind]
+                module.__class__ = layers.ROW_PARALLEL[Conv1D if isinstance(module, Conv1D) else nn.Linear]
                 module.tp_block = parallel
         for dropout, kind in plan.dropouts.items():
             nearest = max((p for p in plan.blocks if dropout.startswith(p + ".")), key=len)
