@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_plugin.cli.target import randomize
+
 COMMON = {
     "vocab_size": 97,  # divisible by no tp: the vocabulary is padded
     "hidden_size": 48,
@@ -112,18 +114,6 @@ def build(config: Any, seed: int = 0, auto: str = "AutoModelForCausalLM") -> nn.
     model = getattr(transformers, auto).from_config(config)
     randomize(model, seed)
     return model
-
-
-def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Replace all zeros and ones: weights about 1/sqrt(fan-in), vectors (norms, biases) shifted at random."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 1:
-                parameter.add_(0.3 * noise)
-            else:
-                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
 
 
 def batch(vocabulary: int, seed: int, size: int = 2, length: int = 11) -> dict[str, torch.Tensor]:

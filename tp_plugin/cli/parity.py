@@ -31,7 +31,11 @@ LIMITS = {"output": 1e-4, "loss": 1e-5, "gradient": 1e-4, "norm": 1e-5, "weight"
 
 @dataclass
 class Result:
-    """Deviations of one rank; ``where`` names the module or parameter of each."""
+    """Deviations of one rank; ``where`` names the module or parameter of each.
+
+    ``collectives`` are those of one forward and backward by operation and group, ``moved`` is how far training took the
+    weights (a model that does not move proves nothing).
+    """
 
     output: float = 0.0
     loss: float = 0.0
@@ -42,6 +46,8 @@ class Result:
     generation: bool | None = None
     state: bool | None = None
     collectives: dict[str, int] = field(default_factory=dict)
+    norms: list[float] = field(default_factory=list)
+    moved: float = 0.0
 
     def failures(self) -> list[str]:
         """What is beyond its limit, each with the place."""
@@ -103,7 +109,7 @@ def _rank(rank: int, tp: int, port: int, config: Any, reference: str | None, res
         raise
 
 
-def compare(config: Any, policy: Policy, tp: int) -> Result:
+def compare(config: Any, policy: Policy, tp: int, steps: int = STEPS) -> Result:
     """Run on every rank of an initialised world of ``tp``: the sharded model beside the whole one."""
     import tp_plugin
     from tp_plugin.parallel.mesh import ledger, require_mesh
@@ -121,10 +127,12 @@ def compare(config: Any, policy: Policy, tp: int) -> Result:
     for counter in ledger.values():
         counter.clear()
     loss_of(sharded, config.vocab_size, 0).backward()
-    result.collectives = {key: count for key, count in ledger["count"].items() if "control" not in key}
+    result.collectives = dict(ledger["count"])
     sharded.zero_grad()
 
-    expected, found = _train(whole, config.vocab_size), _train(sharded, config.vocab_size)
+    start = {name: parameter.detach().clone() for name, parameter in whole.named_parameters()}
+    expected, found = (_train(model, config.vocab_size, steps) for model in (whole, sharded))
+    result.norms = found["norms"]
     for step, (a, b) in enumerate(zip(expected["losses"], found["losses"], strict=True)):
         _note(result, "loss", abs(a - b) / abs(a), f"forward {step}")
     for step, (a, b) in enumerate(zip(expected["norms"], found["norms"], strict=True)):
@@ -135,9 +143,12 @@ def compare(config: Any, policy: Policy, tp: int) -> Result:
         scale = grad.norm() if grad.norm() > 1e-6 * size else 1e-2 * size
         apart = gathered(name, found["grads"][name]) - grad if name in found["grads"] else grad
         _note(result, "gradient", (apart.norm() / scale).item(), name)
+    for name in found["grads"].keys() - expected["grads"].keys():
+        _note(result, "gradient", float("inf"), f"{name}, which has none in the whole model")
     for name, parameter in whole.named_parameters():
         local = sharded.get_parameter(name).detach()
         _note(result, "weight", (gathered(name, local) - parameter.detach()).abs().max().item(), name)
+        result.moved = max(result.moved, (parameter.detach() - start[name]).abs().max().item())
 
     if any(mesh.control.gather_objects(bool(result.failures()))):
         return result  # replicas have drifted apart; saving and generating would be refused for that
@@ -195,12 +206,12 @@ def _note(result: Result, kind: str, value: float, where: str) -> None:
         result.where[kind] = where
 
 
-def _train(model: nn.Module, vocabulary: int) -> dict[str, Any]:
+def _train(model: nn.Module, vocabulary: int, steps: int) -> dict[str, Any]:
     model.train()
     # eps above rounding noise, which AdamW would otherwise blow up to whole steps of any sign
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, eps=1e-6)
     seen: dict[str, Any] = {"losses": [], "norms": [], "grads": {}}
-    for step in range(STEPS):
+    for step in range(steps):
         for micro in range(MICRO):
             loss = loss_of(model, vocabulary, 10 * step + micro) / MICRO
             loss.backward()

@@ -105,12 +105,13 @@ def build(config: Any, *, meta: bool) -> nn.Module:
             auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
             model = auto.from_config(config)
     if not meta:
-        _randomize(model)
+        randomize(model)
     return model  # type: ignore[no-any-return]
 
 
-def _randomize(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
+def randomize(model: nn.Module, seed: int = 0) -> None:
+    """Replace all zeros and ones: weights about 1/sqrt(fan-in), vectors (norms, biases) shifted at random."""
+    generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
