@@ -47,6 +47,19 @@ OWN: dict[str, dict[str, Any]] = {
     "bloom": {"vocab_size": 97, "hidden_size": 48, "n_layer": 2, "n_head": 4, "hidden_dropout": 0.0},
     "mpt": {"vocab_size": 97, "d_model": 48, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "expansion_ratio": 2},
 }
+BERT = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 1,
+}  # fmt: skip
+OWN |= {
+    "bert": {**BERT, "architectures": ["BertForMaskedLM"]},
+    "roberta": {**BERT, "architectures": ["RobertaForMaskedLM"]},
+    "electra": {**BERT, "embedding_size": 32, "architectures": ["ElectraForMaskedLM"]},
+    "distilbert": {
+        "vocab_size": 97, "dim": 48, "hidden_dim": 80, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64,
+        "dropout": 0.0, "attention_dropout": 0.0, "architectures": ["DistilBertForMaskedLM"],
+    },
+}  # fmt: skip
 """Architectures whose configs have names of their own."""
 
 EXTRA: dict[str, dict[str, Any]] = {

@@ -108,7 +108,8 @@ from tp_plugin.launch import worker
 worker.register()
 import accelerate, accelerate.checkpointing, deepspeed, peft, transformers, transformers.trainer
 import transformers.generation.utils, deepspeed.runtime.bf16_optimizer, deepspeed.runtime.fp16.unfused_optimizer
-import deepspeed.runtime.zero.stage3, deepspeed.runtime.zero.stage_1_and_2, torch.utils.data.distributed
+import deepspeed.runtime.zero.stage3, deepspeed.runtime.zero.stage_1_and_2, deepspeed.utils.zero_to_fp32
+import torch.utils.data.distributed
 missing = [module for module in worker._PATCHES if module not in sys.modules]
 from tp_plugin.engines import patching
 taken = list(patching._originals)

@@ -76,6 +76,13 @@ def uninterrupted(tp, model, stage, lora, changes, folder):
     weights = {name: tensor.clone() for name, tensor in (weights or {}).items()}  # replicated ones train on
     result = steps(engine, settings.vocab_size, BEFORE, BEFORE + AFTER, tp)
     engine.destroy()
+    if stage:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        recovered = get_fp32_state_dict_from_zero_checkpoint(folder)
+        assert recovered.keys() == weights.keys() or not weights
+        for name, tensor in weights.items():
+            torch.testing.assert_close(recovered[name], tensor.float(), rtol=2**-7, atol=1e-6, msg=name)
     return *result, weights
 
 

@@ -28,6 +28,8 @@ class Block:
         row: row-parallel modules below it (weight split by input features), each with its split.
         inputs: names of the forward's arguments that carry activations into the block; empty if the block is no module
             of its own (``fc1`` and ``fc2`` of a layer): it then begins at the input of its one column-parallel module.
+        at: the module below ``path`` at whose input the block begins, where that is not the block's own: a residual
+            that the block adds itself must not pass there.
         partial: replicated modules or parameters that every rank applies to its own shard only (a norm over
             ``head_dim``): their gradient is summed over the TP group.
         per_head: parameters with entries per head, with the split and the dimension: ``{"sinks": (q, 0)}``.
@@ -47,6 +49,7 @@ class Block:
     columns: Mapping[str, Split]
     row: Mapping[str, Split]
     inputs: tuple[str, ...] = ("hidden_states",)
+    at: str = ""
     partial: tuple[str, ...] = ()
     per_head: Mapping[str, tuple[Split, int]] = field(default_factory=dict)
     head_inputs: Mapping[str, int] = field(default_factory=dict)

@@ -30,6 +30,7 @@ class Plan:
         tp: TP size.
         layouts: layout of every parameter, tied names included.
         blocks: path → names of the forward's activation inputs.
+        entries: path → path of the module at whose input it begins, where that is another one.
         rows: paths of row-parallel modules.
         columns: paths of column-parallel modules.
         partial: names of replicated parameters whose gradient must be summed over the TP group.
@@ -44,6 +45,7 @@ class Plan:
     tp: int
     layouts: dict[str, ParamLayout] = field(default_factory=dict)
     blocks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    entries: dict[str, str] = field(default_factory=dict)
     rows: list[str] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
     partial: set[str] = field(default_factory=set)
@@ -104,6 +106,10 @@ class Planner:
             if path in self.plan.blocks:
                 self.fail(f"{path} is two blocks")
             self.plan.blocks[path] = block.inputs
+            if block.at:
+                if f"{path}.{block.at}" not in self.modules:
+                    self.fail(f"there is no module {path}.{block.at}")
+                self.plan.entries[path] = f"{path}.{block.at}"
             linears = {*self.plan.rows, *self.plan.columns}
             for name, split in block.columns.items():
                 self._linear(f"{path}.{name}", split, heads, column=True)
@@ -218,8 +224,12 @@ class Planner:
 
     def claim_replicated(self) -> None:
         unclaimed = []
+        owned = {id(self.parameters[name]): layout for name, layout in self.plan.layouts.items()}
         for name, parameter in self.parameters.items():
             if name in self.plan.layouts:
+                continue
+            if id(parameter) in owned:  # a second name (BERT's `cls.predictions.bias` is its decoder's)
+                self.plan.layouts[name] = owned[id(parameter)]
                 continue
             if not any(_matches(pattern, part) for pattern in self.policy.replicated for part in _prefixes(name)):
                 unclaimed.append(name)

@@ -197,7 +197,8 @@ def _fit_modules(model: nn.Module, plan: Plan, rank: int) -> None:
 def _hook_blocks(model: nn.Module, plan: Plan, rank: int) -> None:
     for path, inputs in plan.blocks.items():
         block = model.get_submodule(path)
-        positions = {name: at for at, name in enumerate(inspect.signature(block.forward).parameters)}
+        entry = model.get_submodule(plan.entries.get(path, path))
+        positions = {name: at for at, name in enumerate(inspect.signature(entry.forward).parameters)}
         missing = [name for name in (*inputs, *plan.head_inputs.get(path, {})) if name not in positions]
         if missing:
             raise TPError(f"the forward of {path} takes no argument {missing[0]!r}, which its policy calls an input")
@@ -205,7 +206,7 @@ def _hook_blocks(model: nn.Module, plan: Plan, rank: int) -> None:
         taken = {name: (dim, heads, ranges[rank]) for name, (dim, heads, ranges) in of_heads.items()}
         parallel = layers.ParallelBlock(path, inputs, positions, rank, taken)
         if inputs:
-            block.register_forward_pre_hook(parallel.enter, with_kwargs=True)
+            entry.register_forward_pre_hook(parallel.enter, with_kwargs=True)
         else:
             column = next(name for name in plan.columns if plan.owners[name] == path)
             model.get_submodule(column).register_forward_pre_hook(functools.partial(parallel.enter_linear, block))

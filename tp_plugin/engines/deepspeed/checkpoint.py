@@ -50,6 +50,19 @@ def install_engine(engine: Any) -> None:
     wrap(cls, "_zero3_consolidated_16bit_state_dict", _consolidated)
 
 
+def install_recovery(zero_to_fp32: Any) -> None:
+    """Patch ``deepspeed.utils.zero_to_fp32``: its functions give the whole model of a tensor-parallel checkpoint."""
+    wrap(zero_to_fp32, "_get_fp32_state_dict_from_zero_checkpoint", _fp32_state_dict)
+
+
+def _fp32_state_dict(original: Any, folder: Any, exclude_frozen_parameters: bool = False) -> Any:
+    if not (Path(folder) / files.SIDECAR).exists():
+        return original(folder, exclude_frozen_parameters)
+    source = files.Checkpoint(Path(folder))
+    frozen = set(source.model_state(0).get("frozen_param_shapes") or {}) if exclude_frozen_parameters else set()
+    return OrderedDict((name, tensor) for name, tensor in source.masters() if name not in frozen)
+
+
 def link(engine: Any, records: Iterable[Any]) -> None:
     """Let the records of the engine's models know its steps, by which readers tell weights apart."""
     weak = weakref.ref(engine)
