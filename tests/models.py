@@ -51,10 +51,25 @@ BERT = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 1,
 }  # fmt: skip
+# T5 does not scale its attention scores: narrow heads keep random weights from saturating the softmax
+T5 = {
+    "vocab_size": 97, "d_model": 48, "d_kv": 4, "d_ff": 80, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
+    "decoder_start_token_id": 0, "architectures": ["T5ForConditionalGeneration"],
+}  # fmt: skip
+BART = {
+    "vocab_size": 97, "d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 80, "decoder_ffn_dim": 80, "max_position_embeddings": 64,
+    "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "decoder_start_token_id": 2,
+    "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "forced_eos_token_id": None,
+}  # fmt: skip
 OWN |= {
     "bert": {**BERT, "architectures": ["BertForMaskedLM"]},
     "roberta": {**BERT, "architectures": ["RobertaForMaskedLM"]},
     "electra": {**BERT, "embedding_size": 32, "architectures": ["ElectraForMaskedLM"]},
+    "t5": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "mt5": T5 | {"architectures": ["MT5ForConditionalGeneration"]},
+    "bart": {**BART, "architectures": ["BartForConditionalGeneration"]},
+    "mbart": {**BART, "architectures": ["MBartForConditionalGeneration"], "scale_embedding": True},
     "distilbert": {
         "vocab_size": 97, "dim": 48, "hidden_dim": 80, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64,
         "dropout": 0.0, "attention_dropout": 0.0, "architectures": ["DistilBertForMaskedLM"],

@@ -87,6 +87,17 @@ def test_shape(name: str, tp: int) -> None:
     assert_parity(run(tp, parity, model_type, overrides, tp))
 
 
+@pytest.mark.parametrize("model_type", ["t5", "mt5", "bart", "mbart"])
+def test_encoder_decoder(model_type: str) -> None:
+    """Each layer's cross-attention enters the encoder's states once more."""
+    results = run(2, parity, model_type, {}, 2)
+    assert_parity(results)
+    for result in results:
+        # encoder: attention and MLP; decoder: two attentions, of which one has two inputs, and MLP; two embeddings
+        expected = 4 * LAYERS + 7 * LAYERS + 2 + 1
+        assert result.collectives.pop("all_reduce/tp") == expected, result.collectives
+
+
 @pytest.mark.parametrize("model_type", ZOO)
 def test_zoo(model_type: str) -> None:
     tp = 2

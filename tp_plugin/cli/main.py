@@ -78,11 +78,14 @@ def _policies() -> int:
 
     from tp_plugin.policy import policies
 
+    def flat(name: str | tuple[str, ...] | None) -> tuple[str, ...]:
+        return name if isinstance(name, tuple) else (name,) if name else ()
+
     table = Table("model type", "blocks", "vocabulary", title="Architectures with a tensor-parallel policy")
     for model_type, policy in sorted(policies().items()):
         blocks = [f"{b.path}: {', '.join(b.columns)} → {', '.join(b.row)}" for b in policy.blocks]
         vocabulary = policy.vocabulary
-        names = [n for n in (vocabulary.embedding, vocabulary.head) if n] if vocabulary else []
+        names = [*flat(vocabulary.embedding), *flat(vocabulary.head)] if vocabulary else []
         table.add_row(model_type, "\n".join(blocks), ", ".join(names))
     Console(file=sys.stdout).print(table)
     return 0

@@ -42,7 +42,7 @@ class Block:
             attribute of a module below; ``config.NAME`` gives the module a config of its own with that value.
         optional: whether a model may have no such block.
 
-    A name in ``partial``, ``per_head`` or ``wide_norms`` that ends with ``?`` may be absent.
+    A name in ``columns``, ``partial``, ``per_head`` or ``wide_norms`` that ends with ``?`` may be absent.
     """
 
     path: str
@@ -79,9 +79,9 @@ class MLP(Block):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The token embedding (rows split over the ranks) and the output head, tied to it or not."""
+    """The token embeddings (rows split over the ranks) and the output head, tied to them or not."""
 
-    embedding: str = "embed_tokens"
+    embedding: str | tuple[str, ...] = "embed_tokens"
     head: str | None = "lm_head"
 
 

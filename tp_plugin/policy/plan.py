@@ -112,6 +112,10 @@ class Planner:
                 self.plan.entries[path] = f"{path}.{block.at}"
             linears = {*self.plan.rows, *self.plan.columns}
             for name, split in block.columns.items():
+                if name.endswith("?"):
+                    name = name[:-1]
+                    if f"{path}.{name}" not in self.modules:
+                        continue
                 self._linear(f"{path}.{name}", split, heads, column=True)
             for name, split in block.row.items():
                 self._linear(f"{path}.{name}", split, heads, column=False)
@@ -207,7 +211,9 @@ class Planner:
         return self.plan.layouts[f"{path}.weight"].parts
 
     def plan_vocabulary(self, vocabulary: Vocabulary) -> None:
-        for pattern, paths in ((vocabulary.embedding, self.plan.embeddings), (vocabulary.head, self.plan.heads)):
+        embeddings = vocabulary.embedding if isinstance(vocabulary.embedding, tuple) else (vocabulary.embedding,)
+        wanted = [(pattern, self.plan.embeddings) for pattern in embeddings] + [(vocabulary.head, self.plan.heads)]
+        for pattern, paths in wanted:
             for path in self._matching(pattern) if pattern else ():
                 if f"{path}.weight" not in self.parameters:
                     kind = type(self.modules[path]).__name__
