@@ -42,6 +42,7 @@ def test_save_state_resumes_at_another_tp(bench, checkpoints):
         close(run.report["steps"], plain.report["steps"][half:], LOSS, f"resumed at tp {tp}")
 
 
+@pytest.mark.full
 def test_save_state_resumes_dropout(bench, checkpoints):
     """Also where the plain run cannot be the oracle: attention dropout differs by rank."""
     args = ("--model", str(checkpoints["gpt2_dropout"]))

@@ -10,12 +10,12 @@ from .compare import LOSS, NORM, checkpoints_equal, close, peers_agree, same
 
 # Every layout, model and door to tp_size at least once; the product of all three would cost an hour.
 CASES = [
-    ("llama", 2, 1, "yaml"),
+    pytest.param(("llama", 2, 1, "yaml"), marks=pytest.mark.full),
     ("llama", 2, 2, "yaml"),
-    ("llama", 4, 1, "yaml"),
+    pytest.param(("llama", 4, 1, "yaml"), marks=pytest.mark.full),
     ("llama_tied", 2, 1, "yaml multi_gpu"),
     ("gpt2", 2, 1, "torchrun"),
-    ("gpt2", 2, 2, "command line"),
+    pytest.param(("gpt2", 2, 2, "command line"), marks=pytest.mark.full),
     ("gpt2", 4, 1, "yaml"),
 ]
 

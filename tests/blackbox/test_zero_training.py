@@ -15,6 +15,7 @@ from .compare import LOSS, NORM, WEIGHTS, checkpoints_equal, close, files, same,
 from .zero import CASES, LAUNCHES
 
 RUNS = [(name, *layout) for layout, (_, _, names) in LAUNCHES.items() for name in names]
+REST = {(4, 1): pytest.mark.full}  # tests/test_zero.py has this layout in the ordinary run
 
 
 @pytest.fixture
@@ -25,7 +26,8 @@ def runs(request, zero_launch):
 
 
 def cases(*scripts: str):
-    chosen = [case for case in RUNS if CASES[case[0]][0] in scripts]
+    wanted = [case for case in RUNS if CASES[case[0]][0] in scripts]
+    chosen = [pytest.param(case, marks=REST.get(case[1:], ())) for case in wanted]
     return pytest.mark.parametrize("runs", chosen, indirect=True, ids=lambda c: f"{c[0]}-tp{c[1]}dp{c[2]}")
 
 
@@ -80,7 +82,10 @@ def spread(report: dict, exact: dict, key: str) -> float:
     return max(abs(a - b) / b for a, b in pairs)
 
 
-@pytest.mark.parametrize("name, tp, dp", [case for case in RUNS if case[0].startswith("load_state")])
+@pytest.mark.parametrize(
+    "name, tp, dp",
+    [pytest.param(*case, marks=REST.get(case[1:], ())) for case in RUNS if case[0].startswith("load_state")],
+)
 def test_load_state_continues_the_curve(zero_launch, name, tp, dp):
     steps = zero_launch(1, dp).of(name.replace("load", "save")).report["steps"]
     close(zero_launch(tp, dp).of(name).report["steps"], steps[len(steps) // 2 :], LOSS, "resumed")
@@ -134,7 +139,7 @@ def reloads(folder) -> None:
     assert not any(info.values()), info
 
 
-@pytest.mark.parametrize("tp, dp", LAUNCHES)
+@pytest.mark.parametrize("tp, dp", [pytest.param(*layout, marks=REST.get(layout, ())) for layout in LAUNCHES])
 def test_nothing_is_compiled_or_left_behind(zero_launch, tp, dp):
     run = zero_launch(tp, dp)
     assert run.code == 0, run.tail()
