@@ -94,8 +94,14 @@ def _work(rank: int, world: int, port: int, tasks: Any, results: Any) -> None:
     sys.path.insert(0, os.path.dirname(__file__))
     timeout = datetime.timedelta(seconds=TIMEOUT)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=timeout)
+    parent = os.getppid()
     while True:
-        module, name, args = tasks.get()
+        try:
+            module, name, args = tasks.get(timeout=10)
+        except queue.Empty:
+            if os.getppid() != parent:
+                return  # pytest was killed: leave nothing behind
+            continue
         try:
             target: Any = importlib.import_module(module)
             for part in name.split("."):
