@@ -138,6 +138,14 @@ def test_files_on_the_command_line(flag: str) -> None:
     assert deepspeed_config.file_in(["train.py", f"{flag}=ds.json"]) == "ds.json"
 
 
+@pytest.mark.parametrize("config", [{"tensor_parallel": {"tp_size": 2}}, {"tp_size": 1}, {"tp_size": "1"}, {}])
+def test_a_config_that_asks_for_nothing(monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]) -> None:
+    """DeepSpeed's own section has a key of that name; 1 is off."""
+    monkeypatch.delenv("TP_PLUGIN_TP_SIZE", raising=False)
+    assert not deepspeed_config.activate(config)
+    assert "TP_PLUGIN_TP_SIZE" not in os.environ
+
+
 def test_a_config_is_read_in_every_form(tmp_path: Path) -> None:
     import base64
 

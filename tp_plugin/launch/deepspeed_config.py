@@ -105,8 +105,8 @@ def _watch(name: str, module: Any) -> None:
     @functools.wraps(original)
     def looking(*args: Any, **kwargs: Any) -> Any:
         config = _config_among(name, args, kwargs)
-        if config is not None and not os.environ.get(TP_SIZE) and '"tp_size"' in json.dumps(config, default=str):
-            activate(config)
+        asked = config is not None and not os.environ.get(TP_SIZE) and '"tp_size"' in json.dumps(config, default=str)
+        if asked and activate(config):
             return getattr(owner, function)(*args, **kwargs)  # which is patched now
         return original(*args, **kwargs)
 
@@ -123,8 +123,8 @@ def _config_among(module: str, args: Any, kwargs: Any) -> dict[str, Any] | None:
     return next((found for value in values if (found := read(value)) is not None), None)
 
 
-def activate(config: dict[str, Any], origin: str = "the DeepSpeed config") -> None:
-    """Turn this process into a worker with the options of ``config``.
+def activate(config: Any, origin: str = "the DeepSpeed config") -> bool:
+    """Turn this process into a worker with the options of ``config``; False if it asks for none.
 
     Raises:
         TPError: a bad value, or Accelerate already counts its processes without tensor parallelism.
@@ -134,11 +134,8 @@ def activate(config: dict[str, Any], origin: str = "the DeepSpeed config") -> No
     from tp_plugin.parallel.mesh import current_mesh
 
     options = from_deepspeed(config, origin)
-    if options is None:
-        return
-    if options.tp_size == 1:
-        os.environ.update(options.to_environment())
-        return
+    if options is None or options.tp_size == 1:
+        return False
     state = getattr(sys.modules.get("accelerate.state"), "PartialState", None)
     if state is not None and state._shared_state and current_mesh() is None:
         raise TPError(
@@ -150,3 +147,4 @@ def activate(config: dict[str, Any], origin: str = "the DeepSpeed config") -> No
     from tp_plugin.launch import worker
 
     worker.register()
+    return True
