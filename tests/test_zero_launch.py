@@ -136,6 +136,7 @@ def test_one_place_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_files_on_the_command_line(flag: str) -> None:
     assert deepspeed_config.file_in(["train.py", flag, "ds.json", "--x"]) == "ds.json"
     assert deepspeed_config.file_in(["train.py", f"{flag}=ds.json"]) == "ds.json"
+    assert deepspeed_config.file_in(["train.py", "--deepspeed", flag, "ds.json"]) == "ds.json"
 
 
 @pytest.mark.parametrize("config", [{"tensor_parallel": {"tp_size": 2}}, {"tp_size": 1}, {"tp_size": "1"}, {}])

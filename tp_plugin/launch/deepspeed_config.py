@@ -33,7 +33,9 @@ def file_in(argv: list[str]) -> str | None:
     for at, arg in enumerate(argv):
         name, _, value = arg.partition("=")
         if name.startswith("--") and name[2:].replace("-", "_") in FLAGS:
-            return value or (argv[at + 1] if at + 1 < len(argv) else None)
+            file = value or (argv[at + 1] if at + 1 < len(argv) else "")
+            if file and not file.startswith("-"):  # DeepSpeed's own `--deepspeed` is a switch
+                return file
     return os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
 
 
@@ -60,7 +62,7 @@ def read(config: Any) -> dict[str, Any] | None:
                 found = _loads(file.read())
         else:
             found = _loads(_decoded(os.fspath(config)))
-    except (OSError, ValueError):
+    except (OSError, ValueError, ImportError):
         return None  # DeepSpeed says what is wrong with it
     return found if isinstance(found, dict) else None
 
