@@ -234,10 +234,13 @@ class Planner:
         for name, parameter in self.parameters.items():
             if name in self.plan.layouts:
                 continue
-            if id(parameter) in owned:  # a second name (BERT's `cls.predictions.bias` is its decoder's)
+            replicated = any(_matches(pattern, part) for pattern in self.policy.replicated for part in _prefixes(name))
+            user = self.modules[name.rpartition(".")[0]]
+            if id(parameter) in owned and not replicated and not isinstance(user, nn.Linear | nn.Embedding | Conv1D):
+                # a second name in a module that does not compute with it (BERT's `cls.predictions.bias`)
                 self.plan.layouts[name] = owned[id(parameter)]
                 continue
-            if not any(_matches(pattern, part) for pattern in self.policy.replicated for part in _prefixes(name)):
+            if not replicated:
                 unclaimed.append(name)
             self.plan.layouts[name] = ParamLayout.replicated(parameter.shape, self.plan.tp)
         if unclaimed:
