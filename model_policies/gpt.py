@@ -1,7 +1,5 @@
 """GPT-Neo, GPT-J, GPT-NeoX, Persimmon, CodeGen and GPT-BigCode (StarCoder)."""
 
-from itertools import chain
-
 from tp_plugin.errors import PolicyError
 from tp_plugin.policy import MLP, Attention, PerGroup, PerHead, Policy, Vocabulary, even, q
 from tp_plugin.policy.layout import Parts
@@ -139,5 +137,3 @@ POLICIES = (
         ("wpe", "h.*.ln_1", "h.*.ln_2", "ln_f", *TASK_HEADS),
     ),
 )
-
-assert len({*chain.from_iterable(policy.model_types for policy in POLICIES)}) == len(POLICIES)

@@ -91,7 +91,7 @@ def _summary(model: nn.Module, config: Any, policy: Policy, plan: Plan) -> list[
         + (f", each of {hidden} elements per token" if hidden else "")
         + (f"; {len(plan.heads)} all-gather of the logits" if plan.heads else "")
         + (f"; {len(plan.partial)} of whole replicated gradients" if plan.partial else "")
-        + (f"; {4 * len(plan.wide_norms) // 2} of one number per token for wide norms" if plan.wide_norms else "")
+        + (f"; {2 * len(plan.wide_norms)} of one number per token for wide norms" if plan.wide_norms else "")
         + ".",
     ]
     if share == 0:
