@@ -25,7 +25,7 @@ POLICIES = (
                 row={"dense": q},
                 heads="n_head",
                 kv_heads="n_head",
-                head_inputs={"alibi": 0},  # (batch · heads, 1, keys)
+                head_inputs={"alibi": -3},  # (batch · heads, 1, keys)
                 local={"num_heads": "q_heads"},
             ),
             FOUR_H,
@@ -41,7 +41,7 @@ POLICIES = (
                 columns={"query_key_value": PerGroup()},
                 row={"dense": q},
                 kv_heads=falcon_kv_heads,
-                head_inputs={"alibi": 0},
+                head_inputs={"alibi": -3, "attention_mask": -3},  # ALiBi is added to the mask, too
                 local={"num_heads": "q_heads", "num_kv_heads": "kv_heads"},
             ),
             FALCON_MLP,
@@ -49,6 +49,8 @@ POLICIES = (
         Vocabulary("word_embeddings"),
         (*NORMS, "h.*.ln_attn", "h.*.ln_mlp", *TASK_HEADS),
         linears=("FalconLinear",),
+        side_by_side="h.*",
+        side_by_side_if=lambda config: config.parallel_attn or config.new_decoder_architecture,
     ),
     Policy(
         ("mpt",),
@@ -59,7 +61,7 @@ POLICIES = (
                 row={"out_proj": q},
                 heads="n_heads",
                 kv_heads="n_heads",
-                head_inputs={"position_bias": 0},  # (heads, 1, keys)
+                head_inputs={"position_bias": -3},  # (heads, 1, keys)
                 local={"n_heads": "q_heads"},
             ),
             MLP("blocks.*.ffn", columns={"up_proj": even}, row={"down_proj": even}, inputs=("hidden_states",)),

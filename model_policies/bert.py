@@ -16,23 +16,31 @@ BLOCKS = (
 REPLICATED = (
     "embeddings.position_embeddings", "embeddings.token_type_embeddings", "embeddings.LayerNorm",
     "layer.*.attention.output.LayerNorm", "layer.*.output.LayerNorm",
-    "pooler", "classifier", "qa_outputs", "cls.seq_relationship",
+    "classifier", "qa_outputs",
 )  # fmt: skip
 WORDS = "embeddings.word_embeddings"
 
 POLICIES = (
-    Policy(("bert",), BLOCKS, Vocabulary(WORDS, "cls.predictions.decoder"), (*REPLICATED, "cls.predictions.transform")),
+    Policy(
+        ("bert",),
+        BLOCKS,
+        Vocabulary(WORDS, "cls.predictions.decoder"),
+        (*REPLICATED, "pooler", "cls.predictions.transform", "cls.seq_relationship"),
+    ),
     Policy(
         ("roberta", "xlm-roberta", "camembert"),
         BLOCKS,
         Vocabulary(WORDS, "lm_head.decoder"),
-        (*REPLICATED, "lm_head.dense", "lm_head.layer_norm"),
+        (*REPLICATED, "pooler", "lm_head.dense", "lm_head.layer_norm"),
     ),
     Policy(
         ("electra",),
         BLOCKS,
         Vocabulary(WORDS, "generator_lm_head"),
-        (*REPLICATED, "embeddings_project", "generator_predictions", "discriminator_predictions"),
+        (
+            *(*REPLICATED, "embeddings_project", "generator_predictions", "discriminator_predictions"),
+            "sequence_summary.summary",
+        ),
     ),
     Policy(
         ("distilbert",),

@@ -18,21 +18,34 @@ COUNTED_ATTENTION = Attention(
 # q and k are normalised over their whole width
 WIDE_NORMED_ATTENTION = Attention("layers.*.self_attn", wide_norms={"q_norm": q, "k_norm": kv}, local=GROUPS)
 # one norm weight per head
-HEAD_NORMED_ATTENTION = Attention("layers.*.self_attn", per_head={"q_norm?": (q, 0), "k_norm?": (kv, 0)}, local=GROUPS)
+HEAD_NORMED_ATTENTION = Attention("layers.*.self_attn", tensors={"q_norm?": (q, 0), "k_norm?": (kv, 0)}, local=GROUPS)
 POST_NORMS = ("layers.*.post_attention_layernorm", "layers.*.post_feedforward_layernorm", "norm")
 
 POLICIES = (
-    Policy(("ernie4_5",), (ATTENTION, GATED_MLP), Vocabulary(), (*NORMS, *TASK_HEADS)),
-    Policy(("stablelm",), (COUNTED_ATTENTION, GATED_MLP), Vocabulary(), (*NORMS, *TASK_HEADS)),
-    Policy(("cohere", "cohere2"), (HEAD_NORMED_ATTENTION, GATED_MLP), Vocabulary(), (*NORMS, *TASK_HEADS)),
-    Policy(("glm",), (ATTENTION, FUSED_MLP), Vocabulary(), (*NORMS, *TASK_HEADS)),
+    Policy(("ernie4_5",), (ATTENTION, GATED_MLP), Vocabulary(), NORMS),
+    Policy(
+        ("stablelm",),
+        (COUNTED_ATTENTION, GATED_MLP),
+        Vocabulary(),
+        (*NORMS, "score"),
+        side_by_side="layers.*",
+        side_by_side_if=lambda config: config.use_parallel_residual,
+    ),
+    Policy(
+        ("cohere", "cohere2"),
+        (HEAD_NORMED_ATTENTION, GATED_MLP),
+        Vocabulary(),
+        ("layers.*.input_layernorm", "norm"),
+        side_by_side="layers.*",
+    ),
+    Policy(("glm",), (ATTENTION, FUSED_MLP), Vocabulary(), (*NORMS, "score")),
     Policy(
         ("glm4",),
         (ATTENTION, FUSED_MLP),
         Vocabulary(),
-        (*NORMS, "layers.*.post_self_attn_layernorm", "layers.*.post_mlp_layernorm", *TASK_HEADS),
+        (*NORMS, "layers.*.post_self_attn_layernorm", "layers.*.post_mlp_layernorm", "score"),
     ),
     Policy(("nemotron",), (ATTENTION, UP_DOWN_MLP), Vocabulary(), (*NORMS, *TASK_HEADS)),
-    Policy(("olmo2",), (WIDE_NORMED_ATTENTION, GATED_MLP), Vocabulary(), (*POST_NORMS, *TASK_HEADS)),
+    Policy(("olmo2", "olmo3"), (WIDE_NORMED_ATTENTION, GATED_MLP), Vocabulary(), (*POST_NORMS, "score")),
     Policy(("exaone4",), (NORMED_ATTENTION, GATED_MLP), Vocabulary(), (*POST_NORMS, *TASK_HEADS)),
 )

@@ -65,7 +65,8 @@ POLICIES = (
             FC_IN_OUT,
         ),
         Vocabulary("wte"),
-        ("h.*.ln_1", "ln_f", *TASK_HEADS),
+        ("h.*.ln_1", "ln_f", "score", "qa_outputs"),
+        side_by_side="h.*",
     ),
     Policy(
         ("codegen",),
@@ -81,6 +82,7 @@ POLICIES = (
         ),
         Vocabulary("wte"),
         ("h.*.ln_1", "ln_f"),
+        side_by_side="h.*",
     ),
     Policy(
         ("gpt_neox",),
@@ -95,9 +97,11 @@ POLICIES = (
         ),
         Vocabulary("embed_in"),
         (
-            *("layers.*.input_layernorm", "layers.*.post_attention_layernorm", "final_layer_norm", "embed_out"),
+            *("layers.*.input_layernorm", "layers.*.post_attention_layernorm", "final_layer_norm"),
             *TASK_HEADS,
         ),
+        side_by_side="layers.*",
+        side_by_side_if=lambda config: config.use_parallel_residual,
     ),
     Policy(
         ("persimmon",),
@@ -113,7 +117,7 @@ POLICIES = (
             MLP("layers.*.mlp", **FUSED_4H),
         ),
         Vocabulary(),
-        ("layers.*.input_layernorm", "layers.*.post_attention_layernorm", "final_layernorm", *TASK_HEADS),
+        ("layers.*.input_layernorm", "layers.*.post_attention_layernorm", "final_layernorm", "score"),
     ),
     Policy(
         ("gpt_bigcode",),
@@ -134,6 +138,6 @@ POLICIES = (
             C_FC,
         ),
         Vocabulary("wte"),
-        ("wpe", "h.*.ln_1", "h.*.ln_2", "ln_f", *TASK_HEADS),
+        ("wpe", "h.*.ln_1", "h.*.ln_2", "ln_f", "score", "classifier"),
     ),
 )

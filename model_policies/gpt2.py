@@ -19,7 +19,10 @@ GPT2 = Policy(
         MLP("h.*.mlp", columns={"c_fc": even}, row={"c_proj": even}, inputs=("hidden_states",)),
     ),
     vocabulary=Vocabulary(embedding="wte", head="lm_head"),
-    replicated=("wpe", "h.*.ln_1", "h.*.ln_2", "h.*.ln_cross_attn", "ln_f", "score", "classifier", "qa_outputs"),
+    replicated=(
+        *("wpe", "h.*.ln_1", "h.*.ln_2", "h.*.ln_cross_attn", "ln_f"),
+        *("score", "classifier", "qa_outputs", "multiple_choice_head"),
+    ),
 )
 
 POLICIES = (GPT2,)

@@ -1,4 +1,4 @@
-"""Llama and the decoders whose modules have the same names and mean the same (each proven in tests/test_parity.py)."""
+"""Llama and the decoders whose modules have the same names and mean the same (each proven in tests/test_zoo.py)."""
 
 from tp_plugin.policy import MLP, Attention, Policy, Vocabulary, even
 
@@ -21,9 +21,9 @@ POLICIES = (
         Vocabulary(),
         (*NORMS, *TASK_HEADS),
     ),
-    Policy(("gemma2",), (ATTENTION, GATED_MLP), Vocabulary(), (*SANDWICH_NORMS, *TASK_HEADS)),
-    Policy(("gemma3_text",), (NORMED_ATTENTION, GATED_MLP), Vocabulary(), (*SANDWICH_NORMS, *TASK_HEADS)),
+    Policy(("gemma2",), (ATTENTION, GATED_MLP), Vocabulary(), (*SANDWICH_NORMS, "score")),
+    Policy(("gemma3_text",), (NORMED_ATTENTION, GATED_MLP), Vocabulary(), (*SANDWICH_NORMS, "score")),
     Policy(("qwen3",), (NORMED_ATTENTION, GATED_MLP), Vocabulary(), (*NORMS, *TASK_HEADS)),
     Policy(("arcee",), (ATTENTION, PLAIN_MLP), Vocabulary(), (*NORMS, *TASK_HEADS)),
-    Policy(("starcoder2",), (ATTENTION, STARCODER_MLP), Vocabulary(), (*NORMS, *TASK_HEADS)),
+    Policy(("starcoder2",), (ATTENTION, STARCODER_MLP), Vocabulary(), (*NORMS, "score")),
 )

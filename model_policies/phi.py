@@ -1,7 +1,7 @@
 """Phi: attention and MLP side by side, biases everywhere. Phi-3 and Phi-4: fused ``[q|k|v]`` and ``[gate|up]``."""
 
 from model_policies.decoders import FUSED_MLP
-from model_policies.llama import GROUPS, NORMS, TASK_HEADS
+from model_policies.llama import GROUPS, NORMS
 from tp_plugin.policy import MLP, Attention, Blocks, Policy, Vocabulary, even, q
 
 POLICIES = (
@@ -17,7 +17,8 @@ POLICIES = (
             MLP("layers.*.mlp", columns={"fc1": even}, row={"fc2": even}, inputs=("hidden_states",)),
         ),
         Vocabulary(),
-        ("layers.*.input_layernorm", "final_layernorm", *TASK_HEADS),
+        ("layers.*.input_layernorm", "final_layernorm", "score"),
+        side_by_side="layers.*",
     ),
     Policy(
         ("phi3",),
@@ -31,6 +32,6 @@ POLICIES = (
             FUSED_MLP,
         ),
         Vocabulary(),
-        (*NORMS, *TASK_HEADS),
+        (*NORMS, "score"),
     ),
 )

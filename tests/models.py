@@ -59,12 +59,15 @@ T5 = {
 BART = {
     "vocab_size": 97, "d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 80, "decoder_ffn_dim": 80, "max_position_embeddings": 64,
+    "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0,
     "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "decoder_start_token_id": 2,
     "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "forced_eos_token_id": None,
 }  # fmt: skip
 OWN |= {
     "bert": {**BERT, "architectures": ["BertForMaskedLM"]},
     "roberta": {**BERT, "architectures": ["RobertaForMaskedLM"]},
+    "xlm-roberta": {**BERT, "architectures": ["XLMRobertaForMaskedLM"]},
+    "camembert": {**BERT, "architectures": ["CamembertForMaskedLM"]},
     "electra": {**BERT, "embedding_size": 32, "architectures": ["ElectraForMaskedLM"]},
     "t5": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "mt5": T5 | {"architectures": ["MT5ForConditionalGeneration"]},
@@ -73,6 +76,76 @@ OWN |= {
     "distilbert": {
         "vocab_size": 97, "dim": 48, "hidden_dim": 80, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64,
         "dropout": 0.0, "attention_dropout": 0.0, "architectures": ["DistilBertForMaskedLM"],
+    },
+}  # fmt: skip
+DEBERTA = {
+    **BERT, "pad_token_id": 0, "relative_attention": True, "max_relative_positions": -1, "position_buckets": 4,
+    "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm", "share_att_key": True, "type_vocab_size": 2,
+    "conv_kernel_size": 3, "architectures": ["DebertaV2ForMaskedLM"],
+}  # fmt: skip
+BART_KIN = {
+    "plbart": "PLBart", "pegasus": "Pegasus", "blenderbot": "Blenderbot", "blenderbot-small": "BlenderbotSmall",
+    "m2m_100": "M2M100",
+}  # fmt: skip
+OWN |= {
+    **{kin: {**BART, "architectures": [f"{name}ForConditionalGeneration"]} for kin, name in BART_KIN.items()},
+    "marian": {**BART, "decoder_vocab_size": 97, "forced_eos_token_id": None},
+    "whisper": {
+        **BART, "decoder_attention_heads": 8, "num_mel_bins": 6, "max_source_positions": 10,
+        "max_target_positions": 32, "begin_suppress_tokens": None, "architectures": ["WhisperForConditionalGeneration"],
+    },
+    "deberta-v2": DEBERTA,
+    "deberta": {**DEBERTA, "max_relative_positions": 8, "architectures": ["DebertaForMaskedLM"]},
+    "modernbert": {
+        "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 64, "pad_token_id": 0, "local_attention": 6, "global_attn_every_n_layers": 2,
+        "attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True, "bos_token_id": 1,
+        "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+    },
+}  # fmt: skip
+TRUNK = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+IMAGE = {**TRUNK, "image_size": 16, "patch_size": 4}
+WORDS = {
+    **TRUNK,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# towers differ in heads and width
+CLIP_IMAGE = {**IMAGE, "hidden_size": 64, "num_attention_heads": 8, "projection_dim": 24}
+VIT = {**IMAGE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+DINOV2 = {**VIT, "mlp_ratio": 2, "drop_path_rate": 0.0, "layerscale_value": 0.5}
+OWN |= {
+    "vit": {**VIT, "architectures": ["ViTForImageClassification"]},
+    "deit": {**VIT, "architectures": ["DeiTForImageClassification"]},
+    "beit": {
+        **VIT, "drop_path_rate": 0.0, "layer_scale_init_value": 0.5, "use_relative_position_bias": True,
+        "architectures": ["BeitForImageClassification"],
+    },
+    "dinov2": {**DINOV2, "architectures": ["Dinov2ForImageClassification"]},
+    "dinov2_with_registers": {**DINOV2, "architectures": ["Dinov2WithRegistersForImageClassification"]},
+    "clip": {"text_config": {**WORDS, "projection_dim": 24}, "vision_config": CLIP_IMAGE, "projection_dim": 24},
+    "clip_text_model": {**WORDS, "projection_dim": 24, "architectures": ["CLIPTextModelWithProjection"]},
+    "clip_vision_model": CLIP_IMAGE,
+    "siglip": {"text_config": {**WORDS, "projection_size": 48}, "vision_config": {**IMAGE, "num_attention_heads": 8}},
+    "siglip_text_model": {**WORDS, "architectures": ["SiglipTextModel"]},
+    "siglip_vision_model": IMAGE,
+    "llava": {
+        "text_config": {**COMMON, "model_type": "qwen2", "tie_word_embeddings": True},
+        "vision_config": {**CLIP_IMAGE, "model_type": "clip_vision_model"},
+        "image_token_index": 3, "image_seq_length": 16, "tie_word_embeddings": True,
+    },
+    "paligemma": {
+        "text_config": {**COMMON, "model_type": "gemma", "head_dim": 12, "attention_bias": True},
+        "vision_config": {**IMAGE, "model_type": "siglip_vision_model", "projection_dim": 48, "vision_use_head": False},
+        "image_token_index": 3, "projection_dim": 48,
+    },
+    "gemma3": {
+        "text_config": {**COMMON, "model_type": "gemma3_text", "head_dim": 12, "sliding_window": 6},
+        "vision_config": {**IMAGE, "model_type": "siglip_vision_model", "vision_use_head": False},
+        "image_token_index": 3, "mm_tokens_per_image": 4,
     },
 }  # fmt: skip
 """Architectures whose configs have names of their own."""
@@ -103,6 +176,38 @@ EXTRA: dict[str, dict[str, Any]] = {
     "biogpt": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "activation_dropout": 0.0},
 }
 """What the common settings do not say."""
+
+MLA = {
+    "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 6, "v_head_dim": 10,
+    "moe_intermediate_size": 20, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1,
+}  # fmt: skip
+EXTRA |= {
+    "mixtral": {"num_local_experts": 6, "head_dim": 12},
+    "qwen2_moe": {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 36,
+        "mlp_only_layers": [0],
+    },
+    "qwen3_moe": {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "mlp_only_layers": [0],
+        "head_dim": 12, "attention_bias": True,
+    },
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "attention_bias": True},
+    "phimoe": {"num_local_experts": 6, "attention_bias": True, "lm_head_bias": True},
+    "granitemoe": {"num_local_experts": 6, "num_experts_per_tok": 2, "attention_bias": True},
+    "gpt_oss": {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 12, "sliding_window": 6},
+    "llama4_text": {
+        "num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 20, "intermediate_size_mlp": 40,
+        "head_dim": 12, "moe_layers": [1], "no_rope_layers": [0, 1], "attention_bias": True,
+    },
+    "deepseek_v2": {**MLA, "n_routed_experts": 6, "q_lora_rank": None, "attention_bias": True},
+    "deepseek_v3": {
+        **MLA, "n_routed_experts": 8, "q_lora_rank": 14, "n_group": 2, "topk_group": 1, "attention_bias": True,
+    },
+}  # fmt: skip
+MOE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "gpt_oss", "llama4_text"]
+for model_type in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "gpt_oss"):
+    # with the auxiliary loss, and so much of it that an error in it would be seen
+    EXTRA[model_type] |= {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 
 
 def config_for(model_type: str, **overrides: Any) -> Any:

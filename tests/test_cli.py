@@ -69,7 +69,7 @@ def test_no_such_folder(command, tmp_path, capsys) -> None:
 @by_command
 def test_no_checkpoint_in_it(command, tmp_path, capsys) -> None:
     (tmp_path / "empty").mkdir()
-    assert "has no file `latest`" in fails(capsys, *command, tmp_path / "empty", tmp_path / "out")
+    assert "holds no checkpoint: no file `latest`" in fails(capsys, *command, tmp_path / "empty", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -162,7 +162,7 @@ REFUSED = {
         "tp_size: 2\nparallelism_config:\n  parallelism_config_tp_size: 2\n",
         "keep the top-level `tp_size` and remove the other",
     ),
-    "FSDP": ("tp_size: 2\nfsdp_config: {fsdp_version: 2}\n", "together with FSDP is not supported by this version"),
+    "FSDP": ("tp_size: 2\nfsdp_config: {fsdp_version: 1}\n", "write fsdp_version: 2 in fsdp_config"),
 }
 
 
@@ -227,3 +227,26 @@ def test_bad_options(mapping: dict[str, Any], message: str) -> None:
 )
 def test_launchers_are_known(argv: list[str], is_launcher: bool) -> None:
     assert autoload._is_accelerate_launch(argv) is is_launcher
+
+
+@pytest.mark.parametrize("how", ["accelerate_config", "config", "inside", "option"])
+def test_trl_launches_by_accelerate(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``trl sft`` is seen as a launcher, wherever it is told of the key."""
+    from tp_plugin.launch import accelerate_cli, autoload
+
+    launch, own = tmp_path / "launch.yaml", tmp_path / "sft.yaml"
+    launch.write_text("num_processes: 2\ntp_size: 2\n")
+    own.write_text(f"accelerate_config: {launch}\n" if how == "inside" else "tp_size: 2\n")
+    argv = ["/bin/trl", "sft", *{
+        "accelerate_config": ["--accelerate_config", str(launch)], "config": ["--config", str(own)],
+        "inside": ["--config", str(own)], "option": ["--tp_size", "2"],
+    }[how]]  # fmt: skip
+    awaited: list[str] = []
+    monkeypatch.setattr(accelerate_cli, "after_import", lambda name, action: awaited.append(name))
+    monkeypatch.delenv("TP_PLUGIN_TP_SIZE", raising=False)
+    assert autoload._is_accelerate_launch(argv)
+    accelerate_cli.register(argv)
+    assert awaited == ["accelerate.commands.config.config_args", "accelerate.commands.launch"]
+    awaited.clear()
+    accelerate_cli.register(["/bin/trl", "sft", "--learning_rate", "1"])
+    assert not awaited

@@ -13,13 +13,19 @@ from models import batch, build, config_for
 from test_parallel import GQA, rank
 from workers import run
 
+VOCABULARY = {
+    "head and embedding": {"target_modules": ["embed_tokens", "lm_head", "q_proj", "down_proj"], "use_rslora": True},
+    "saved": {"target_modules": ["q_proj", "o_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+}
 
-def lora_case(model_type: str, overrides: dict[str, Any], dropout: float) -> dict[str, Any]:
-    """LoRA on every linear of the blocks: two steps of two micro-batches beside plain PEFT."""
+
+def lora_case(model_type: str, overrides: dict[str, Any], dropout: float, **own: Any) -> dict[str, Any]:
+    """LoRA, on every linear of the blocks if not told otherwise: two steps of two micro-batches beside plain PEFT."""
     import tempfile
 
     import peft
 
+    from tp_plugin.engines import peft as engine
     from tp_plugin.engines import torch_utils
     from tp_plugin.parallel.mesh import forget_mesh, require_mesh
     from tp_plugin.shard import parallelize
@@ -29,11 +35,12 @@ def lora_case(model_type: str, overrides: dict[str, Any], dropout: float) -> dic
     for seed_all in (random.seed, np.random.seed, torch.manual_seed):
         seed_all(0)
     targets = ["c_attn", "c_proj", "c_fc"] if model_type == "gpt2" else "all-linear"
-    settings = peft.LoraConfig(r=3, target_modules=targets, lora_dropout=dropout, fan_in_fan_out=model_type == "gpt2")
+    given = {"r": 3, "target_modules": targets, "lora_dropout": dropout, "fan_in_fan_out": model_type == "gpt2", **own}
+    settings = peft.LoraConfig(**given)
     whole = peft.get_peft_model(build(config_for(model_type, **overrides)), settings)
     with torch.no_grad():
         for name, parameter in whole.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding" in name:
                 parameter.normal_(0, 0.1)
     sharded = copy.deepcopy(whole)
     parallelize(sharded, 2)
@@ -63,8 +70,6 @@ def lora_case(model_type: str, overrides: dict[str, Any], dropout: float) -> dic
     adapter = {k: v for k, v in sharded.state_dict().items() if "lora_" in k}
     plain = whole.state_dict()
     with tempfile.TemporaryDirectory() as folder:
-        from tp_plugin.engines import peft as engine
-
         engine._save_pretrained(peft.PeftModel.save_pretrained, sharded, folder)
         reloaded = None
         if rank() == 0:
@@ -72,21 +77,52 @@ def lora_case(model_type: str, overrides: dict[str, Any], dropout: float) -> dic
             reloaded.eval(), whole.eval()
             with torch.no_grad():
                 reloaded = (reloaded(**batch(97, 9)).loss - whole(**batch(97, 9)).loss).abs().item()
+    for model in (whole, sharded):
+        model.eval()
+    merged = [
+        engine._unload(type(model.base_model)._unload_and_optionally_merge, model.base_model)
+        for model in (whole, sharded)
+    ]
+    states = [model.state_dict() for model in merged]
+    with torch.no_grad():
+        losses = [model(**batch(97, 9)).loss.item() for model in merged]
+    found |= {
+        "merged names": list(states[0]) == list(states[1]),
+        "merged": max((states[1][name] - value).abs().max().item() for name, value in states[0].items()),
+        "merged loss": abs(losses[1] / losses[0] - 1),
+    }
     return {
+        "merged": [found["merged names"], found["merged"], found["merged loss"]],
         "same gradients": set(found[True]) == set(found[False]),
         "losses": found["losses"], "norms": found["norms"], "grad": max(deviations.values()), "reloaded": reloaded,
         "weight": max((adapter[k] - plain[k]).abs().max().item() for k in adapter),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("model_type, overrides", [("llama", GQA), ("gpt2", {}), ("qwen3", {"intermediate_size": 75})])
-def test_lora_on_every_linear(model_type: str, overrides: dict[str, Any]) -> None:
-    for found in run(2, lora_case, model_type, overrides, 0.0):
+def check(results: list[dict[str, Any]]) -> None:
+    for found in results:
         assert found["same gradients"]
         assert found["losses"][4:] == pytest.approx(found["losses"][:4], rel=1e-5)
         assert found["norms"][2:] == pytest.approx(found["norms"][:2], rel=1e-5)
         assert found["grad"] <= 1e-4 and found["weight"] <= 3e-4
         assert found["reloaded"] is None or found["reloaded"] <= 1e-4
+        names, weights, loss = found["merged"]
+        assert names and weights <= 3e-4 and loss <= 1e-4
+
+
+@pytest.mark.parametrize("model_type, overrides", [("llama", GQA), ("gpt2", {}), ("qwen3", {"intermediate_size": 75})])
+def test_lora_on_every_linear(model_type: str, overrides: dict[str, Any]) -> None:
+    check(run(2, lora_case, model_type, overrides, 0.0))
+
+
+def vocabulary_case(kind: str) -> dict[str, Any]:
+    return lora_case("llama", GQA, 0.0, **VOCABULARY[kind])
+
+
+@pytest.mark.parametrize("kind", VOCABULARY)
+def test_adapters_of_the_vocabulary(kind: str) -> None:
+    """LoRA on the head and the embedding (one of whose rows is padding), and both trained whole beside LoRA."""
+    check(run(2, vocabulary_case, kind))
 
 
 def test_lora_dropout_keeps_the_ranks_together() -> None:
@@ -109,5 +145,7 @@ def refused_adapters_case(**settings: Any) -> str:
 def test_other_adapters_are_refused_by_name() -> None:
     dora = refused_adapters_case(target_modules=["q_proj"], use_dora=True)
     assert "q_proj has a LoRA variant (DoraLinearVariant)" in dora
-    assert "lm_head is wrapped by" in refused_adapters_case(target_modules=["lm_head"])
-    assert "lm_head is wrapped by" in refused_adapters_case(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    both = refused_adapters_case(target_modules=["lm_head"], use_dora=True)
+    assert "lm_head has a LoRA variant (DoraLinearVariant)" in both
+    saved = refused_adapters_case(target_modules=["q_proj"], modules_to_save=["up_proj"])
+    assert "mlp.up_proj is in modules_to_save, which can be sharded of the embedding and the head" in saved

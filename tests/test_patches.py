@@ -96,9 +96,23 @@ def test_trainer_keeps_the_names_that_are_patched() -> None:
         assert module.dist is not None, f"{module.__name__} no longer imports torch.distributed as dist"
     for name in ("should_save", "should_log", "main_process_first"):
         assert name in vars(transformers.TrainingArguments), f"TrainingArguments lost {name}"
-    for name in ("is_world_process_zero", "_save_rng_state", "_load_best_model"):
+    for name in ("is_world_process_zero", "_save_rng_state", "_load_best_model", "_save_checkpoint"):
         assert name in vars(transformers.Trainer), f"Trainer lost {name}"
     assert "generate" in vars(transformers.GenerationMixin)
+
+
+def test_a_jit_checkpoint_is_asked_for_in_four_places() -> None:
+    from transformers import trainer_jit_checkpoint as jit
+
+    places = {name for name, f in vars(jit.JITCheckpointCallback).items() if "is_checkpoint_requested" in _source(f)}
+    assert places == {"on_pre_optimizer_step", "on_step_begin", "on_step_end", "on_epoch_end"}
+    assert "self.trainer._save_checkpoint(self.trainer.model, trial=None)" in _source(
+        jit.CheckpointManager.execute_jit_checkpoint
+    )
+
+
+def _source(function: Any) -> str:
+    return inspect.getsource(function) if inspect.isfunction(function) else ""
 
 
 EVERYTHING = """
@@ -106,10 +120,12 @@ import json, os, sys
 os.environ["TP_PLUGIN_TP_SIZE"] = "2"
 from tp_plugin.launch import worker
 worker.register()
-import accelerate, accelerate.checkpointing, deepspeed, peft, transformers, transformers.trainer
+import accelerate, accelerate.checkpointing, deepspeed, peft, transformers, transformers.trainer, trl.trainer.utils
+import transformers.trainer_jit_checkpoint
 import transformers.generation.utils, deepspeed.runtime.bf16_optimizer, deepspeed.runtime.fp16.unfused_optimizer
 import deepspeed.runtime.zero.stage3, deepspeed.runtime.zero.stage_1_and_2, deepspeed.utils.zero_to_fp32
-import torch.utils.data.distributed
+import torch.utils.data.distributed, torch.distributed.fsdp, torch.distributed.checkpoint.state_dict
+import trl.trainer.distillation_trainer
 missing = [module for module in worker._PATCHES if module not in sys.modules]
 from tp_plugin.engines import patching
 taken = list(patching._originals)
@@ -150,3 +166,78 @@ def test_deepspeed_reads_the_mpu_where_we_think() -> None:
     source = inspect.getsource(engine.DeepSpeedEngine._load_checkpoint)
     assert "_get_all_ckpt_names" in source and "self.checkpoint_engine" in source
     assert "clip_grad_norm_(parameters=" in inspect.getsource(engine.DeepSpeedEngine.clip_fp32_gradients)
+
+
+def test_the_loader_takes_tensors_where_it_takes_slices_of_files() -> None:
+    import transformers.core_model_loading as core
+    import transformers.modeling_utils as modeling
+
+    loader = modeling.PreTrainedModel._load_pretrained_model
+    assert list(inspect.signature(loader).parameters)[:4] == ["model", "state_dict", "checkpoint_files", "load_config"]
+    for field in ("device_map", "hf_quantizer", "weight_mapping", "disable_mmap"):
+        assert field in modeling.LoadStateDictConfig.__dataclass_fields__, f"LoadStateDictConfig lost {field}"
+    assert "merged_state_dict = state_dict" in inspect.getsource(loader)
+    source = inspect.getsource(core._materialize_copy)
+    assert "tensor[...]" in source and ".to(device=device, dtype=dtype)" in source
+    names = list(inspect.signature(core.rename_source_key).parameters)[:5]
+    assert names == ["source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict"]
+    assert "not isinstance(param_value, torch.nn.Parameter)" in inspect.getsource(core.set_param_for_module)
+    assert callable(modeling._is_on_hf_mount)
+
+
+def test_fsdp2_makes_its_parameters_where_we_think() -> None:
+    from accelerate.utils import fsdp_utils
+    from torch.distributed import fsdp
+    from torch.distributed.checkpoint import state_dict
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param
+
+    param = _fsdp_param.FSDPParam
+    assert "self._unsharded_param = nn.Parameter(" in inspect.getsource(param.init_unsharded_param)
+    assert inspect.getsource(_fsdp_param).count("self._unsharded_param = ") == 1, "FSDP2 gathers into another parameter"
+    for name in ("set_custom_all_gather", "set_custom_reduce_scatter"):
+        assert hasattr(fsdp.FSDPModule, name), f"FSDPModule lost {name}"
+    for name in ("DefaultAllGather", "DefaultReduceScatter"):
+        assert list(inspect.signature(getattr(_fsdp_collectives, name).__call__).parameters)[1:3] == [
+            "output_tensor", "input_tensor"
+        ]  # fmt: skip
+    prepare = inspect.getsource(fsdp_utils.fsdp2_prepare_model)
+    assert "from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard" in prepare
+    assert "cpu_ram_efficient_loading" in prepare and "fsdp2_prepare_model(self, model)" in inspect.getsource(
+        accelerate.Accelerator._prepare_fsdp2
+    )
+    for name in ("get", "set"):
+        for kind in ("model_state_dict", "optimizer_state_dict", "state_dict"):
+            assert f"{name}_{kind}" in vars(state_dict)
+    assert "__create_write_items__" in inspect.getsource(torch.distributed.checkpoint.planner_helpers)
+
+
+def test_save_state_is_where_we_think() -> None:
+    import accelerate.checkpointing
+
+    save, load = (inspect.getsource(getattr(accelerate.Accelerator, name)) for name in ("save_state", "load_state"))
+    assert "save_accelerator_state(\n" in save and "shutil.rmtree(folder)" in save, "it names and deletes elsewhere"
+    assert "self.project_configuration.automatic_checkpoint_naming" in save and "self.save_iteration" in save
+    assert '"step" in override_attributes' in load
+
+    source = inspect.getsource(accelerate.checkpointing)
+    assert source.count("torch.save(") == 3, "state files are written elsewhere"
+    from transformers import Trainer
+
+    assert list(inspect.signature(Trainer._load_rng_state).parameters) == ["self", "checkpoint"]
+
+
+def test_trl_and_peft_keep_what_is_replaced() -> None:
+    import peft.tuners.lora.layer as lora
+    import trl.trainer.distillation_trainer as distillation
+    import trl.trainer.utils as utils
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS
+
+    from tp_plugin.engines import trl as engine
+
+    assert OPTIONAL_OUTPUTS == engine.OPTIONAL
+    ours = list(inspect.signature(engine._LogProbs.apply).parameters)[1:]
+    assert list(inspect.signature(ChunkedLogProbFunction.forward).parameters)[1:] == ours
+    assert inspect.getsource(utils).count("_ChunkedLogProbFunction.apply(") == 1
+    assert "ChunkedDivergenceFunction.apply(" in inspect.getsource(distillation)
+    assert "self._embed(x, embedding_A" in inspect.getsource(lora.Embedding.forward)

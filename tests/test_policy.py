@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
+import transformers
 from models import config_for
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
@@ -136,3 +137,117 @@ def test_policy_reference() -> None:
         registry.load("model_policies.gpt2")
     with pytest.raises(PolicyError, match="cannot be loaded"):
         registry.load("model_policies.gpt2:NOTHING")
+
+
+# --- models of models -----------------------------------------------------------------------------------------------
+
+
+def composite(cls: str, model_type: str, **overrides: object) -> torch.nn.Module:
+    with torch.device("meta"):
+        return getattr(transformers, cls)(config_for(model_type, **overrides))
+
+
+def test_each_tower_is_split_by_its_own_head_count() -> None:
+    model = composite("CLIPModel", "clip")  # 4 heads read, 8 heads look
+    plan = make_plan(model, policy_for("clip"), 4)
+    assert plan.attributes["text_model.encoder.layers.0.self_attn", "num_heads"] == (1, 1, 1, 1)
+    assert plan.attributes["vision_model.encoder.layers.1.self_attn", "num_heads"] == (2, 2, 2, 2)
+    assert plan.layouts["vision_model.encoder.layers.0.mlp.fc1.weight"].local_shape(3) == (20, 64)
+    assert not plan.layouts["visual_projection.weight"].is_sharded and not plan.layouts["logit_scale"].is_sharded
+
+
+def test_a_head_beside_its_tower() -> None:
+    """LLaVA's lm_head is tied to the embedding in the language model: both are claimed, and lie alike."""
+    model = composite("LlavaForConditionalGeneration", "llava")
+    model.tie_weights()
+    plan = make_plan(model, policy_for("llava"), 2)
+    assert plan.heads == ["lm_head"] and plan.embeddings == ["model.language_model.embed_tokens"]
+    assert plan.layouts["lm_head.weight"] == plan.layouts["model.language_model.embed_tokens.weight"]
+    assert plan.layouts["lm_head.weight"].is_sharded
+    assert len(plan.blocks) == 8, "two layers of attention and MLP in each tower"
+
+
+def test_one_tower_alone() -> None:
+    plan = make_plan(composite("CLIPForImageClassification", "clip"), policy_for("clip"), 2)
+    assert len(plan.blocks) == 4 and not plan.embeddings
+
+
+def test_patterns_stop_at_towers() -> None:
+    """The whole model's `replicated` takes nothing of a tower, and the tower's nothing of the model around it."""
+    whole = policy_for("clip")
+    greedy = dataclasses.replace(whole, replicated=(*whole.replicated, "encoder", "text_model"))
+    model = composite("CLIPModel", "clip")
+    assert make_plan(model, greedy, 2).layouts == make_plan(model, whole, 2).layouts
+    forgetful = dataclasses.replace(whole, replicated=("logit_scale",))
+    with pytest.raises(PolicyError, match=r"clip does not fit this CLIPModel: (?s:.*)claims visual_projection\.weight"):
+        make_plan(model, forgetful, 2)
+
+
+def test_a_tower_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    vision = policy_for("clip_vision_model")
+    lacking = dataclasses.replace(vision, replicated=vision.replicated[1:])
+    monkeypatch.setattr(registry, "_registered", {"clip_vision_model": lacking})
+    with pytest.raises(
+        PolicyError,
+        match=r"the policy for clip_vision_model does not fit this CLIPVisionModel \(model\.vision_tower\)(?s:.*)"
+        r"claims model\.vision_tower\.encoder\.layers\.0\.layer_norm1\.weight",
+    ):
+        make_plan(composite("LlavaForConditionalGeneration", "llava"), policy_for("llava"), 2)
+
+
+def test_too_many_ranks_for_a_tower() -> None:
+    with pytest.raises(PolicyError, match=r"text_config \(clip_text_model\): tp_size=8 is larger(?s:.*)heads \(4\)"):
+        check_config(config_for("clip"), policy_for("clip"), 8)
+    with pytest.raises(PolicyError, match=r"text_model\.encoder\.layers\.0\.self_attn: tp_size=8 is larger"):
+        make_plan(composite("CLIPModel", "clip"), policy_for("clip"), 8)
+
+
+def test_a_tower_without_a_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused with the way out, which is `leave_whole`: then every rank holds the tower whole."""
+    known = policies()
+    monkeypatch.setattr(registry, "policies", lambda: {k: v for k, v in known.items() if k != "clip_vision_model"})
+    config, policy, model = (
+        config_for("llava"),
+        policy_for("llava"),
+        composite("LlavaForConditionalGeneration", "llava"),
+    )
+    with pytest.raises(
+        PolicyError, match=r"model\.vision_tower: no tensor-parallel policy for model type 'clip_vision"
+    ):
+        make_plan(model, policy, 2)
+    with pytest.raises(PolicyError, match=r"vision_config (?s:.*)leave_whole: \[clip_vision_model\]"):
+        check_config(config, policy, 2)
+    check_config(config, policy, 2, ("clip_vision_model",))
+    plan = make_plan(model, policy, 2, leave_whole=("clip_vision_model",))
+    assert len(plan.blocks) == 4 and all(path.startswith("model.language_model.") for path in plan.blocks)
+    assert not plan.layouts["model.vision_tower.encoder.layers.0.mlp.fc1.weight"].is_sharded
+
+
+def test_a_tower_whose_config_is_misspelt() -> None:
+    policy = dataclasses.replace(policy_for("llava"), towers={"language_model": "txt_config"})
+    with pytest.raises(
+        PolicyError, match=r"model\.language_model is a tower, but the model's config has no 'txt_config'"
+    ):
+        make_plan(composite("LlavaForConditionalGeneration", "llava"), policy, 2)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_block_of_another_kind(gated: bool) -> None:
+    """DINOv2 has one of two MLPs under one name; the policy has a line for each."""
+    plan = make_plan(composite("Dinov2Model", "dinov2", use_swiglu_ffn=gated), policy_for("dinov2"), 2)
+    assert plan.layouts[f"encoder.layer.0.mlp.{'gate_proj' if gated else 'fc1'}.weight"].is_sharded
+    assert len(plan.blocks) == 4
+
+
+def test_a_head_that_uses_the_embedding_itself_is_refused() -> None:
+    with pytest.raises(PolicyError, match=r"nothing in the policy claims lm_predictions\.lm_head\.bias"):
+        make_plan(composite("DebertaV2ForMaskedLM", "deberta-v2", legacy=False), policy_for("deberta-v2"), 2)
+
+
+def test_a_shared_dropout_that_is_not_there() -> None:
+    attention = dataclasses.replace(policy_for("deberta-v2").blocks[0], shared_dropouts=("self.rel_dropout",))
+    policy = dataclasses.replace(policy_for("deberta-v2"), blocks=(attention, *policy_for("deberta-v2").blocks[1:]))
+    with pytest.raises(
+        PolicyError, match=r"there is no module deberta\.encoder\.layer\.0\.attention\.self\.rel_dropout"
+    ):
+        make_plan(composite("DebertaV2ForMaskedLM", "deberta-v2"), policy, 2)

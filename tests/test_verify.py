@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from workers import run
+from zoo import fresh
 
+from tp_plugin.cli import hints
 from tp_plugin.cli.main import main
+from tp_plugin.cli.parity import Result, prove_here
+from tp_plugin.errors import TPError
+from tp_plugin.options import OPTIONS
+from tp_plugin.policy import BlockPlan, HeadSplit, ParamLayout, Plan
 
 TINY = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 97, "hidden_size": 48,
@@ -50,6 +61,26 @@ def policy(tmp_path: Path, **changes: str) -> str:
     return f"{tmp_path / 'mine.py'}:POLICY"
 
 
+def proven(config: Any, reference: str | None, tp: int, options: dict[str, Any]) -> Any:
+    """Run on every rank: what a rank that the command starts does."""
+    fresh(**options)
+    return prove_here(config, reference, tp)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof runs on ranks that are there already."""
+
+    def prove(config: Any, reference: str | None, tp: int) -> list[Result]:
+        results = run(tp, proven, config, reference, tp, json.loads(os.environ[OPTIONS]))
+        for result in results:
+            if isinstance(result, TPError):
+                raise result
+        return results
+
+    monkeypatch.setattr("tp_plugin.cli.verify.prove", prove)
+
+
 def test_dry_run_of_a_full_size_model(capsys: pytest.CaptureFixture[str]) -> None:
     """Shapes alone: 6.7 billion parameters need no memory."""
     assert main(["verify", "llama", "--tp", "4", "--dry-run"]) == 0
@@ -57,7 +88,8 @@ def test_dry_run_of_a_full_size_model(capsys: pytest.CaptureFixture[str]) -> Non
     for line in (
         "100.0% of 6,738,415,616 parameters are sharded; a rank holds at most 1,684,803,584.",
         "Legal tp sizes (of 2, 3, 4, 6, 8, 12, 16, 24, 32, 64): 2, 3, 4, 6, 8, 12, 16, 24, 32.",
-        "All-reduces per micro-batch: 65 forward, 65 backward, each of 4096 elements per token; 1 all-gather",
+        "All-reduces per micro-batch: 65 forward, 65 backward, each of 4096 elements per token; one",
+        "Bytes that a rank puts into them: 532,480 forward, 532,480 backward per token in bf16, twice that in fp32.",
         "model.layers.*.self_attn.q_proj.weight (× 32)",
     ):
         assert line in shown, shown
@@ -66,7 +98,50 @@ def test_dry_run_of_a_full_size_model(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_proof(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", tiny, "--tp", "2", "--policy", policy(tmp_path)]) == 0
-    assert "Right at tp=2: every number is inside its limit." in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Right at tp=2: every number is inside its limit." in shown
+    assert "480 forward, 480 backward per token in bf16" in shown
+    assert "10 all_reduce of 42,240 bytes;" in shown, "2 x 11 tokens of 480 + 480 bytes, twice that in fp32"
+
+
+OTHER_INPUTS = (
+    "t5",
+    "clip",
+    "siglip",
+    "llava",
+    "gemma3",
+    "paligemma",
+    "beit",
+    "whisper",
+    "dinov2",
+    "deberta-v2",
+    "modernbert",
+    "marian",
+    "bart",
+)
+
+
+@pytest.mark.usefixtures("started")
+@pytest.mark.parametrize("target", ["vit", *(pytest.param(t, marks=pytest.mark.full) for t in OTHER_INPUTS)])
+def test_proof_of_models_that_take_more_than_tokens(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the name alone: the proof makes a small one of it, and feeds it what it takes."""
+    assert main(["verify", target, "--tp", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert f"The proof runs on a small {target}" in shown
+    assert "Right at tp=2: every number is inside its limit." in shown
+
+
+def test_dry_run_of_a_composite(capsys: pytest.CaptureFixture[str]) -> None:
+    """LLaVA 1.5's towers: 32 layers of 32 heads and 24 layers of 16 heads, each by its own policy."""
+    assert main(["verify", "llava", "--tp", "2", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    for line in (
+        "99.7% of 7,062,902,784 parameters are sharded",
+        "Legal tp sizes (of 2, 3, 4, 6, 8, 12, 16, 24, 32, 64): 2, 3, 4, 6, 8, 12, 16.",
+        "model.language_model.layers.*.self_attn.q_proj.weight (× 32)",
+        "model.vision_tower.encoder.layers.*.self_attn.q_proj.weight (× 24)",
+    ):
+        assert line in shown, shown
 
 
 def test_mistake_a_parameter_is_forgotten(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,14 +157,74 @@ def test_mistake_a_module_is_misspelt(tiny: str, tmp_path: Path, capsys: pytest.
     assert "there is no module 'model.layers.0.self_attn.value'" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("started")
 def test_mistake_the_numbers_are_wrong(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A block whose input is not named gets no sum in its backward: the forward is right, the gradients are not."""
     wrong = policy(tmp_path, LOCAL='local={"num_key_value_groups": "groups"}, inputs=("position_embeddings",)')
     assert main(["verify", tiny, "--policy", wrong]) == 1
     shown = capsys.readouterr().out
     assert "FAILED: gradient deviates" in shown and "FAILED: weight deviates" in shown
+    plain = " ".join(shown.split())
+    assert "the backward goes wrong first at model.layers.1.input_layernorm.weight" in plain
+    assert "is every activation that enters model.layers.1.self_attn named in its `inputs`?" in plain
 
 
+@pytest.mark.usefixtures("started")
+def test_mistake_column_and_row_are_confused(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = policy(tmp_path)
+    file = tmp_path / "mine.py"
+    swapped = file.read_text().replace('"up_proj": even}, row={"down_proj"', '"down_proj": even}, row={"up_proj"')
+    file.write_text(swapped)
+    assert main(["verify", tiny, "--policy", path]) == 1
+    error = capsys.readouterr().err
+    assert "the sharded model cannot run: model.layers.0.mlp.up_proj" in error
+    assert "a row-parallel module wants a rank's share and got all 48 features: name it in `columns`" in error
+    assert "Traceback" not in error
+
+
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.kept, self.head_dim, self.groups = 4, 4, 4, 2
+        self.proj = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x.view(*x.shape[:-1], self.heads, self.head_dim).flatten(-2)) * self.groups
+
+
+def counted() -> tuple[nn.Module, Plan]:
+    model = nn.Sequential(Counted())
+    plan = Plan(2, blocks={"0": BlockPlan(("x",), "0", HeadSplit.of(4, 2, 2), rows=["0.proj"])}, rows=["0.proj"])
+    plan.layouts["0.proj.weight"] = ParamLayout((16, 16), 1, (((0, 8),), ((8, 16),)))
+    return model, plan
+
+
+def test_counts_of_the_whole_model_are_named() -> None:
+    """Only what the forward reads, and no head size that happens to equal a count."""
+    model, plan = counted()
+    hint = hints.of_block(model, plan, "0.proj")
+    assert hint == "in 0, heads = 4 counts the whole model's, this rank has 2: add it to `local` as 'q_heads'"
+    plan.attributes["0", "heads"] = (2, 2)
+    assert "what enters 0 is right" in hints.of_block(model, plan, "0")
+    assert hints.of_block(model, plan, "1") == ""
+
+
+def test_an_exception_names_the_innermost_module() -> None:
+    model, plan = counted()
+    with (
+        pytest.raises(TPError, match=r"the whole model cannot run: 0\.proj \(Linear\) raised RuntimeError: mat1"),
+        hints.explained(model, None),
+    ):
+        model[0].proj(torch.ones(1, 8))
+    with (
+        pytest.raises(TPError, match=r"the sharded model cannot run: 0 \(Counted\) raised .* in 0, heads = 4"),
+        hints.explained(model, plan),
+    ):
+        model(torch.ones(1, 8))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.usefixtures("started")
 def test_a_module_whose_output_deviates_is_named(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = policy(tmp_path, COLUMNS='columns={"q_proj": q, "k_proj": kv, "v_proj": lambda *a: kv(*a)[::-1]},')
     assert main(["verify", tiny, "--policy", wrong]) == 1
@@ -103,7 +238,8 @@ def test_a_module_whose_output_deviates_is_named(tiny: str, tmp_path: Path, caps
         (["no-such-model"], "'no-such-model' is no folder, no .json file and no model type"),
         (["llama", "--tp", "1"], "--tp 1: expected at least 2 ranks"),
         (["llama", "--tp", "64"], "tp_size=64 is larger than the number of attention heads (32)"),
-        (["vit"], "vit"),
+        (["xlnet"], "no tensor-parallel policy for model type 'xlnet'"),
+        (["nemotron"], "nemotron: its config makes no model (unsupported operand"),
         (["llama", "--policy", "nowhere.py:POLICY"], "policy: there is no file nowhere.py"),
         (["llama", "--policy", "nowhere:POLICY"], "policy: 'nowhere:POLICY' cannot be loaded"),
     ],

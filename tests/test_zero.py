@@ -185,14 +185,23 @@ def test_offloaded(tp: int, dp: int, stage: int) -> None:
     compare(tp, dp, *REPLICATED_KV, ds_config(stage, zero=zero))
 
 
-OTHERS = {("gpt2", 1), ("gpt2", 3), ("qwen3", 0), ("qwen3", 2), ("gemma2", 2), ("gemma2", 3)}
+OTHERS = {
+    ("gpt2", 1), ("gpt2", 3), ("qwen3", 0), ("qwen3", 2), ("gemma2", 2), ("gemma2", 3), ("gpt_oss", 2), ("gpt_oss", 3),
+    ("deepseek_v3", 3),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "model, stage",
     [
         pytest.param(model, stage, marks=() if (model[0], stage) in OTHERS else pytest.mark.full)
-        for model in (("gpt2", {}), ("qwen3", {}), ("gemma2", {"num_key_value_heads": 1}))
+        for model in (
+            ("gpt2", {}),
+            ("qwen3", {}),
+            ("gemma2", {"num_key_value_heads": 1}),
+            ("gpt_oss", {}),
+            ("deepseek_v3", {}),
+        )
         for stage in (0, 1, 2, 3)
     ],
 )

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import faulthandler
 import importlib
 import os
 import queue
+import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +23,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-TIMEOUT = 40
+TIMEOUT = int(os.environ.get("TEST_TIMEOUT", "40"))
 """Seconds for one collective, and for one case."""
 
 _pools: dict[int, Pool] = {}
@@ -55,9 +58,15 @@ class Pool:
                 rank, ok, value = self.results.get(timeout=TIMEOUT + 30)
                 answers[rank] = (ok, value)
         except queue.Empty:
-            self.stop()
             missing = sorted(set(range(self.world)) - set(answers))
-            raise WorkerError(f"ranks {missing} of {self.world} gave no answer in {TIMEOUT + 30} s") from None
+            for rank in missing:
+                os.kill(self.processes[rank].pid, signal.SIGUSR1)  # prints where it is, on stderr
+            time.sleep(2)
+            self.stop()
+            raise WorkerError(
+                f"ranks {missing} of {self.world} gave no answer in {TIMEOUT + 30} s; their stacks are on stderr. "
+                f"The others: {answers}"
+            ) from None
         failed = {rank: value for rank, (ok, value) in answers.items() if not ok}
         if failed:
             if len(failed) < self.world:
@@ -90,6 +99,7 @@ def _work(rank: int, world: int, port: int, tasks: Any, results: Any) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
     )
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
     sys.path.insert(0, os.path.dirname(__file__))
     timeout = datetime.timedelta(seconds=TIMEOUT)
@@ -102,6 +112,7 @@ def _work(rank: int, world: int, port: int, tasks: Any, results: Any) -> None:
             if os.getppid() != parent:
                 return  # pytest was killed: leave nothing behind
             continue
+        environment = dict(os.environ)
         try:
             target: Any = importlib.import_module(module)
             for part in name.split("."):
@@ -109,3 +120,6 @@ def _work(rank: int, world: int, port: int, tasks: Any, results: Any) -> None:
             results.put((rank, True, target(*args)))
         except BaseException:
             results.put((rank, False, traceback.format_exc()))
+        finally:  # the options that a case sets are its own
+            os.environ.clear()
+            os.environ.update(environment)

@@ -18,6 +18,7 @@ _HOME = {
     "Policy": "tp_plugin.policy",
     "Attention": "tp_plugin.policy",
     "MLP": "tp_plugin.policy",
+    "Experts": "tp_plugin.policy",
     "Vocabulary": "tp_plugin.policy",
     "Blocks": "tp_plugin.policy",
     "PerHead": "tp_plugin.policy",

@@ -11,3 +11,7 @@ class PolicyError(TPError):
 
 class DivergenceError(RuntimeError):
     """Ranks of one TP group are no longer one process: different batches, different replicas, different calls."""
+
+
+class LostRankError(DivergenceError):
+    """Other ranks of a collective are gone, or did not come in the time that torch grants it."""

@@ -27,12 +27,20 @@ class Options:
         policy: ``module:NAME`` of a policy to use instead of the registered one.
         audit_every: compare replicas across the TP group every that many training forwards; 0 means never.
         leave_whole: model types (or class names) that stay whole on every rank, such as a teacher's.
+        sequence_parallel: split the tokens over the TP group between the blocks.
+        expert_parallel: part a mixture of experts by whole experts over the TP group, instead of splitting each.
+        overlap: compute the gradients of weights while that of their input is summed over the TP group.
+        fuse: compute linears of one input, such as q, k and v, as one.
     """
 
     tp_size: int = 1
     policy: str | None = None
     audit_every: int = 0
     leave_whole: tuple[str, ...] = ()
+    expert_parallel: bool = False
+    sequence_parallel: bool = False
+    overlap: bool = False
+    fuse: bool = False
 
     @staticmethod
     def parse(tp_size: object, mapping: object = None, origin: str = "tp_plugin") -> Options:
@@ -60,6 +68,9 @@ class Options:
             if isinstance(whole, str) or not all(isinstance(name, str) for name in whole):
                 raise TPError(f"{origin}.leave_whole: expected a list of model types such as [bert], found {whole!r}")
             values["leave_whole"] = tuple(whole)
+        for switch in ("expert_parallel", "sequence_parallel", "overlap", "fuse"):
+            if not isinstance(values.get(switch, False), bool):
+                raise TPError(f"{origin}.{switch}: expected true or false, found {values[switch]!r}")
         return Options(size, **values)
 
     @staticmethod
@@ -80,7 +91,7 @@ class Options:
 
     def to_environment(self) -> dict[str, str]:
         """The variables by which :meth:`from_environment` finds these options again."""
-        mapping = {key: value for key, value in asdict(self).items() if key != "tp_size" and value}
+        mapping = {k: v for k, v in asdict(self).items() if k != "tp_size" and v != getattr(Options, k)}
         return {TP_SIZE: str(self.tp_size), OPTIONS: json.dumps(mapping)}
 
 

@@ -1,4 +1,4 @@
-"""``tp-plugin export``: a DeepSpeed checkpoint of any tp and dp → a model for plain transformers. One process."""
+"""``tp-plugin export``: a checkpoint of any engine, tp and dp → a model for plain transformers. One process."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tp_plugin.cli.folders import complete_or_absent, find_tag
-from tp_plugin.engines.deepspeed.files import Checkpoint
+from tp_plugin.cli import sources
+from tp_plugin.cli.folders import complete_or_absent
 from tp_plugin.errors import TPError
 
 BESIDE = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
@@ -26,9 +26,8 @@ def export(folder: Path, output: Path, tag: str | None, dtype: str, shard_size: 
     Raises:
         TPError: no checkpoint, an incomplete or damaged one, or ``output`` exists.
     """
-    source = Checkpoint(find_tag(folder, tag))
-    names = source.model_state(0)["module"]
-    if any(name.startswith("base_model.model.") for name in names):
+    source = sources.find(folder, tag)
+    if any(name.startswith("base_model.model.") for name in source.names):
         raise TPError(
             f"{source.folder} is a checkpoint of a PEFT model, which is no plain model; resume from it and call "
             "save_pretrained, which writes the adapter"
@@ -37,17 +36,19 @@ def export(folder: Path, output: Path, tag: str | None, dtype: str, shard_size: 
         for pattern in BESIDE:
             for path in sorted(folder.glob(pattern)):
                 shutil.copy2(path, out)
-        config = source.sidecar.get("config")
-        if config is not None and not (out / "config.json").exists():
-            (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+        known = (out / "config.json").exists()
+        if source.config is not None and not known:
+            config = {**source.config, "dtype": dtype}
+            (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         count = _write(_tensors(source, getattr(torch, dtype)), out, shard_size)
-    print(f"{count} tensors from {source.folder} (tp {source.tp}, dp {source.dp}) written to {output}", file=sys.stderr)
+    print(f"{count} tensors from {source.folder} ({source.kind}) written to {output}", file=sys.stderr)
+    if source.config is None and not known:
+        print(f"{source.folder} does not say of which model; put its config.json beside them", file=sys.stderr)
 
 
-def _tensors(source: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    aliases = source.aliases
-    for name, tensor in source.masters():
-        if name not in aliases:
+def _tensors(source: sources.Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in source.tensors():
+        if name not in source.aliases:
             yield name, (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
 
 

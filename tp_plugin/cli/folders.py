@@ -17,8 +17,6 @@ def find_tag(folder: Path, tag: str | None) -> Path:
     Raises:
         TPError: there is none; the message says what was looked for.
     """
-    if not folder.is_dir():
-        raise TPError(f"{folder} is not a folder")
     if tag is None and (folder / "latest").is_file():
         tag = (folder / "latest").read_text(encoding="utf-8").strip()
     if tag is not None:
@@ -32,7 +30,16 @@ def find_tag(folder: Path, tag: str | None) -> Path:
     tags = _tags(folder)
     if len(tags) == 1:
         return folder / tags[0]
-    raise TPError(f"{folder} has no file `latest`; name one of its checkpoints with --tag: {', '.join(tags) or 'none'}")
+    if not tags:
+        raise TPError(
+            f"{folder} holds no checkpoint: no file `latest`, no tag of DeepSpeed's, no model or FSDP weights"
+        )
+    raise TPError(f"{folder} has no file `latest`; name one of its checkpoints with --tag: {', '.join(tags)}")
+
+
+def has_tags(folder: Path) -> bool:
+    """Whether DeepSpeed's files lie in ``folder`` or in a tag of it."""
+    return (folder / "latest").is_file() or any(folder.glob("*model_states.pt")) or bool(_tags(folder))
 
 
 def _tags(folder: Path) -> list[str]:

@@ -34,12 +34,17 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("target", help="model type, config.json or local checkpoint folder")
     verify.add_argument("--tp", type=int, default=2, help="ranks of the TP group; default 2")
     verify.add_argument("--policy", help="module:NAME or path/to/file.py:NAME; default the registered one")
+    verify.add_argument("--expert-parallel", action="store_true", help="part mixtures of experts by whole experts")
     verify.add_argument("--dry-run", action="store_true", help="only the plan, no proof")
 
-    export = commands.add_parser("export", help="turn a DeepSpeed checkpoint into a plain Hugging Face model")
-    reshard = commands.add_parser("reshard", help="rewrite a DeepSpeed checkpoint for another tp_size and dp size")
+    export = commands.add_parser("export", help="turn a checkpoint into a plain Hugging Face model")
+    reshard = commands.add_parser("reshard", help="rewrite a checkpoint for another tp_size and dp size")
     for command in (export, reshard):
-        command.add_argument("checkpoint", type=Path, help="folder given to save_checkpoint, or one of its tags")
+        command.add_argument(
+            "checkpoint",
+            type=Path,
+            help="folder given to save_checkpoint (or a tag of it) or save_state, or a Trainer's",
+        )
         command.add_argument("output", type=Path, help="folder to write; must not hold anything yet")
         command.add_argument("-t", "--tag", help="tag to read; default the one in the file `latest`")
     export.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -55,7 +60,13 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "verify":
         from tp_plugin.cli.verify import verify
 
-        return verify(arguments.target, arguments.tp, arguments.policy, arguments.dry_run)
+        return verify(
+            arguments.target,
+            arguments.tp,
+            arguments.policy,
+            dry_run=arguments.dry_run,
+            expert_parallel=arguments.expert_parallel,
+        )
     if arguments.command == "export":
         from tp_plugin.cli.export import export
 
@@ -76,16 +87,24 @@ def _policies() -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from tp_plugin.cli.target import typical_share
     from tp_plugin.policy import policies
 
     def flat(name: str | tuple[str, ...] | None) -> tuple[str, ...]:
         return name if isinstance(name, tuple) else (name,) if name else ()
 
-    table = Table("model type", "blocks", "vocabulary", title="Architectures with a tensor-parallel policy")
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # remarks on default configs
+    table = Table("model type", "sharded", "blocks", "vocabulary", title="Architectures with a tensor-parallel policy")
     for model_type, policy in sorted(policies().items()):
-        blocks = [f"{b.path}: {', '.join(b.columns)} → {', '.join(b.row)}" for b in policy.blocks]
+        blocks = [
+            f"{b.path}: {', '.join([*b.columns, *b.tensors])} → {', '.join(b.row) or 'sum'}" for b in policy.blocks
+        ]
         vocabulary = policy.vocabulary
         names = [*flat(vocabulary.embedding), *flat(vocabulary.head)] if vocabulary else []
-        table.add_row(model_type, "\n".join(blocks), ", ".join(names))
+        share = typical_share(model_type)
+        shown = "-" if share is None else f"{share:.1%}"
+        table.add_row(model_type, shown, "\n".join(blocks), ", ".join(names))
     Console(file=sys.stdout).print(table)
     return 0

@@ -1,4 +1,7 @@
-"""``tp-plugin reshard``: a DeepSpeed checkpoint rewritten as a run of another tp and dp would have saved it."""
+"""``tp-plugin reshard``: a checkpoint rewritten as a run of another tp and dp would have saved it.
+
+DDP's and FSDP2's hold whole tensors, or tensors in coordinates of the whole model: they are copied.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from tp_plugin.cli.folders import complete_or_absent, find_tag
+from tp_plugin.cli import sources
+from tp_plugin.cli.folders import complete_or_absent
+from tp_plugin.engines import journal
 from tp_plugin.engines.deepspeed import files
 from tp_plugin.errors import TPError
 from tp_plugin.policy import ParamLayout, make_plan, policy_for
@@ -24,9 +29,15 @@ def reshard(folder: Path, output: Path, tag: str | None, tp: int, dp: int | None
     Raises:
         TPError: no checkpoint, an incomplete or damaged one, sizes that do not go, or ``output`` exists.
     """
-    source = files.Checkpoint(find_tag(folder, tag))
     if tp < 1 or (dp is not None and dp < 1):
         raise TPError(f"--tp {tp} --dp {dp}: expected whole numbers of at least 1")
+    found = sources.find(folder, tag)
+    if found.deepspeed is None:
+        with complete_or_absent(output) as out:
+            shutil.copytree(folder, out, dirs_exist_ok=True)
+        print(f"{folder} ({found.kind}) resumes at any tp and dp as it is; copied to {output}", file=sys.stderr)
+        return
+    source = found.deepspeed
     world = source.tp * source.dp
     if dp is None and world % tp:
         raise TPError(f"a world of {world} saved the checkpoint, which --tp {tp} does not divide; name --dp, too")
@@ -54,6 +65,8 @@ def reshard(folder: Path, output: Path, tag: str | None, tp: int, dp: int | None
             _put_back_scripts(out)
         sidecar = {**source.sidecar, "tp_size": tp, "dp_size": dp, "layouts": files.layouts_to(layouts)}
         (inside / files.SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
+        if (about := journal.read_manifest(folder)) is not None:
+            journal.describe(out, {**about, "tp_size": tp, "dp_size": dp})
     message = f"{source.folder} (tp {source.tp}, dp {source.dp}) written to {output} (tp {tp}, dp {dp})"
     print(message, file=sys.stderr)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
 import re
 import sys
 from collections import Counter
@@ -12,14 +15,15 @@ from rich.table import Column, Table
 from torch import nn
 
 from tp_plugin.cli.parity import Result, prove
-from tp_plugin.cli.target import PROVEN_SIZE, build, find_policy, read_config, small_config
+from tp_plugin.cli.target import PROVEN_SIZE, build, named_policy, read_config, small_config
 from tp_plugin.errors import PolicyError, TPError
-from tp_plugin.policy import Plan, Policy, make_plan
+from tp_plugin.options import OPTIONS, Options
+from tp_plugin.policy import Plan, Policy, make_plan, policy_for
 
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
 
-def verify(target: str, tp: int, reference: str | None, dry_run: bool) -> int:
+def verify(target: str, tp: int, reference: str | None, *, dry_run: bool = False, expert_parallel: bool = False) -> int:
     """Print the plan and the proof; returns the exit status: 0 if every number is inside its limit.
 
     Raises:
@@ -27,12 +31,18 @@ def verify(target: str, tp: int, reference: str | None, dry_run: bool) -> int:
         TPError: no such model, or a rank of the proof failed.
     """
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
+    named = named_policy(reference) if reference else None  # first: its module may bring the architecture
     config = read_config(target)
-    policy = find_policy(config, reference)
+    policy = named or policy_for(config)
     if tp < 2:
         raise TPError(f"--tp {tp}: expected at least 2 ranks")
-    model = build(config, meta=True)
-    plan = make_plan(model, policy, tp)
+    try:
+        model = build(config, meta=True)
+    except TPError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise TPError(f"{target}: its config makes no model ({error}); name a config.json or a checkpoint") from error
+    plan = make_plan(model, policy, tp, expert_parallel=expert_parallel)
     console.print(_layouts(model, plan))
     console.print(*_summary(model, config, policy, plan), sep="\n")
     if dry_run:
@@ -41,10 +51,26 @@ def verify(target: str, tp: int, reference: str | None, dry_run: bool) -> int:
     proven = config if numel <= PROVEN_SIZE else small_config(config)
     if numel > PROVEN_SIZE:
         console.print(f"The proof runs on a small {config.model_type} (this one has {numel / 1e6:,.0f} M parameters).")
+    options = dataclasses.replace(Options.from_environment(), expert_parallel=expert_parallel)
+    os.environ[OPTIONS] = options.to_environment()[OPTIONS]  # for the ranks
     results = prove(proven, reference, tp)
     console.print(_proof(results))
-    failures = {failure for result in results for failure in result.failures()}
-    for failure in sorted(failures):
+    sent = results[0].sent
+    console.print(
+        "Measured in the proof, for one forward and backward in fp32: "
+        + "; ".join(
+            f"{n} {op.partition('/')[0]} of {sent[op]:,} bytes" for op, n in results[0].collectives.items() if sent[op]
+        )
+        + ".",
+        highlight=False,
+    )
+    dropout = results[0].dropout
+    if dropout is not None and not dropout.faults and (dropout.equal or dropout.own):
+        parts = [f"{', '.join(dropout.equal)}: the masks of one process"] if dropout.equal else []
+        parts += [f"{', '.join(dropout.own)}: each rank's own masks"] if dropout.own else []
+        console.print(f"With dropout, {'; '.join(parts)}; the ranks stay one model.", highlight=False)
+    failures = dict.fromkeys(failure for result in results for failure in result.failures())
+    for failure in failures:
         console.print(f"[red]FAILED[/red]: {failure}", highlight=False)
     if not failures:
         console.print(f"Right at tp={tp}: every number is inside its limit.")
@@ -70,6 +96,8 @@ def _kind(name: str, plan: Plan) -> str:
         return "replicated, gradients summed" if name in plan.partial else "replicated"
     kinds = {"column-parallel": plan.columns, "row-parallel": plan.rows, "vocabulary": plan.embeddings + plan.heads}
     kind = next((kind for kind, modules in kinds.items() if module in modules), "per head")
+    if module in plan.blocks and plan.blocks[module].sums:
+        kind = "whole experts" if plan.blocks[module].experts else "inside each expert"
     return f"{kind}, partly replicated" if layout.replica_groups else kind
 
 
@@ -81,22 +109,59 @@ def _summary(model: nn.Module, config: Any, policy: Policy, plan: Plan) -> list[
     parameters = dict(model.named_parameters())
     share = plan.sharded_share(parameters)
     held = max(sum(plan.layouts[name].local_numel(rank) for name in parameters) for rank in range(plan.tp))
-    blocks, vocabulary = len(plan.blocks), len(plan.embeddings)
+    up, down = plan.reductions()
+    biases = sum(len(block.head_inputs) for block in plan.blocks.values())
+    # several may be names of one tied embedding, of which the model need not use all
+    forward = f"{'at most ' if len(plan.embeddings) > 1 else ''}{up}"
+    # blocks side by side need not have one input
+    backward = f"{'at most ' if plan.side_by_side else ''}{down}"
     hidden = getattr(config, "hidden_size", None)
     lines = [
         f"{share:.1%} of {sum(p.numel() for p in parameters.values()):,} parameters are sharded; "
         f"a rank holds at most {held:,}.",
         f"Legal tp sizes (of {', '.join(map(str, SIZES))}): {', '.join(map(str, _legal(model, policy))) or 'none'}.",
-        f"All-reduces per micro-batch: {blocks + vocabulary} forward, {blocks + len(plan.heads)} backward"
+        f"All-reduces per micro-batch: {forward} forward, {backward} backward"
         + (f", each of {hidden} elements per token" if hidden else "")
-        + (f"; {len(plan.heads)} all-gather of the logits" if plan.heads else "")
-        + (f"; {len(plan.partial)} of whole replicated gradients" if plan.partial else "")
+        + ("; one all-gather of three numbers per token for the loss" if plan.heads else "")
+        + (f"; at most {biases} of gradients of position biases" if biases else "")
+        + (f"; {len(plan.gradient_sums())} of gradients of what all ranks hold" if plan.gradient_sums() else "")
         + (f"; {2 * len(plan.wide_norms)} of one number per token for wide norms" if plan.wide_norms else "")
         + ".",
+        _bytes(model, plan),
     ]
     if share == 0:
         lines.append("[red]Nothing is sharded: this policy only replicates the model.[/red]")
     return lines
+
+
+def _bytes(model: nn.Module, plan: Plan) -> str:
+    """What a rank puts into the all-reduces of activations, and of gradients that are parts of a sum."""
+    forward, backward = elements(plan)
+    sums = sum(4 * math.prod(plan.layouts[name].local_shape(0)) for name in plan.gradient_sums())
+    return (
+        f"Bytes that a rank puts into them: {2 * forward:,} forward, {2 * backward:,} backward per token in bf16, "
+        "twice that in fp32" + (f"; {sums:,} for gradients in fp32" if sums else "") + "."
+    )
+
+
+def elements(plan: Plan) -> tuple[int, int]:
+    """Numbers per token in the all-reduces of activations, of a forward and of a backward; cf. ``Plan.reductions``."""
+
+    def other(path: str) -> int:
+        """The width of a linear on the side that is whole."""
+        layout = plan.layouts[f"{path}.weight"]
+        return layout.shape[1 - layout.dim] if layout.dim is not None else layout.shape[0]
+
+    forward = backward = width = 0
+    widths: dict[str, int] = {}
+    for path, block in plan.blocks.items():
+        width = widths[path] = other(block.rows[-1]) if block.rows else width  # experts: as the blocks before them
+        forward += width
+        backward += width if block.inputs else sum(other(at) for at in (*block.input_of, *block.output_of))
+    forward -= sum(widths[first] for first, _ in plan.side_by_side.values())
+    forward += sum(other(path) for path in plan.embeddings)
+    backward += sum(other(path) for path in plan.heads)
+    return forward, backward
 
 
 def _legal(model: nn.Module, policy: Policy) -> list[int]:

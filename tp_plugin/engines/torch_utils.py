@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grad
 
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.options import Options
+from tp_plugin.parallel.rows import is_split
 
 
 def install() -> None:
@@ -35,7 +36,7 @@ def install() -> None:
                 "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
                 "`error_if_nonfinite=False`"
             )
-        return norm
+        return _like(norm, tensors)
 
     get_total_norm.__doc__ = original.__doc__
     get_total_norm.sees_whole_model = True  # type: ignore[attr-defined]
@@ -44,6 +45,16 @@ def install() -> None:
     patch(torch.nn.utils, "get_total_norm", get_total_norm)
     wrap(torch.amp.GradScaler, "_unscale_grads_", _unscale_grads)
     patch(torch.utils.data.distributed, "dist", _Replicas())
+
+
+def _like(norm: torch.Tensor, tensors: list[Any]) -> torch.Tensor:
+    """The norm of DTensors (FSDP2) is one, as theirs is without us: it multiplies them, and has a ``full_tensor``."""
+    split = next((tensor for tensor in tensors if is_split(tensor)), None)
+    if split is None:
+        return norm
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(norm, split.device_mesh, [Replicate()], run_check=False)  # type: ignore[no-any-return]
 
 
 class _Replicas:
@@ -81,7 +92,8 @@ def _unscale_grads(original: Any, *args: Any, **kwargs: Any) -> dict[torch.devic
     found: dict[torch.device, torch.Tensor] = original(*args, **kwargs)
     if _layouts() is not None:
         from tp_plugin.parallel.mesh import require_mesh
+        from tp_plugin.parallel.rows import held
 
         for tensor in found.values():
-            require_mesh().tp_for(tensor).all_reduce(tensor, dist.ReduceOp.MAX)
+            require_mesh().tp_for(tensor).all_reduce(held(tensor), dist.ReduceOp.MAX)
     return found

@@ -10,12 +10,15 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from tp_plugin.engines.accelerate.operations import OverDP
 from tp_plugin.engines.patching import patch, wrap
+from tp_plugin.errors import TPError
+from tp_plugin.parallel import rng
 from tp_plugin.parallel.exchange import exchange
-from tp_plugin.parallel.lockstep import BARRIER
+from tp_plugin.parallel.lockstep import BARRIER, TRIGGER
 from tp_plugin.parallel.mesh import current_mesh
 
 
@@ -50,6 +53,7 @@ def install_arguments(training_args: Any) -> None:
     for name in ("should_save", "should_log"):
         patch(cls, name, _on_leader(vars(cls)[name]))
     wrap(cls, "main_process_first", _main_process_first)
+    wrap(cls, "__post_init__", _refuse_liger)
 
 
 def install(trainer: Any) -> None:
@@ -58,8 +62,49 @@ def install(trainer: Any) -> None:
     cls = trainer.Trainer
     wrap(cls, "is_world_process_zero", lambda original, self: original(self) and _leads())
     wrap(cls, "_save_rng_state", lambda original, self, *args: original(self, *args) if _leads() else None)
+    wrap(cls, "_load_rng_state", _load_rng_state)
     wrap(cls, "_load_best_model", _load_best_model)
     wrap(cls, "save_model", _save_model)
+    wrap(cls, "_save_checkpoint", _save_checkpoint)
+
+
+def install_jit_checkpoint(trainer_jit_checkpoint: Any) -> None:
+    """Patch the checkpoint that ``enable_jit_checkpoint`` makes of a SIGTERM: all ranks make it at the same step."""
+    callback = trainer_jit_checkpoint.JITCheckpointCallback
+    for name in ("on_pre_optimizer_step", "on_step_begin", "on_step_end", "on_epoch_end"):
+        wrap(callback, name, _asked_together)
+    wrap(trainer_jit_checkpoint.CheckpointManager, "execute_jit_checkpoint", _execute_jit_checkpoint)
+
+
+def _asked_together(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    mesh, manager = current_mesh(), self.jit_manager
+    if mesh is None or manager is None:
+        return original(self, *args, **kwargs)
+    # a signal may reach one rank alone, or each at another step; a timer's thread sets the flag at any moment
+    met = exchange(mesh).lockstep.meet(TRIGGER, [int(manager.is_checkpoint_requested)])
+    asked = torch.tensor(float(any(flag for flag, *_ in met)), device=self.trainer.args.device)
+    if not mesh.dp.all_reduce(asked, dist.ReduceOp.MAX).item() or getattr(manager, "tp_made", False):
+        return None
+    manager.is_checkpoint_requested = manager.tp_made = True
+    return original(self, *args, **kwargs)
+
+
+def _execute_jit_checkpoint(original: Any, self: Any) -> None:
+    if _leads():
+        return original(self)
+    self.is_checkpoint_requested = False  # the leader alone marks the folder as incomplete, and takes the mark away
+    self.trainer._save_checkpoint(self.trainer.model, trial=None)
+    return None
+
+
+def _refuse_liger(original: Any, self: Any) -> None:
+    if getattr(self, "use_liger_kernel", False):
+        raise TPError(
+            "use_liger_kernel: Liger's fused loss multiplies by the whole lm_head.weight, of which a rank has a part "
+            "under tp_size; remove use_liger_kernel (the loss over a split vocabulary needs no whole logits either), "
+            "or set tp_size: 1"
+        )
+    original(self)
 
 
 def _leads() -> bool:
@@ -93,6 +138,22 @@ def _save_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if mesh is None:
         return original(self, *args, **kwargs)
     with exchange(mesh).together("Trainer.save_model"):  # what it wrote is there when any rank returns
+        return original(self, *args, **kwargs)
+
+
+def _load_rng_state(original: Any, self: Any, checkpoint: Any) -> None:
+    original(self, checkpoint)
+    mesh = current_mesh()
+    if mesh is not None and checkpoint is not None:
+        # the leader's file has the generators of its device, which the others of the group do not hold by that number
+        rng.synchronize(mesh.control)
+
+
+def _save_checkpoint(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    mesh = current_mesh()
+    if mesh is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        return original(self, *args, **kwargs)  # which write on all ranks
+    with exchange(mesh).together("Trainer's checkpoint"):  # a peer must not step on while its shards are read
         return original(self, *args, **kwargs)
 
 

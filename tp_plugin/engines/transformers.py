@@ -12,24 +12,28 @@ from zlib import crc32
 
 from torch import nn
 
+from tp_plugin.engines import loading, saving
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.options import Options
+from tp_plugin.parallel import rng
 from tp_plugin.parallel.guard import digests
 from tp_plugin.parallel.lockstep import GENERATE, Request
 from tp_plugin.parallel.mesh import current_mesh
 from tp_plugin.policy import check_config, load, policy_for
 from tp_plugin.shard import is_sharded
+from tp_plugin.shard.whole import plain_name
 
 
 def install(modeling_utils: Any) -> None:
     """Patch ``PreTrainedModel``."""
     model = modeling_utils.PreTrainedModel
     patch(model, "from_pretrained", _from_pretrained(vars(model)["from_pretrained"].__func__))
+    loading.install(modeling_utils)
     wrap(model, "__init__", _init)
     # ZeRO-3 partitions what `deepspeed.initialize` has sharded, not what is being loaded
     wrap(modeling_utils, "is_deepspeed_zero3_enabled", lambda original: _is_off() and original())
-    wrap(model, "save_pretrained", _save_pretrained)
+    saving.install(modeling_utils)
     wrap(model, "resize_token_embeddings", _resize_token_embeddings)
     if "num_parameters" in vars(model):
         wrap(model, "num_parameters", _num_parameters)
@@ -49,13 +53,18 @@ def _generate(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     lockstep = record.exchange.lockstep if mesh is not None and record is not None else None
     if lockstep is None or lockstep.helping:
         return original(self, *args, **kwargs)
-    values = [2 * self.training, record.number, crc32(repr(sorted(digests(args, kwargs).items())).encode())]
-    rows = lockstep.meet(GENERATE, values, lambda: Request.of("generate", self, args, kwargs))
-    lockstep.helping = len(rows) < mesh.tp_size
+    call = crc32(repr(sorted(digests(args, kwargs).items())).encode())
+    values = [2 * self.training, record.number, call, rng.fingerprint()]
+    heard_here = {name: value for name, value in kwargs.items() if name != "streamer"}  # it changes no token
+    rows = lockstep.meet(GENERATE, values, lambda: Request.of("generate", self, args, heard_here))
+    if any(row[3] != values[3] for row in rows):
+        rng.synchronize(mesh.control)  # now: an assistant that is not sharded draws before the first forward meets
+    before = lockstep.helping, lockstep.generating
+    lockstep.helping, lockstep.generating = len(rows) < mesh.tp_size, True
     try:
         return original(self, *args, **kwargs)
     finally:
-        lockstep.helping = False
+        lockstep.helping, lockstep.generating = before
 
 
 def _from_pretrained(original: Any) -> classmethod[Any, Any, Any]:
@@ -103,7 +112,9 @@ def check_before_load(config: Any, options: Options) -> None:
             "num_processes = tp_size x data-parallel size"
         )
     policy = load(options.policy) if options.policy else policy_for(config)
-    check_config(config, policy, options.tp_size)
+    if policy.towers and model_type not in policy.model_types:
+        policy = policy_for(config)  # a tower of the model that the configured policy is for
+    check_config(config, policy, options.tp_size, options.leave_whole)
     if getattr(config, "quantization_config", None) is not None:
         _refuse_quantized(config, options)
 
@@ -115,15 +126,6 @@ def _refuse_quantized(config: Any, options: Options) -> None:
             f"this {model_type} model is to be quantized (quantization_config), and tp_size={options.tp_size} cannot "
             "split quantized weights; remove quantization_config, or set tp_size: 1"
         )
-
-
-def _save_pretrained(original: Any, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-    if not is_sharded(self):
-        return original(self, save_directory, *args, **kwargs)
-    record = self.tp_record
-    with record.exchange.together(f"{record.uid} save"):
-        # one rank of the TP group writes; the others return when the files are there
-        return original(self, save_directory, *args, **kwargs) if record.mesh.is_leader else None
 
 
 def _resize_token_embeddings(original: Any, self: Any, new_num_tokens: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -142,7 +144,7 @@ def _num_parameters(original: Any, self: Any, only_trainable: bool = False, excl
     # the same parameters, each counted with its whole shape
     embeddings = {id(m.weight) for m in self.modules() if exclude_embeddings and isinstance(m, nn.Embedding)}
     return sum(
-        math.prod(self.tp_record.plan.layouts[name].shape)
+        math.prod(self.tp_record.plan.layouts[plain_name(name)].shape)
         for name, parameter in self.named_parameters()
         if id(parameter) not in embeddings and (parameter.requires_grad or not only_trainable)
     )

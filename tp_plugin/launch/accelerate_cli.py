@@ -27,16 +27,24 @@ _written: dict[str, Any] = {}
 def register(argv: list[str]) -> None:
     """Register the import hooks if the command line, the config file or the environment holds the key."""
     asked = any(arg.split("=")[0].replace("-", "_") == "__tp_size" for arg in argv)
-    if asked or os.environ.get(TP_SIZE) or mentions_key(file_in(argv)) or _mentions_key(_config_file(argv)):
+    files = [_config_file(argv), _value_of(argv, "__config")]  # the second is `trl`'s: what it does not know, we may
+    if asked or os.environ.get(TP_SIZE) or mentions_key(file_in(argv)) or any(_mentions_key(f) for f in files if f):
         after_import("accelerate.commands.config.config_args", _patch_config)
         after_import("accelerate.commands.launch", _patch_launch)
 
 
-def _config_file(argv: list[str]) -> Path:
+def _value_of(argv: list[str], *options: str) -> Path | None:
     for at, arg in enumerate(argv):
         name, _, value = arg.partition("=")
-        if name.replace("-", "_") == "__config_file":
+        if name.replace("-", "_") in options:
             return Path(value or (argv[at + 1] if at + 1 < len(argv) else ""))
+    return None
+
+
+def _config_file(argv: list[str]) -> Path:
+    named = _value_of(argv, "__config_file", "__accelerate_config")
+    if named is not None:
+        return named
     cache = os.environ.get("HF_HOME") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "huggingface"
     )
@@ -48,8 +56,10 @@ def _mentions_key(config: Path) -> bool:
         text = config.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return False  # Accelerate says what is wrong with the file
-    inner = re.search(r"deepspeed_config_file[\"']?\s*:\s*[\"']?([^\"'\s,}]+)", text)
-    return "tp_size" in text or (inner is not None and mentions_key(inner[1]))
+    named = dict(re.findall(r"(deepspeed_config_file|accelerate_config)[\"']?\s*:\s*[\"']?([^\"'\s,}]+)", text))
+    if "tp_size" in text or mentions_key(named.get("deepspeed_config_file")):
+        return True
+    return "accelerate_config" in named and _mentions_key(Path(named["accelerate_config"]))
 
 
 def _patch_config(config_args: Any) -> None:
@@ -138,12 +148,15 @@ def _check(options: Options, args: Any) -> None:
         )
     if getattr(args, "parallelism_config_tp_size", 1) not in (None, 1):
         raise TPError("`--tp_size` and `--parallelism_config_tp_size` are both set; keep `--tp_size`")
-    for flag, engine in {"use_fsdp": "FSDP", "use_megatron_lm": "Megatron-LM"}.items():
-        if getattr(args, flag, False):
-            raise TPError(
-                f"tp_size: {options.tp_size} together with {engine} is not supported by this version; write "
-                "distributed_type: MULTI_GPU, MULTI_CPU or DEEPSPEED, or remove tp_size"
-            )
+    if getattr(args, "use_megatron_lm", False):
+        raise TPError(
+            f"tp_size: {options.tp_size} together with Megatron-LM is not supported by this version; write "
+            "distributed_type: MULTI_GPU, MULTI_CPU, FSDP or DEEPSPEED, or remove tp_size"
+        )
+    if getattr(args, "use_fsdp", False):
+        from tp_plugin.engines.fsdp2.config import refuse as refuse_fsdp
+
+        refuse_fsdp(vars(args), options.tp_size)
     config = _deepspeed_config(args)
     if config is not None:
         from tp_plugin.engines.deepspeed.config import refuse
@@ -153,6 +166,12 @@ def _check(options: Options, args: Any) -> None:
 
 def _start_cpu_processes(args: Any) -> None:
     """Accelerate starts one process for MULTI_CPU; and with ``use_cpu`` its workers do not see each other."""
+    if args.use_fsdp and (args.cpu or args.use_cpu):
+        # Accelerate would switch FSDP off; the workers find no GPU, and take gloo
+        os.environ.update(CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="false")
+        args.cpu = args.use_cpu = False
+        args.gpu_ids = "all"
+        return
     if args.use_deepspeed:
         if args.cpu or args.use_cpu:
             # Accelerate would switch DeepSpeed off; its own way to say CPU, with gloo, is this

@@ -38,5 +38,7 @@ def _is_accelerate_launch(argv: list[str]) -> bool:
     program = os.path.basename(argv[0]) if argv else ""
     if program == "accelerate-launch" or (program == "launch.py" and os.path.join("accelerate", "commands") in argv[0]):
         return True
+    if program == "trl":  # launches its scripts by Accelerate, in this process
+        return True
     launches = len(argv) > 1 and argv[1] == "launch"
     return launches and (program in ("accelerate", "accelerate_cli.py") or argv[0] == "-m")

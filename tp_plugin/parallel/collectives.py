@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,20 +16,24 @@ from tp_plugin.parallel.mesh import Group
 
 class _Enter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+    def forward(ctx: Any, group: Group, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.group = group
-        return x.view_as(x)
+        return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # a copy: autograd may hand the same gradient to another consumer
-        return ctx.group.all_reduce(grad.clone(memory_format=torch.contiguous_format)), None
+        if len(grads) == 1:
+            return None, ctx.group.summed(grads[0])
+        together = ctx.group.summed(torch.cat([grad.reshape(-1) for grad in grads]))
+        parts = together.split([grad.numel() for grad in grads])
+        return None, *(part.view(grad.shape) for part, grad in zip(parts, grads, strict=True))
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        return group.all_reduce(x.clone(memory_format=torch.contiguous_format))
+        return group.summed(x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -49,7 +54,20 @@ class _GatherLast(torch.autograd.Function):
 
 def enter(x: torch.Tensor, group: Group) -> torch.Tensor:
     """``f``: ``x`` itself; its gradient is summed over ``group``."""
-    return _Enter.apply(x, group) if group.size > 1 and x.requires_grad else x
+    return enter_all([x], group)[0]
+
+
+def enter_all(xs: Sequence[torch.Tensor], group: Group) -> list[torch.Tensor]:
+    """``f`` for all inputs of one block: the gradients of one dtype and device are summed by one all-reduce."""
+    entered = list(xs)
+    kinds: dict[Any, list[int]] = {}
+    for at, x in enumerate(xs):
+        if group.size > 1 and x.requires_grad:
+            kinds.setdefault((x.dtype, x.device), []).append(at)
+    for places in kinds.values():
+        for at, y in zip(places, _Enter.apply(group, *(xs[at] for at in places)), strict=True):
+            entered[at] = y
+    return entered
 
 
 def reduce(x: torch.Tensor, group: Group) -> torch.Tensor:

@@ -39,15 +39,19 @@ class Guard:
         self.audit, self.audit_every = audit, audit_every
         self.training_forwards = 0
         self._depth = 0
+        self._outermost: nn.Module | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
         return Guard(self.mesh, self.exchange)  # a copy is another model: no audit of the original's parameters
 
-    def pre_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook (with kwargs) of a model and of its inner models; checks at the outermost call only."""
+    @torch._dynamo.disable
+    def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook (with kwargs) of a model; checks at the outermost call only. Never in a graph."""
         self._depth += 1
+        self.lockstep.inside += 1
         if self._depth > 1 or self.lockstep.helping:
             return
+        self._outermost = module
         mesh.in_training = module.training and torch.is_grad_enabled()
         self._check(module, args, kwargs)
         if mesh.in_training:
@@ -57,11 +61,25 @@ class Guard:
             if self.audit and self.audit_every and self.training_forwards % self.audit_every == 0:
                 self.audit()
 
-    def hook(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook (always called) that closes what :meth:`pre_hook` opened."""
-        self._depth = max(0, self._depth - 1)
-
     @torch._dynamo.disable
+    def close(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook (always called) that closes what :meth:`open` opened."""
+        self._depth = max(0, self._depth - 1)
+        self.lockstep.inside = max(0, self.lockstep.inside - 1)
+        if not self._depth:
+            self._outermost = None
+            self.lockstep.apart = False
+
+    def open_inner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """:meth:`open` for the model in a model; part of the outer one's graph, which has been opened."""
+        if not (torch.compiler.is_compiling() and self._outermost is not None):
+            self.open(module, args, kwargs)
+
+    def close_inner(self, module: nn.Module, args: Any, output: Any) -> None:
+        """:meth:`close` for the model in a model."""
+        if not torch.compiler.is_compiling() or self._outermost is module:
+            self.close(module, args, output)
+
     def _check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen = digests(args, kwargs)
         batch = zlib.crc32(repr(sorted(seen.items())).encode())
@@ -69,8 +87,9 @@ class Guard:
         record: Any = getattr(module, "tp_record", None)  # an inner model called by itself has none
         mine = [mode, record.number if record else -1, batch, rng.fingerprint()]
         everyone = self.lockstep.meet(FORWARD, mine, lambda: record and Request.of("__call__", module, args, kwargs))
+        self.lockstep.apart = len(everyone) < self.mesh.tp_size
         if any(values[:3] != mine[:3] for values in everyone):
-            self._depth = 0
+            self._depth, self._outermost = 0, None
             self._explain(module, seen, mode)
         if any(values[3] != mine[3] for values in everyone):
             rng.synchronize(self.mesh.control)

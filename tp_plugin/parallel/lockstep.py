@@ -11,6 +11,7 @@ shards and wait again. When it takes a batch alone they only wait again.
 from __future__ import annotations
 
 import ctypes
+import io
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,14 +58,33 @@ class Request:
 
     @staticmethod
     def of(method: str, model: nn.Module, args: Any, kwargs: Any) -> bytes | None:
-        """The request as bytes, or None if an argument lives on this rank only (a KV cache, a streamer)."""
+        """The request as bytes, or None if an argument lives on this rank only (a KV cache)."""
         if any(type(value).__name__.endswith("Cache") for value in (*args, *kwargs.values())):
             return None  # a cache holds this rank's heads
         host_args, host_kwargs = tree_map_only(torch.Tensor, torch.Tensor.cpu, (args, kwargs))
         try:
-            return pickle.dumps(Request(method, host_args, host_kwargs, model.training, rng.snapshot()))
+            sent = io.BytesIO()
+            _Pickler(sent).dump(Request(method, host_args, host_kwargs, model.training, rng.snapshot()))
+            return sent.getvalue()
         except (pickle.PicklingError, TypeError, AttributeError):
             return None
+
+
+class _Pickler(pickle.Pickler):
+    """Sharded models among the arguments (an assistant) go by their number."""
+
+    def persistent_id(self, value: Any) -> int | None:
+        record: Any = getattr(value, "tp_record", None) if isinstance(value, nn.Module) else None
+        return None if record is None else int(record.number)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, message: bytes, find: Callable[[int], nn.Module]):
+        super().__init__(io.BytesIO(message))
+        self._find = find
+
+    def persistent_load(self, number: int) -> nn.Module:
+        return self._find(number)
 
 
 class Lockstep:
@@ -86,8 +106,20 @@ class Lockstep:
         self.mesh, self._census, self._bury, self._find = mesh, census, bury, find
         self.clock = 0
         """Meetings so far; equal on all ranks of the group at equal points of the program."""
+        self.place = ""
+        """Where this rank waits for the others, or came to when it lost them."""
         self.helping = False
         """In a call that not all ranks came to by themselves: its forwards meet nowhere."""
+        self.inside = 0
+        """Depth of forwards in which this rank is."""
+        self.apart = False
+        """In a forward that the leader came to alone, and its peers by its request."""
+        self.generating = False
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether logits are wanted whole, at once: what is read of them is read by ranks that do not meet again."""
+        return self.helping or self.apart or self.generating
 
     def meet(
         self, place: int, values: Sequence[int] = (), request: Callable[[], bytes | None] | None = None
@@ -122,19 +154,15 @@ class Lockstep:
                 raise DivergenceError(self._where(rows))
             if self.mesh.is_leader:
                 return [mine[1:]]
-            self._help(self._find(rows[0][2]), pickle.loads(message))
+            self._help(self._find(rows[0][2]), _Unpickler(message, self._find).load())
 
     def _gather(self, header: torch.Tensor, place: int) -> list[list[int]]:
-        try:
-            rows = self.mesh.control.all_gather(header)
-            if place == END:
-                _outlive_the_interpreter([header, *rows])
-            return [row.tolist() for row in rows]
-        except RuntimeError as error:
-            raise DivergenceError(
-                f"a rank of the TP group {list(self.mesh.tp.ranks)} has left the script, or took too long, while this "
-                f"rank came to {PLACES[place]}: {error}"
-            ) from error
+        self.place = PLACES[place]
+        rows = self.mesh.control.all_gather(header)
+        self.place = ""
+        if place == END:
+            _outlive_the_interpreter([header, *rows])
+        return [row.tolist() for row in rows]
 
     def _leader_is_alone(self, rows: list[list[int]]) -> bool:
         leader, *peers = rows
@@ -165,7 +193,7 @@ class Lockstep:
         return (
             f"the ranks of a TP group are at different places of the script: {at}. They are one process and must make "
             "the same calls. On the main process alone only generate and forwards without gradients can run, with "
-            "arguments that can be sent to the other ranks (no KV cache, no streamer)"
+            "arguments that can be sent to the other ranks (no KV cache)"
         )
 
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tp_plugin.errors import TPError
+from tp_plugin.errors import DivergenceError, LostRankError, TPError
+from tp_plugin.parallel import ops
+from tp_plugin.parallel.shelf import Shelf
 
 ledger: dict[str, Counter[str]] = {"count": Counter(), "bytes": Counter()}
 """Calls and bytes (of this rank's input) of each collective since start, keyed ``"<op>/<group>"``."""
@@ -27,8 +30,54 @@ training: dict[str, Counter[str]] = {"count": Counter(), "bytes": Counter()}
 
 in_training = False
 
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before 2.13
+
 busy_since: float | None = None
 """When the collective that this rank is in began (time.monotonic); read by the thread that answers its peers."""
+
+busy_in = ""
+"""Which one it is."""
+
+explain: Callable[[str, RuntimeError], str] | None = None
+"""What is known of the ranks of a collective that failed (set by the exchange, which can ask them)."""
+
+meetings = 0
+"""Collectives of the whole TP group that this rank has entered; equal on all its ranks at equal points."""
+
+shelf = Shelf()
+"""What this rank has dropped since the last of them."""
+
+
+@contextlib.contextmanager
+def _waiting(what: str) -> Iterator[None]:
+    """This rank waits in the collective ``what``; an error there says what is known of the other ranks."""
+    global busy_since, busy_in
+    busy_since, busy_in = time.monotonic(), what
+    try:
+        yield
+    except RuntimeError as error:
+        busy_since = None
+        if explain is None or isinstance(error, DivergenceError | torch.OutOfMemoryError):
+            raise
+        raise LostRankError(explain(what, error)) from error
+    finally:
+        busy_since = None
+
+
+class Pending:
+    """A collective under way; its tensors must not be touched before :meth:`wait`."""
+
+    def __init__(self, result: torch.Tensor, work: Any = None, what: str = "", dropped: Sequence[Any] = ()):
+        self._result, self._work, self._what, self._dropped = result, work, what, list(dropped)
+
+    def wait(self) -> torch.Tensor:
+        """Its result. A second call returns it at once."""
+        if self._work is not None:
+            work, self._work = self._work, None
+            with _waiting(self._what):
+                work.wait()
+            shelf.after(self._dropped, on_device=self._result.is_cuda)
+        return self._result
 
 
 class Group:
@@ -39,6 +88,18 @@ class Group:
         self.size = len(ranks)
         self.rank = ranks.index(dist.get_rank()) if self.size > 1 else 0
 
+    @functools.cached_property
+    def takes_host(self) -> bool:
+        """Whether its backend takes tensors in host memory, which NCCL does not."""
+        return self.pg is None or "gloo" in dist.get_backend_config(self.pg)
+
+    def summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of ``tensor`` over the ranks, as a tensor of its own. Traced by torch.compile."""
+        if torch.compiler.is_compiling():
+            total: torch.Tensor = ops.all_reduce(tensor, self.name, self.size)
+            return total
+        return self.all_reduce(tensor.clone(memory_format=torch.contiguous_format))
+
     def all_reduce(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
         """All-reduce ``tensor`` in place and return it."""
         if self.size > 1:
@@ -47,14 +108,53 @@ class Group:
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The equally shaped tensors of all ranks, in rank order."""
+        """The equally shaped tensors of all ranks, in rank order. Traced by torch.compile."""
         if self.size == 1:
             return [tensor]
+        if torch.compiler.is_compiling():
+            return list(ops.all_gather(tensor, self.name, self.size).unbind(0))
         tensor = tensor.contiguous()
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
         with self._at_work("all_gather", tensor):
             dist.all_gather(gathered, tensor, group=self.pg)
         return gathered
+
+    def reduce_scatter(self, parts: torch.Tensor) -> torch.Tensor:
+        """``parts`` (size, …), contiguous → the sum over all ranks of this rank's part (…). Traced by torch.compile."""
+        if self.size == 1:
+            return parts[0]
+        if torch.compiler.is_compiling():
+            scattered: torch.Tensor = ops.reduce_scatter(parts, self.name, self.size)
+            return scattered
+        mine = torch.empty_like(parts[0])
+        with self._at_work("reduce_scatter", parts):
+            _reduce_scatter(mine.view(-1), parts.view(-1), group=self.pg)
+        return mine
+
+    def start_all_reduce(self, tensor: torch.Tensor) -> Pending:
+        """Begin to sum ``tensor`` in place."""
+        if self.size == 1:
+            return Pending(tensor)
+        start = functools.partial(dist.all_reduce, tensor, group=self.pg, async_op=True)
+        return self._start("all_reduce", tensor, tensor, start)
+
+    def start_all_gather(self, tensor: torch.Tensor) -> Pending:
+        """Begin to gather the equally shaped tensors of all ranks, in rank order: (…) → (size, …)."""
+        if self.size == 1:
+            return Pending(tensor[None])
+        tensor = tensor.contiguous()
+        gathered = tensor.new_empty(self.size, *tensor.shape)
+        parts = list(gathered)
+        start = functools.partial(dist.all_gather, parts, tensor, group=self.pg, async_op=True)
+        return self._start("all_gather", tensor, gathered, start)
+
+    def start_reduce_scatter(self, parts: torch.Tensor) -> Pending:
+        """Begin what :meth:`reduce_scatter` does."""
+        if self.size == 1:
+            return Pending(parts[0])
+        mine = torch.empty_like(parts[0])
+        start = functools.partial(_reduce_scatter, mine.view(-1), parts.view(-1), group=self.pg, async_op=True)
+        return self._start("reduce_scatter", parts, mine, start)
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Broadcast ``tensor`` in place from the group's rank ``src`` and return it."""
@@ -81,15 +181,29 @@ class Group:
             dist.all_gather_object(values, value, group=self.pg)
         return values
 
+    def _start(self, op: str, put: torch.Tensor, result: torch.Tensor, call: Callable[[], Any]) -> Pending:
+        dropped = self._enter(op, put)
+        with _waiting(self._what(op)):
+            return Pending(result, call(), self._what(op), dropped)
+
     @contextlib.contextmanager
     def _at_work(self, op: str, tensor: torch.Tensor | None = None) -> Iterator[None]:
-        global busy_since
-        entry(op, self, 0 if tensor is None else tensor.numel() * tensor.element_size())
-        busy_since = time.monotonic()
-        try:
+        dropped = self._enter(op, tensor)
+        with _waiting(self._what(op)):
             yield
-        finally:
-            busy_since = None
+        shelf.after(dropped, on_device=tensor is not None and tensor.is_cuda)
+
+    def _what(self, op: str) -> str:
+        return f"{op} of the {self.name} group {list(self.ranks)}"
+
+    def _enter(self, op: str, tensor: torch.Tensor | None) -> list[Any]:
+        """Book a collective; what the ranks have dropped before it."""
+        global meetings
+        entry(op, self, 0 if tensor is None else tensor.numel() * tensor.element_size())
+        if self.name not in ("tp", "control"):
+            return []
+        meetings += 1
+        return shelf.before()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return self  # a copied model communicates in the same groups
@@ -114,6 +228,8 @@ class Mesh:
     control: Group
     world: Group
     _subgroups: dict[tuple[int, ...], Group] = field(default_factory=dict)
+    at_end: list[Callable[[], None]] = field(default_factory=list)
+    """What is to be closed with the mesh."""
 
     @property
     def rank(self) -> int:
@@ -151,7 +267,7 @@ def init_mesh(tp_size: int) -> Mesh:
     Raises:
         TPError: torch.distributed is not initialised, ``tp_size`` does not divide the world, or another mesh exists.
     """
-    global _mesh
+    global _mesh, meetings
     if not dist.is_initialized():
         raise TPError(
             f"tp_size={tp_size} needs an initialised torch.distributed with a multiple of {tp_size} processes; start "
@@ -177,6 +293,7 @@ def init_mesh(tp_size: int) -> Mesh:
     control = _mine([tuple(range(d * tp_size, (d + 1) * tp_size)) for d in range(dp_size)], "control", me, "gloo")
     everyone = Group("world", tuple(range(world)), dist.group.WORLD)
     _mesh = Mesh(tp_size, dp_size, tp, dp, control, everyone)
+    meetings = 0  # whatever the ranks did in groups that are no more
     return _mesh
 
 
@@ -203,9 +320,29 @@ def require_mesh() -> Mesh:
     return _mesh
 
 
+def _named(name: str) -> Group:
+    group: Group = getattr(require_mesh(), name)
+    return group
+
+
+ops.implement(
+    all_reduce=lambda name, x: _named(name).summed(x),
+    all_gather=lambda name, x: torch.stack(_named(name).all_gather(x)),
+    reduce_scatter=lambda name, parts: _named(name).reduce_scatter(parts),
+)
+
+
 def forget_mesh() -> None:
-    """Drop the mesh (its process groups end with the default group)."""
+    """Drop the mesh and end its process groups, whose threads would stay. Collective over the world."""
     global _mesh
+    if _mesh is not None:
+        for close in _mesh.at_end:
+            close()
+    if _mesh is not None and dist.is_initialized() and _mesh_is_alive(_mesh):
+        groups = (_mesh.tp, _mesh.dp, _mesh.control, *_mesh._subgroups.values())
+        for pg in {id(group.pg): group.pg for group in groups}.values():
+            if pg is not None and pg in dist.distributed_c10d._world.pg_map:
+                dist.destroy_process_group(pg)
     _mesh = None
 
 

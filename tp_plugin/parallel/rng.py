@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from tp_plugin.parallel.mesh import Group
+from tp_plugin.parallel.seeded import SeededDropouts
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
@@ -52,11 +54,17 @@ class ShardedRegion:
 
     def __init__(self, block: str, tp_rank: int):
         self._key = hashlib.blake2b(f"{block}/{tp_rank}".encode(), digest_size=16).digest()
+        self._number = torch.tensor(int.from_bytes(self._key[:7], "little"))
+        self._traced: SeededDropouts | None = None
         self._stream: _Stream | None = None
         self._replicated = self._seeded = self._paused = _NOTHING
 
     def begin(self, device: torch.device) -> None:
         """Switch ``device`` to the sharded stream."""
+        if torch.compiler.is_compiling():
+            self._traced = SeededDropouts(self._number)
+            torch._C._push_on_torch_function_stack(self._traced)
+            return
         if self._stream is not None:
             self.end()  # an exception left the region open
         self._stream = _Stream(device)
@@ -67,6 +75,9 @@ class ShardedRegion:
 
     def end(self) -> None:
         """Switch back to the replicated stream; does nothing outside the region."""
+        if self._traced is not None:
+            self._traced = None
+            torch._C._pop_torch_function_stack()
         if self._stream is None:
             return
         stream, self._stream = self._stream, None
@@ -77,20 +88,57 @@ class ShardedRegion:
 
     def pause(self) -> None:
         """Inside the region, switch to the replicated stream for a moment."""
+        if self._traced is not None:
+            self._traced.paused = True
         if self._stream is not None:
             self._paused = self._stream.get()
             self._stream.set(self._replicated)
 
     def resume(self) -> None:
         """Undo :meth:`pause`."""
+        if self._traced is not None:
+            self._traced.paused = False
         if self._stream is not None:
             self._replicated = self._stream.get()
             self._stream.set(self._paused)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedRegion:
         copied = ShardedRegion("", 0)
-        copied._key = self._key
+        copied._key, copied._number = self._key, self._number
         return copied
+
+
+_OUTSIDE = ("classifier_dropout", "summary_first_dropout", "embd_pdrop")
+"""Dropouts that the config of a layer names, but that lie outside of all layers."""
+
+
+class Dropouts:
+    """Whether any dropout in a module is on: a Dropout module, or a probability by its name (``attn_pdrop``).
+
+    Args:
+        besides: names that do not count.
+    """
+
+    def __init__(self, besides: tuple[str, ...] = ()):
+        self.besides = besides
+        self._found: list[tuple[Any, str]] | None = None
+
+    def __call__(self, module: nn.Module) -> bool:
+        if self._found is None:
+            owners = [(path.rpartition(".")[2], owner) for path, owner in module.named_modules()]
+            owners += [("", owner.config) for _, owner in owners if hasattr(owner, "config")]
+            self._found = [
+                (owner, name)
+                for last, owner in owners
+                for name, value in vars(owner).items()
+                if isinstance(value, float | int) and self._counts(last, owner, name)
+            ]
+        return any(getattr(owner, name) > 0 for owner, name in self._found)
+
+    def _counts(self, last: str, owner: object, name: str) -> bool:
+        if name == "p" and "Drop" in type(owner).__name__:
+            return last not in self.besides
+        return "drop" in name and name not in self.besides and name not in _OUTSIDE
 
 
 def snapshot() -> dict[str, Any]:

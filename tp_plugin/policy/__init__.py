@@ -1,16 +1,18 @@
 """What a policy can say, and what it means for a model. Knows no architecture and no torch.distributed."""
 
-from tp_plugin.policy.blocks import MLP, Attention, Block, Policy, Vocabulary
+from tp_plugin.policy.blocks import MLP, Attention, Block, Experts, Policy, Vocabulary
 from tp_plugin.policy.layout import ParamLayout, reshard
-from tp_plugin.policy.plan import Plan, check_config, make_plan
+from tp_plugin.policy.plan import BlockPlan, Plan, check_config, make_plan
 from tp_plugin.policy.registry import load, policies, policy_for, register
-from tp_plugin.policy.split import Blocks, HeadSplit, PerGroup, PerHead, even, kv, q, whole
+from tp_plugin.policy.split import Blocks, HeadSplit, PerGroup, PerHead, aligned, aligned_pairs, even, kv, q, whole
 
 __all__ = [
     "MLP",
     "Attention",
     "Block",
+    "BlockPlan",
     "Blocks",
+    "Experts",
     "HeadSplit",
     "ParamLayout",
     "PerGroup",
@@ -18,6 +20,8 @@ __all__ = [
     "Plan",
     "Policy",
     "Vocabulary",
+    "aligned",
+    "aligned_pairs",
     "check_config",
     "even",
     "kv",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tp_plugin.policy.split import Split, even, kv, q
+from tp_plugin.policy.split import Blocks, Split, aligned, even, kv, q
 
 Count = str | Callable[[Any], int]
 """A number in the model's config: its name, or a function of the config."""
@@ -26,23 +26,31 @@ class Block:
         path: pattern of the block's module.
         columns: column-parallel modules below it (weight split by output features), each with its split.
         row: row-parallel modules below it (weight split by input features), each with its split.
-        inputs: names of the forward's arguments that carry activations into the block; empty if the block is no module
-            of its own (``fc1`` and ``fc2`` of a layer): it then begins at the input of its one column-parallel module.
-        at: the module below ``path`` at whose input the block begins, where that is not the block's own: a residual
-            that the block adds itself must not pass there.
+        inputs: names of the forward's arguments that carry activations into the block (``*``: the first one, whatever
+            its name); empty if it begins elsewhere.
+        at: the module below ``path`` at whose ``inputs`` the block begins, where those are not the block's own: a
+            residual that the block adds itself must not pass there.
+        input_of, output_of: modules below ``path`` at whose input or output the block begins, if it has no ``inputs``
+            (latent attention). By default the input of its one column-parallel module (``fc1`` of a layer whose MLP is
+            no module of its own).
         partial: replicated modules or parameters that every rank applies to its own shard only (a norm over
             ``head_dim``): their gradient is summed over the TP group.
-        per_head: parameters with entries per head, with the split and the dimension: ``{"sinks": (q, 0)}``.
+        replicated: modules or parameters before the place where the block begins: whole, like those outside.
+        tensors: parameters that are split along a dimension without being a linear layer's, with split and dimension:
+            ``{"sinks": (q, 0)}``.
         head_inputs: arguments of the forward with a dimension of query heads (position biases, ALiBi), of which each
-            rank takes its heads; that dimension may be batch · heads.
+            rank takes its heads: the dimension, counted from the last (-3 is that of (batch, heads, q, k) and of
+            (batch · heads, q, k)). A dimension of 1 stands for all heads and stays.
         wide_norms: RMS norms over the whole width of q or k, whose statistic is a sum over the ranks, with the split of
             their weight.
         local: attributes of the block's module that must hold this rank's share, as
             ``{attribute: "q_heads" | "kv_heads" | "groups" | "q_width" | "kv_width" | "width"}``. A dotted name is an
             attribute of a module below; ``config.NAME`` gives the module a config of its own with that value.
+        shared_dropouts: dropouts inside the block whose input is whole on every rank: all ranks drop the same.
+        having: a module below ``path`` without which a match is not this block (layers of which some have a dense MLP).
         optional: whether a model may have no such block.
 
-    A name in ``columns``, ``partial``, ``per_head`` or ``wide_norms`` that ends with ``?`` may be absent.
+    A name below ``path`` (also an attribute in ``local``) that ends with ``?`` may be absent.
     """
 
     path: str
@@ -51,10 +59,15 @@ class Block:
     inputs: tuple[str, ...] = ("hidden_states",)
     at: str = ""
     partial: tuple[str, ...] = ()
-    per_head: Mapping[str, tuple[Split, int]] = field(default_factory=dict)
+    replicated: tuple[str, ...] = ()
+    input_of: tuple[str, ...] = ()
+    output_of: tuple[str, ...] = ()
+    tensors: Mapping[str, tuple[Split, int]] = field(default_factory=dict)
     head_inputs: Mapping[str, int] = field(default_factory=dict)
     wide_norms: Mapping[str, Split] = field(default_factory=dict)
     local: Mapping[str, str] = field(default_factory=dict)
+    shared_dropouts: tuple[str, ...] = ()
+    having: str = ""
     optional: bool = False
 
 
@@ -78,6 +91,32 @@ class MLP(Block):
 
 
 @dataclass(frozen=True)
+class Experts(Block):
+    """Experts whose weights are stacked in tensors (expert, …), each split inside; the module's output is the sum.
+
+    With ``expert_parallel`` in the options, whole experts lie on the ranks instead.
+
+    Attributes:
+        once: biases that every expert adds to its output: split by output features, and added where they lie.
+        index: the forward's argument with the experts' numbers (tokens, k); empty if the experts cannot be parted.
+        count: the module's attribute with the number of experts; an ``index`` of that number means no expert.
+        eager_parts: whether the module's own forward (``experts_implementation: eager``) knows such a number.
+    """
+
+    path: str = "layers.*.mlp.experts"
+    columns: Mapping[str, Split] = field(default_factory=dict)
+    row: Mapping[str, Split] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ("hidden_states", "top_k_weights")
+    tensors: Mapping[str, tuple[Split, int]] = field(
+        default_factory=lambda: {"gate_up_proj": (Blocks(("aligned", "aligned")), 1), "down_proj": (aligned, 2)}
+    )
+    once: tuple[str, ...] = ()
+    index: str = "top_k_index"
+    count: str = "num_experts"
+    eager_parts: bool = True
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """The token embeddings (rows split over the ranks) and the output head, tied to them or not."""
 
@@ -96,6 +135,13 @@ class Policy:
         replicated: patterns of modules or parameters that every rank holds whole. Every parameter must be claimed by
             a block, the vocabulary or this list; anything else is an error that names it.
         linears: class names of the architecture's own ``nn.Linear`` classes that compute what ``nn.Linear`` does.
+        side_by_side: pattern of the layers that add up the outputs of two blocks, x + attention(a) + mlp(b), and use
+            neither by itself: the two communicate as one.
+        side_by_side_if: whether a model with this config has such layers.
+        towers: patterns of submodules that are models of their own, each with the name of its config in the model's:
+            ``{"vision_tower": "vision_config"}``. Each is sharded by the policy for that config, which sees nothing
+            but the tower, as this policy's own patterns see nothing of it.
+        rest_replicated: whether every parameter outside the blocks is replicated without being named.
     """
 
     model_types: tuple[str, ...]
@@ -103,3 +149,7 @@ class Policy:
     vocabulary: Vocabulary | None = None
     replicated: tuple[str, ...] = ()
     linears: tuple[str, ...] = ()
+    side_by_side: str = ""
+    side_by_side_if: Callable[[Any], bool] = lambda config: True
+    towers: Mapping[str, str] = field(default_factory=dict)
+    rest_replicated: bool = False

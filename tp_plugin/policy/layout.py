@@ -121,7 +121,8 @@ class ParamLayout:
             at += b - a
         return tuple(ranges)
 
-    def _to_local(self, rank: int, start: int, stop: int) -> Range:
+    def to_local(self, rank: int, start: int, stop: int) -> Range:
+        """Where ``rank`` holds the range ``[start, stop)`` of the whole dimension, which lies in one of its parts."""
         for (a, b), (at, _) in zip(self.parts[rank], self.local_ranges(rank), strict=True):
             if a <= start and stop <= b:
                 return at + start - a, at + stop - a
@@ -131,7 +132,7 @@ class ParamLayout:
         """Local ranges that count for ``rank`` when every element must count once: the first holder owns it."""
         if self.dim is None:
             return ()
-        return _merge([self._to_local(rank, a, b) for a, b, ranks in self.segments if ranks[0] == rank])
+        return _merge([self.to_local(rank, a, b) for a, b, ranks in self.segments if ranks[0] == rank])
 
     @cached_property
     def replica_groups(self) -> tuple[tuple[int, ...], ...]:
@@ -142,7 +143,7 @@ class ParamLayout:
 
     def replicated_in(self, rank: int, group: tuple[int, ...]) -> tuple[Range, ...]:
         """Local ranges of ``rank`` whose replicas are exactly the ranks of ``group``, in whole-tensor order."""
-        return tuple(self._to_local(rank, a, b) for a, b, ranks in self.segments if ranks == group)
+        return tuple(self.to_local(rank, a, b) for a, b, ranks in self.segments if ranks == group)
 
     def replica_count(self, rank: int) -> int:
         """On how many ranks the most replicated element of ``rank`` lies."""

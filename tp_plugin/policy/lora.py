@@ -2,7 +2,10 @@
 
 y = W x + B A dropout(x) (Hu et al. 2021). Column-parallel W: B is split by W's output features; A is whole, and its
 gradient, of which each rank computes the part that its outputs need, is summed. Row-parallel W: A is split by W's input
-features and its product (…, r) reduced like W's; B is whole.
+features and its product (…, r) reduced like W's; B is whole. A head is column-parallel, its B split by vocabulary rows
+like it. Of an embedding, whose output is B A[:, id], A is split by its vocabulary, and B is whole.
+
+DoRA divides by the norm of each output's row of W + B A, which a row-parallel W has on several ranks: refused.
 """
 
 from __future__ import annotations
@@ -20,15 +23,47 @@ def is_adapted(module: Any) -> bool:
     return hasattr(module, "base_layer")
 
 
+def variants_of(path: str, module: Any) -> list[str]:
+    """The modules that may run in place of the one at ``path``: itself, or PEFT's ``modules_to_save`` and what it was.
+
+    Each has weights of its own and is laid out alike.
+    """
+    if not hasattr(type(module), "adapter_layer_names") or "modules_to_save" not in module._modules:
+        return [path]
+    return [f"{path}.original_module", *(f"{path}.modules_to_save.{name}" for name in module.modules_to_save)]
+
+
+def plan_vocabulary_adapters(planner: Planner, path: str, module: Any, base: ParamLayout) -> None:
+    """Claim the adapters around the embedding or head at ``path``, whose weight is laid out by ``base``."""
+    plan, parameters = planner.plan, planner.parameters
+    _refuse_variants(planner, path, module)
+    for name in module.lora_embedding_A:
+        a, b = f"{path}.lora_embedding_A.{name}", f"{path}.lora_embedding_B.{name}"
+        planner.claim(a, ParamLayout(tuple(parameters[a].shape), 1, base.parts, base.pad_to))
+        planner.claim(b, ParamLayout.replicated(tuple(parameters[b].shape), plan.tp))
+        plan.adapted_embeddings.append((path, name))
+    for name in module.lora_A:
+        a, b = f"{path}.lora_A.{name}.weight", f"{path}.lora_B.{name}"
+        planner.claim(a, ParamLayout.replicated(tuple(parameters[a].shape), plan.tp))
+        for parameter in ("weight", "bias"):
+            if f"{b}.{parameter}" in parameters:
+                shape = tuple(parameters[f"{b}.{parameter}"].shape)
+                planner.claim(f"{b}.{parameter}", ParamLayout(shape, 0, base.parts, base.pad_to))
+        plan.heads.append(b)
+
+
+def _refuse_variants(planner: Planner, path: str, module: Any) -> None:
+    if not hasattr(module, "lora_A"):
+        planner.fail(f"{path} is wrapped by {type(module).__name__}; of PEFT's methods only LoRA can be sharded")
+    variants = [type(v).__name__ for v in getattr(module, "lora_variant", {}).values()]
+    if variants or len(getattr(module, "lora_magnitude_vector", ())):
+        found = ", ".join(variants) or "a DoRA adapter"
+        planner.fail(f"{path} has a LoRA variant ({found}); only plain LoRA can be sharded (set use_dora=False)")
+
+
 def plan_adapters(planner: Planner, path: str, module: Any, parts: Parts, *, column: bool) -> None:
     """Claim the adapters around the base layer at ``path``, whose split dimension has ``parts``."""
-    kind = type(module).__name__
-    if not hasattr(module, "lora_A"):
-        planner.fail(f"{path} is wrapped by {kind}; of PEFT's methods only LoRA can be sharded")
-    variants = [type(v).__name__ for v in getattr(module, "lora_variant", {}).values()]
-    if variants or len(getattr(module, "lora_embedding_A", ())) or len(getattr(module, "lora_magnitude_vector", ())):
-        found = ", ".join(variants) or "an embedding or DoRA adapter"
-        planner.fail(f"{path} has a LoRA variant ({found}); only plain LoRA can be sharded (set use_dora=False)")
+    _refuse_variants(planner, path, module)
     plan, parameters = planner.plan, planner.parameters
     for name in module.lora_A:
         a, b = f"{path}.lora_A.{name}", f"{path}.lora_B.{name}"

@@ -2,24 +2,56 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tp_plugin.errors import PolicyError
-from tp_plugin.policy.blocks import Attention, Block, Count, Policy, Vocabulary
+from tp_plugin.policy.blocks import Attention, Block, Count, Experts, Policy, Vocabulary
 from tp_plugin.policy.layout import ParamLayout, Parts, Range
-from tp_plugin.policy.lora import is_adapted, plan_adapters
-from tp_plugin.policy.split import HeadSplit, Split, vocabulary_rows
+from tp_plugin.policy.lora import is_adapted, plan_adapters, plan_vocabulary_adapters, variants_of
+from tp_plugin.policy.registry import policy_for
+from tp_plugin.policy.split import HeadSplit, Split, even, even_ranges, vocabulary_rows
 
+T = TypeVar("T")
 _NO_HEADS = HeadSplit(((0, 1),), ((0, 1),))
+
+
+@dataclass
+class BlockPlan:
+    """One block of a model. Paths are whole paths in the model.
+
+    Attributes:
+        inputs: names of the arguments of the forward of ``entry`` at which it begins.
+        entry: path of the module whose arguments those are.
+        heads: which heads each rank computes, of attention.
+        input_of, output_of: paths of modules at whose input or output it begins otherwise.
+        columns, rows: paths of its column- and its row-parallel modules (without adapters').
+        head_inputs: argument → its dimension of heads, their number, and each rank's range.
+        sums: whether the output of the block's module is this rank's part of a sum.
+        once: names of its module's biases that are split by output features.
+        experts: the argument with the experts' numbers, and each rank's range of experts, if those are parted.
+    """
+
+    inputs: tuple[str, ...]
+    entry: str
+    heads: HeadSplit | None = None
+    input_of: tuple[str, ...] = ()
+    output_of: tuple[str, ...] = ()
+    columns: list[str] = field(default_factory=list)
+    rows: list[str] = field(default_factory=list)
+    head_inputs: dict[str, tuple[int, int, tuple[Range, ...]]] = field(default_factory=dict)
+    sums: bool = False
+    once: tuple[str, ...] = ()
+    experts: tuple[str, tuple[Range, ...]] | None = None
 
 
 @dataclass
@@ -29,32 +61,30 @@ class Plan:
     Attributes:
         tp: TP size.
         layouts: layout of every parameter, tied names included.
-        blocks: path → names of the forward's activation inputs.
-        entries: path → path of the module at whose input it begins, where that is another one.
+        blocks: path → how the block communicates.
+        side_by_side: path of a layer → paths of its two blocks that communicate as one.
         rows: paths of row-parallel modules.
         columns: paths of column-parallel modules.
         partial: names of replicated parameters whose gradient must be summed over the TP group.
         attributes: (path, attribute) → its value on each rank; the attribute may be dotted.
-        owners: path of a row- or column-parallel module → path of its block.
-        head_inputs: path → argument → its dimension of heads, their number, and each rank's range.
         wide_norms: path of a norm over a split width → its whole width.
         embeddings, heads: paths of vocabulary-parallel modules.
-        dropouts: paths of an adapter's dropout → whether its input is "replicated" or "sharded".
+        adapted_embeddings: (path, name) of LoRA adapters around embeddings.
+        dropouts: paths of dropouts inside or beside a block that follow their input → is it "replicated" or "sharded".
     """
 
     tp: int
     layouts: dict[str, ParamLayout] = field(default_factory=dict)
-    blocks: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    entries: dict[str, str] = field(default_factory=dict)
+    blocks: dict[str, BlockPlan] = field(default_factory=dict)
+    side_by_side: dict[str, tuple[str, str]] = field(default_factory=dict)
     rows: list[str] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
     partial: set[str] = field(default_factory=set)
-    attributes: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
-    owners: dict[str, str] = field(default_factory=dict)
-    head_inputs: dict[str, dict[str, tuple[int, int, tuple[Range, ...]]]] = field(default_factory=dict)
+    attributes: dict[tuple[str, str], tuple[int | bool, ...]] = field(default_factory=dict)
     wide_norms: dict[str, int] = field(default_factory=dict)
     embeddings: list[str] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
+    adapted_embeddings: list[tuple[str, str]] = field(default_factory=list)
     dropouts: dict[str, str] = field(default_factory=dict)
 
     def sharded_share(self, parameters: Mapping[str, torch.Tensor]) -> float:
@@ -62,81 +92,190 @@ class Plan:
         numel = {name: p.numel() for name, p in parameters.items()}
         return sum(n for name, n in numel.items() if self.layouts[name].is_sharded) / max(1, sum(numel.values()))
 
+    def reductions(self, below: str = "") -> tuple[int, int]:
+        """All-reduces of activations in the forward and in the backward, of all or of the blocks of one layer.
 
-def make_plan(model: nn.Module, policy: Policy, tp: int) -> Plan:
+        If each module runs once; one less in the backward for each ``side_by_side`` whose blocks share their input.
+        There are smaller ones: :meth:`gradient_sums`, and two of a number per token for each wide norm.
+        """
+        blocks = [block for path, block in self.blocks.items() if f"{path}.".startswith(below)]
+        begun = sum(1 if block.inputs else len(block.input_of) + len(block.output_of) for block in blocks)
+        summed = len(blocks) - sum(f"{path}.".startswith(below) for path in self.side_by_side)
+        if below:
+            return summed, begun
+        return summed + len(self.embeddings), begun + len(self.heads)
+
+    def gradient_sums(self) -> list[str]:
+        """Names of parameters of which every rank holds the same, whole or in part, and a gradient of its own."""
+        everyone = tuple(range(self.tp))
+        shared = {name for name, layout in self.layouts.items() if everyone in layout.replica_groups}
+        return sorted(self.partial | shared)
+
+
+def make_plan(
+    model: nn.Module, policy: Policy, tp: int, *, expert_parallel: bool = False, leave_whole: Collection[str] = ()
+) -> Plan:
     """What ``policy`` does to ``model`` on ``tp`` ranks.
+
+    Args:
+        expert_parallel: part the experts, instead of splitting each inside.
+        leave_whole: model types of towers that every rank holds whole.
 
     Raises:
         PolicyError: a module that the policy relies on is missing or of an unknown type, a count does not divide,
-            or a parameter is claimed by nothing.
+            a parameter is claimed by nothing, or there is no policy for a tower.
     """
-    planner = Planner(model, policy, tp)
-    for block in policy.blocks:
-        planner.plan_block(block)
-    if policy.vocabulary is not None:
-        planner.plan_vocabulary(policy.vocabulary)
-    planner.claim_replicated()
+    settings = {"expert_parallel": expert_parallel, "leave_whole": leave_whole}
+    planner = Planner(model, policy, Plan(tp), getattr(model, "config", None), settings)
+    planner.plan_all()
     planner.check_tied()
     return planner.plan
 
 
-def check_config(config: object, policy: Policy, tp: int) -> None:
+def check_config(config: object, policy: Policy, tp: int, leave_whole: Collection[str] = ()) -> None:
     """Raise PolicyError if the head counts in ``config`` forbid ``tp``; needs no model, so it runs before any load."""
     for block in policy.blocks:
         if isinstance(block, Attention):
             _head_split(config, block, tp)
+    for name in policy.towers.values():
+        tower = getattr(config, name, None)
+        if tower is None or tower.model_type in leave_whole:
+            continue
+        try:
+            check_config(tower, policy_for(tower), tp, leave_whole)
+        except PolicyError as error:
+            raise PolicyError(f"{name} ({tower.model_type}): {error}") from error
 
 
 class Planner:
-    """Collects the :class:`Plan` of one model."""
+    """Collects the :class:`Plan` of one model, or of one tower of it (at ``root``) in its part of the same plan."""
 
-    def __init__(self, model: nn.Module, policy: Policy, tp: int):
-        self.model, self.policy, self.plan = model, policy, Plan(tp)
-        self.config = getattr(model, "config", None)
+    def __init__(
+        self, model: nn.Module, policy: Policy, plan: Plan, config: object, settings: dict[str, Any], root: str = ""
+    ):
+        self.model, self.policy, self.plan, self.config = model, policy, plan, config
+        self.settings, self.root = settings, root
         self.modules = dict(model.named_modules())
         # remove_duplicate=False: a tied parameter has several names, and each must be claimed
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.towers: dict[str, str] = {}
+        for pattern, name in policy.towers.items():
+            self.towers |= dict.fromkeys(self._matching(pattern), name)
+
+    def plan_all(self) -> None:
+        """Claim every parameter of the model or tower."""
+        for path, name in self.towers.items():
+            self._tower(path, name)
+        for block in self.policy.blocks:
+            self.plan_block(block)
+        if self.policy.vocabulary is not None:
+            self.plan_vocabulary(self.policy.vocabulary)
+        self.pair_blocks()
+        self.claim_replicated()
+
+    def _tower(self, path: str, name: str) -> None:
+        config = getattr(self.config, name, None)
+        if config is None:
+            self.fail(f"{path} is a tower, but the model's config has no {name!r}")
+        if config.model_type in self.settings["leave_whole"]:
+            for parameter in self._below(path):
+                self.claim(parameter, ParamLayout.replicated(self.parameters[parameter].shape, self.plan.tp))
+            return
+        try:
+            policy = policy_for(config)
+        except PolicyError as error:
+            raise PolicyError(f"{path}: {error}") from error
+        Planner(self.model, policy, self.plan, config, self.settings, root=path).plan_all()
 
     def plan_block(self, block: Block) -> None:
-        paths = list(self._matching(block.path))
+        paths = [path for path in self._matching(block.path) if self._has(path, block.having)]
         if not paths and not block.optional:
-            self.fail(f"no module matches {block.path!r}")
+            self.fail(f"no module matches {block.path!r}" + (f" and has {block.having!r}" if block.having else ""))
         for path in paths:
-            heads = _head_split(self.config, block, self.plan.tp) if isinstance(block, Attention) else _NO_HEADS
+            heads = self._heads(path, block) if isinstance(block, Attention) else _NO_HEADS
             if path in self.plan.blocks:
                 self.fail(f"{path} is two blocks")
-            self.plan.blocks[path] = block.inputs
-            if block.at:
-                if f"{path}.{block.at}" not in self.modules:
-                    self.fail(f"there is no module {path}.{block.at}")
-                self.plan.entries[path] = f"{path}.{block.at}"
-            linears = {*self.plan.rows, *self.plan.columns}
-            for name, split in block.columns.items():
-                if name.endswith("?"):
-                    name = name[:-1]
-                    if f"{path}.{name}" not in self.modules:
-                        continue
+            entry = self._module_below(path, block.at) if block.at else path
+            planned = BlockPlan(block.inputs, entry, heads if isinstance(block, Attention) else None)
+            self.plan.blocks[path] = planned
+            parted: tuple[str, ...] = ()
+            if isinstance(block, Experts) and block.index and self.settings["expert_parallel"]:
+                parted = (block.index,)
+            self._check_arguments(entry, (*block.inputs, *block.head_inputs, *parted))
+            known = len(self.plan.columns), len(self.plan.rows)
+            for name, split in self._present(path, block.columns).items():
                 self._linear(f"{path}.{name}", split, heads, column=True)
-            for name, split in block.row.items():
+            for name, split in self._present(path, block.row).items():
                 self._linear(f"{path}.{name}", split, heads, column=False)
-            for linear in {*self.plan.rows, *self.plan.columns} - linears:
-                self.plan.owners[linear] = path
-            for name in block.partial:
+            columns, planned.rows = self.plan.columns[known[0] :], self.plan.rows[known[1] :]
+            named = [f"{path}.{name}" for name in self._present(path, block.columns)]
+            planned.columns = [one for one in columns if one.removesuffix(".base_layer") in named]
+            for name in self._present(path, dict.fromkeys(block.partial)):
                 for claimed in self._below(f"{path}.{name}"):
                     self.claim(claimed, ParamLayout.replicated(self.parameters[claimed].shape, self.plan.tp))
                     self.plan.partial.add(claimed)
-            for name, (split, dim) in block.per_head.items():
-                self._per_head(f"{path}.{name}", split, dim, heads)
-            for name, split in block.wide_norms.items():
+            for name in self._present(path, dict.fromkeys(block.replicated)):
+                for claimed in self._below(f"{path}.{name}"):
+                    self.claim(claimed, ParamLayout.replicated(self.parameters[claimed].shape, self.plan.tp))
+            if isinstance(block, Experts):
+                self._experts(path, block, planned)
+            else:
+                for name, (split, dim) in self._present(path, block.tensors).items():
+                    self._tensor(f"{path}.{name}", split, dim, heads)
+            for name, split in self._present(path, block.wide_norms).items():
                 self._wide_norm(f"{path}.{name}", split, heads)
-            if block.head_inputs:
-                inputs = {name: (dim, heads.q_heads, heads.q) for name, dim in block.head_inputs.items()}
-                self.plan.head_inputs[path] = inputs
-            if not block.inputs and len(block.columns) != 1:
-                self.fail(f"block {block.path!r} has no inputs, but {len(block.columns)} column-parallel modules")
+            planned.head_inputs = {name: (dim, heads.q_heads, heads.q) for name, dim in block.head_inputs.items()}
+            planned.input_of = tuple(f"{path}.{name}" for name in self._present(path, dict.fromkeys(block.input_of)))
+            planned.output_of = tuple(f"{path}.{name}" for name in self._present(path, dict.fromkeys(block.output_of)))
+            if not (block.inputs or planned.input_of or planned.output_of):
+                if len(columns) != 1:
+                    self.fail(f"block {block.path!r} has no inputs, but {len(columns)} column-parallel modules")
+                planned.input_of = (columns[0],)
+            for name in self._present(path, dict.fromkeys(block.shared_dropouts)):
+                self.plan.dropouts[self._module_below(path, name)] = "replicated"
             self._attributes(path, block, heads)
 
-    def _per_head(self, name: str, split: Split, dim: int, heads: HeadSplit) -> None:
+    def _check_arguments(self, path: str, names: tuple[str, ...]) -> None:
+        taken = inspect.signature(self.modules[path].forward).parameters
+        for name in names:
+            if name not in taken and name != "*":
+                self.fail(f"the forward of {path} takes no argument {name!r}, only {', '.join(taken) or 'none'}")
+
+    def _heads(self, path: str, block: Attention) -> HeadSplit:
+        try:
+            return _head_split(self.config, block, self.plan.tp)
+        except PolicyError as error:
+            raise PolicyError(f"{path}: {error}") from error
+
+    def _experts(self, path: str, block: Experts, planned: BlockPlan) -> None:
+        planned.sums = True
+        parted = self.settings["expert_parallel"] and bool(block.index)
+        for name, (split, dim) in self._present(path, block.tensors).items():
+            self._tensor(f"{path}.{name}", even if parted else split, 0 if parted else dim, _NO_HEADS)
+        once = self._present(path, dict.fromkeys(block.once))
+        for name in once:
+            self._tensor(f"{path}.{name}", even, 0 if parted else 1, _NO_HEADS)
+        if parted:
+            count = getattr(self.modules[path], block.count, None)
+            if not isinstance(count, int):
+                self.fail(f"{path} has no attribute {block.count!r} with the number of experts")
+            implementation = getattr(getattr(self.modules[path], "config", None), "_experts_implementation", "eager")
+            if implementation == "eager" and not block.eager_parts:
+                self.fail(
+                    f"expert_parallel: the forward of {path} knows no experts on other ranks; load the model with "
+                    "experts_implementation='grouped_mm' (or 'batched_mm')"
+                )
+            if count < self.plan.tp:
+                self.fail(f"expert_parallel: tp_size={self.plan.tp} is larger than the number of experts ({count})")
+            ranges = even_ranges(count, self.plan.tp)
+            planned.experts = block.index, ranges
+            self.plan.attributes[path, block.count] = tuple(_count(r) for r in ranges)
+            if hasattr(self.modules[path], "_is_expert_parallel"):  # transformers' grouped and batched forwards ask it
+                self.plan.attributes[path, "_is_expert_parallel"] = (True,) * self.plan.tp
+        else:
+            planned.once = tuple(once)
+
+    def _tensor(self, name: str, split: Split, dim: int, heads: HeadSplit) -> None:
         for claimed in self._below(name):
             shape = tuple(self.parameters[claimed].shape)
             try:
@@ -145,18 +284,17 @@ class Planner:
                 self.fail(f"{claimed}: {error}")
 
     def _wide_norm(self, path: str, split: Split, heads: HeadSplit) -> None:
-        if path.endswith("?"):
-            path = path[:-1]
-            if path not in self.modules:
-                return
-        self._per_head(f"{path}.weight", split, 0, heads)
+        self._tensor(f"{path}.weight", split, 0, heads)
         self.plan.wide_norms[path] = self.parameters[f"{path}.weight"].shape[0]
 
     def _attributes(self, path: str, block: Block, heads: HeadSplit) -> None:
-        for attribute, meaning in block.local.items():
+        for name, meaning in block.local.items():
+            attribute = name.removesuffix("?")
             try:
                 whole = operator.attrgetter(attribute)(self.modules[path])
             except AttributeError:
+                if name.endswith("?"):
+                    continue
                 self.fail(f"{path} has no attribute {attribute!r}, which the policy wants to set")
             counts = {
                 "q_heads": lambda k: _count(heads.q[k]),
@@ -168,6 +306,11 @@ class Planner:
             }
             if meaning not in counts:
                 self.fail(f"local[{attribute!r}] = {meaning!r}; write one of {', '.join(counts)}")
+            expected = {
+                "q_heads": heads.q_heads, "kv_heads": heads.kv_heads, "groups": heads.q_heads // heads.kv_heads
+            }.get(meaning, whole)  # fmt: skip
+            if whole != expected:
+                self.fail(f"{path}.{attribute} is {whole}, but by the config's head counts {meaning} is {expected}")
             self.plan.attributes[path, attribute] = tuple(counts[meaning](k) for k in range(self.plan.tp))
 
     def _row_width(self, path: str, block: Block, rank: int) -> int:
@@ -180,6 +323,11 @@ class Planner:
         module = self.modules.get(path)
         if module is None:
             self.fail(f"there is no module {path!r}")
+        if variants_of(path, module) != [path]:
+            self.fail(
+                f"{path} is in modules_to_save, which can be sharded of the embedding and the head; inside of blocks, "
+                "LoRA can: put it in target_modules, or train it without PEFT"
+            )
         if is_adapted(module):
             self._linear(f"{path}.base_layer", split, heads, column=column)
             parts = self._parts(f"{path}.base_layer")
@@ -215,24 +363,48 @@ class Planner:
         wanted = [(pattern, self.plan.embeddings) for pattern in embeddings] + [(vocabulary.head, self.plan.heads)]
         for pattern, paths in wanted:
             for path in self._matching(pattern) if pattern else ():
-                if f"{path}.weight" not in self.parameters:
-                    kind = type(self.modules[path]).__name__
-                    self.fail(
-                        f"{path} is wrapped by {kind}; adapters and modules_to_save on the embedding or the head "
-                        "cannot be sharded"
-                    )
-                weight = tuple(self.parameters[f"{path}.weight"].shape)
-                parts, rows = vocabulary_rows(weight[0], self.plan.tp)
-                self.claim(f"{path}.weight", ParamLayout(weight, 0, parts, pad_to=rows))
-                if f"{path}.bias" in self.parameters:
-                    self.claim(f"{path}.bias", ParamLayout(weight[:1], 0, parts, pad_to=rows))
-                paths.append(path)
+                for variant in variants_of(path, self.modules[path]):
+                    self._vocabulary(variant, paths)
+
+    def _vocabulary(self, path: str, paths: list[str]) -> None:
+        module = self.modules[path]
+        base = f"{path}.base_layer" if is_adapted(module) else path
+        if f"{base}.weight" not in self.parameters:
+            self.fail(
+                f"{path} is wrapped by {type(module).__name__}; of PEFT's wrappers of an embedding or a head, LoRA and "
+                "modules_to_save can be sharded"
+            )
+        weight = tuple(self.parameters[f"{base}.weight"].shape)
+        parts, rows = vocabulary_rows(weight[0], self.plan.tp)
+        layout = ParamLayout(weight, 0, parts, pad_to=rows)
+        self.claim(f"{base}.weight", layout)
+        if f"{base}.bias" in self.parameters:
+            self.claim(f"{base}.bias", ParamLayout(weight[:1], 0, parts, pad_to=rows))
+        paths.append(base)
+        if is_adapted(module):
+            plan_vocabulary_adapters(self, path, module, layout)
+
+    def pair_blocks(self) -> None:
+        """Find the layers whose two blocks stand side by side."""
+        pattern = self.policy.side_by_side
+        if not pattern or not self.policy.side_by_side_if(self.config):
+            return
+        layers = list(self._matching(pattern))
+        if not layers:
+            self.fail(f"no module matches side_by_side={pattern!r}")
+        for layer in layers:
+            blocks = [path for path in self.plan.blocks if path.startswith(f"{layer}.")]
+            if len(blocks) != 2 or not all(self.plan.blocks[path].rows for path in blocks):
+                self.fail(
+                    f"side_by_side={pattern!r}: {layer} has {len(blocks)} blocks, not two with a row-parallel module"
+                )
+            self.plan.side_by_side[layer] = blocks[0], blocks[1]
 
     def claim_replicated(self) -> None:
         unclaimed = []
         owned = {id(self.parameters[name]): layout for name, layout in self.plan.layouts.items()}
         for name, parameter in self.parameters.items():
-            if name in self.plan.layouts:
+            if name in self.plan.layouts or not self._in_sight(name):
                 continue
             replicated = any(_matches(pattern, part) for pattern in self.policy.replicated for part in _prefixes(name))
             user = self.modules[name.rpartition(".")[0]]
@@ -240,7 +412,7 @@ class Planner:
                 # a second name in a module that does not compute with it (BERT's `cls.predictions.bias`)
                 self.plan.layouts[name] = owned[id(parameter)]
                 continue
-            if not replicated:
+            if not replicated and not (self.policy.rest_replicated and self._outside_blocks(name)):
                 unclaimed.append(name)
             self.plan.layouts[name] = ParamLayout.replicated(parameter.shape, self.plan.tp)
         if unclaimed:
@@ -248,6 +420,10 @@ class Planner:
             self.fail(
                 f"nothing in the policy claims {shown}; name each in a block, in the vocabulary, or in `replicated`"
             )
+
+    def _outside_blocks(self, name: str) -> bool:
+        sharded = {*self.plan.blocks, *self.plan.embeddings, *self.plan.heads}
+        return not any(prefix in sharded for prefix in _prefixes(name))
 
     def check_tied(self) -> None:
         first: dict[int, str] = {}
@@ -263,13 +439,30 @@ class Planner:
         self.plan.layouts[name] = layout
 
     def _matching(self, pattern: str) -> Iterator[str]:
-        return (path for path in self.modules if _matches(pattern, path))
+        return (path for path in self.modules if self._in_sight(path) and _matches(pattern, path))
+
+    def _in_sight(self, path: str) -> bool:
+        """Whether ``path`` lies in what this policy speaks of: below its root, in no tower."""
+        inside = not self.root or path.startswith(f"{self.root}.")
+        return inside and not any(f"{path}.".startswith(f"{tower}.") for tower in self.towers)
+
+    def _has(self, path: str, name: str) -> bool:
+        return not name or f"{path}.{name}" in self.modules or f"{path}.{name}" in self.parameters
+
+    def _present(self, path: str, names: Mapping[str, T]) -> dict[str, T]:
+        """The names that are there below ``path``, without the ``?`` of those that need not be."""
+        return {
+            name.removesuffix("?"): value
+            for name, value in names.items()
+            if not name.endswith("?") or self._has(path, name[:-1])
+        }
+
+    def _module_below(self, path: str, name: str) -> str:
+        if f"{path}.{name}" not in self.modules:
+            self.fail(f"there is no module {path}.{name}")
+        return f"{path}.{name}"
 
     def _below(self, path: str) -> list[str]:
-        if path.endswith("?"):
-            path = path[:-1]
-            if path not in self.modules and path not in self.parameters:
-                return []
         names = [name for name in self.parameters if name == path or name.startswith(path + ".")]
         if not names and path not in self.modules:
             self.fail(f"there is no module or parameter {path!r}")
@@ -277,7 +470,7 @@ class Planner:
 
     def fail(self, reason: str) -> NoReturn:
         """Raise a PolicyError that names policy and model."""
-        kind = type(self.model).__name__
+        kind = type(self.modules[self.root]).__name__ + (f" ({self.root})" if self.root else "")
         raise PolicyError(f"the policy for {'/'.join(self.policy.model_types)} does not fit this {kind}: {reason}.")
 
 

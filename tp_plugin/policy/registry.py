@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 
 from tp_plugin.errors import PolicyError
 from tp_plugin.policy.blocks import Policy
+from tp_plugin.policy.hf_plan import policy_from_plan
 
 ENTRY_POINTS = "tp_plugin.policies"
 
@@ -61,7 +62,7 @@ def load(reference: str) -> Policy:
 
 
 def policy_for(config: object) -> Policy:
-    """The policy for a model's config.
+    """The policy for a model's config: the registered one, else one from the config's own ``base_model_tp_plan``.
 
     Args:
         config: a transformers config, or a model type as a string.
@@ -72,9 +73,12 @@ def policy_for(config: object) -> Policy:
     model_type = config if isinstance(config, str) else getattr(config, "model_type", None)
     known = policies()
     if model_type not in known:
+        imported = policy_from_plan(config)
+        if imported is not None:
+            return imported
         raise PolicyError(
             f"no tensor-parallel policy for model type {model_type!r}. Known: {', '.join(sorted(known))}. Write one "
-            f"(README, 'My architecture is not listed'): "
+            f"(README, 'Add an architecture'): "
             f"`tp_plugin.register(tp_plugin.Policy(model_types=({model_type!r},), blocks=(…), replicated=(…)))`, or "
             f"name it in the config: `tp_plugin: {{policy: module:NAME}}`. If this model is not the one to be trained, "
             f"leave it whole: `tp_plugin: {{leave_whole: [{model_type}]}}`."

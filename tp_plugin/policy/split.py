@@ -5,6 +5,7 @@ Every split is a function ``(size, tp, heads) -> Parts`` of the dimension's whol
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -69,6 +70,19 @@ def even(size: int, tp: int, heads: HeadSplit) -> Parts:
     return tuple((r,) for r in even_ranges(size, tp))
 
 
+def aligned(size: int, tp: int, heads: HeadSplit) -> Parts:
+    """Like :func:`even`, in steps of 8 (4, 2) if the whole is a multiple of that: grouped GEMMs want 16-byte rows."""
+    step = math.gcd(size, 8) if size // math.gcd(size, 8) >= tp else 1
+    return tuple(tuple(_scale(r, step) for r in part) for part in even(size // step, tp, heads))
+
+
+def aligned_pairs(size: int, tp: int, heads: HeadSplit) -> Parts:
+    """Pairs of indices that stay together: gate and up in turns, ``[g0 u0 g1 u1 …]`` (GPT-OSS)."""
+    if size % 2:
+        raise PolicyError(f"a dimension of {size} does not divide into pairs of gate and up")
+    return tuple(tuple(_scale(r, 2) for r in part) for part in aligned(size // 2, tp, heads))
+
+
 def q(size: int, tp: int, heads: HeadSplit) -> Parts:
     """Query heads in order: ``[q0 q1 …]``."""
     return tuple((_scale(r, _unit(size, heads.q_heads, "query")),) for r in heads.q)
@@ -88,18 +102,18 @@ def whole(size: int, tp: int, heads: HeadSplit) -> Parts:
 class Blocks:
     """Blocks one after the other, each split by itself: ``[q|k|v]`` (GPT-2, Phi-3, Falcon-7B) or ``[gate|up]``.
 
-    ``kinds`` are "q", "k", "v" (heads, all of one head size) or "even" (blocks of equal width).
+    ``kinds`` are "q", "k", "v" (heads, all of one head size), "even" or "aligned" (blocks of equal width).
     """
 
     kinds: tuple[str, ...]
 
     def __call__(self, size: int, tp: int, heads: HeadSplit) -> Parts:
-        counts = {"q": heads.q_heads, "k": heads.kv_heads, "v": heads.kv_heads, "even": 1}
+        counts = {"q": heads.q_heads, "k": heads.kv_heads, "v": heads.kv_heads, "even": 1, "aligned": 1}
         unit = _unit(size, sum(counts[kind] for kind in self.kinds), "fused")
         offset, blocks = 0, []
         for kind in self.kinds:
             width = counts[kind] * unit
-            split = even if kind == "even" else q if kind == "q" else kv
+            split = {"even": even, "aligned": aligned, "q": q}.get(kind, kv)
             blocks.append([tuple(_shift(r, offset) for r in part) for part in split(width, tp, heads)])
             offset += width
         return tuple(tuple(r for part in rank for r in part) for rank in zip(*blocks, strict=True))

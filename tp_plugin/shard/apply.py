@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,13 +17,19 @@ from transformers.pytorch_utils import Conv1D
 
 from tp_plugin.errors import TPError
 from tp_plugin.options import Options
-from tp_plugin.parallel import layers
+from tp_plugin.parallel import columns, layers
+from tp_plugin.parallel.columns import Beginning
 from tp_plugin.parallel.exchange import exchange
 from tp_plugin.parallel.guard import Guard
 from tp_plugin.parallel.layouts import attach
+from tp_plugin.parallel.logits import VocabularyColumns, trace_once
 from tp_plugin.parallel.mesh import Mesh, init_mesh
+from tp_plugin.parallel.sequence import LayerRegion, Stack
+from tp_plugin.parallel.side_by_side import SideBySide
 from tp_plugin.policy import ParamLayout, Plan, Policy, load, make_plan, policy_for
-from tp_plugin.shard import state_dict
+from tp_plugin.policy.stacks import between, stacks
+from tp_plugin.shard import mapped, state_dict
+from tp_plugin.shard.crossing import warn_of_crossing
 from tp_plugin.shard.record import ShardRecord
 from tp_plugin.shard.replicas import agree_on_weights
 
@@ -58,8 +64,10 @@ def parallelize(
         kind = model_type(root)
         if not (is_sharded(root) or kind in options.leave_whole or type(root).__name__ in options.leave_whole):
             _refuse_unsupported(root)
-            chosen = policy or (load(options.policy) if options.policy else policy_for(kind))
-            plans.append((root, make_plan(root, chosen, tp_size)))
+            known_by = root.config if hasattr(getattr(root, "config", None), "model_type") else kind
+            chosen = policy or (load(options.policy) if options.policy else policy_for(known_by))
+            parted, whole = options.expert_parallel, options.leave_whole
+            plans.append((root, make_plan(root, chosen, tp_size, expert_parallel=parted, leave_whole=whole)))
     mesh = init_mesh(tp_size)
     if plans or not sharded:
         # the whole of a wrapper, not only the models in it: a head of its own must start equal on all ranks too
@@ -98,11 +106,18 @@ def models_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def shard_model(model: nn.Module, plan: Plan, mesh: Mesh, options: Options) -> None:
     """Carry out ``plan`` on ``model``: slice parameters, change row-parallel layers, put hooks where data crosses."""
     link = exchange(mesh)
+    warn_of_crossing(model, plan, link)
+    found = stacks(model, plan) if options.sequence_parallel else {}
+    plan.partial |= between(plan, [layer for layers_of in found.values() for layer in layers_of])
     for name, parameter in model.named_parameters():
         _slice(parameter, plan.layouts[name], mesh.tp.rank)
+    mapped.settle_buffers(model)
+    mapped.forget_forward(model)
     _arm(model, plan, mesh)
     _fit_modules(model, plan, mesh.tp.rank)
-    _hook_blocks(model, plan, mesh.tp.rank)
+    parallels = _hook_blocks(model, plan, mesh.tp.rank)
+    _begin_together(model, plan, parallels, options)
+    _hook_stacks(model, found, parallels, mesh.tp.rank)
     _hook_vocabulary(model, plan, mesh.tp.rank)
 
     record = ShardRecord(model, plan, mesh, link)
@@ -111,10 +126,12 @@ def shard_model(model: nn.Module, plan: Plan, mesh: Mesh, options: Options) -> N
     model.register_forward_pre_hook(_arm_copy, prepend=True)
     state_dict.install(record, model)
     guard = Guard(mesh, link, record.audit, options.audit_every)
+    model.register_forward_pre_hook(guard.open, with_kwargs=True, prepend=True)
+    model.register_forward_hook(guard.close, always_call=True)
     base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
-    for module in {id(m): m for m in (model, base) if isinstance(m, nn.Module)}.values():
-        module.register_forward_pre_hook(guard.pre_hook, with_kwargs=True, prepend=True)
-        module.register_forward_hook(guard.hook, always_call=True)
+    if isinstance(base, nn.Module) and base is not model:
+        base.register_forward_pre_hook(guard.open_inner, with_kwargs=True, prepend=True)
+        base.register_forward_hook(guard.close_inner, always_call=True)
 
 
 def _refuse_unsupported(model: nn.Module) -> None:
@@ -131,7 +148,7 @@ def _refuse_unsupported(model: nn.Module) -> None:
                 f"parameter {name!r} is already partitioned by ZeRO-3 (deepspeed.zero.Init(module=…)), but is to be "
                 "sharded first; leave the partitioning to deepspeed.initialize"
             )
-        if type(parameter) is not nn.Parameter:
+        if type(parameter) not in (nn.Parameter, mapped.FromFile):
             raise TPError(
                 f"parameter {name!r} is a {type(parameter).__name__}, not a plain Parameter; the model was already "
                 "sharded or wrapped by something else (device_map, DeepSpeed, DTensor)"
@@ -139,11 +156,11 @@ def _refuse_unsupported(model: nn.Module) -> None:
 
 
 def _slice(parameter: nn.Parameter, layout: ParamLayout, rank: int) -> None:
-    if not layout.is_sharded:
+    if not (layout.is_sharded or mapped.lies_in_file(parameter)):
         return
     with torch.no_grad():
         grad, parameter.grad = parameter.grad, None
-        parameter.data = layout.shard(parameter.data, rank)
+        mapped.settle(parameter, mapped.take(parameter, layout, rank))
         if grad is not None:
             parameter.grad = layout.shard(grad, rank)
 
@@ -164,11 +181,7 @@ def _arm(model: nn.Module, plan: Plan, mesh: Mesh) -> None:
         if name in plan.partial:
             pieces = [(mesh.tp, None, ())]
         if pieces:
-            # a leaf takes a hook only while it requires grad; it keeps the hook when it is frozen and thawed
-            trained = parameter.requires_grad
-            parameter.requires_grad_(True)
-            parameter.register_hook(layers.ReplicaSum(pieces))
-            parameter.requires_grad_(trained)
+            layers.ReplicaSum(pieces).arm(parameter)
 
 
 def _arm_copy(model: nn.Module, args: object) -> None:
@@ -194,34 +207,98 @@ def _fit_modules(model: nn.Module, plan: Plan, rank: int) -> None:
         layers.WideNorm.install(model.get_submodule(path), width, layout.owned(rank))
 
 
-def _hook_blocks(model: nn.Module, plan: Plan, rank: int) -> None:
-    for path, inputs in plan.blocks.items():
+def _hook_blocks(model: nn.Module, plan: Plan, rank: int) -> dict[str, layers.ParallelBlock]:
+    parallels = {}
+    for path, planned in plan.blocks.items():
         block = model.get_submodule(path)
-        entry = model.get_submodule(plan.entries.get(path, path))
+        entry = model.get_submodule(planned.entry)
         positions = {name: at for at, name in enumerate(inspect.signature(entry.forward).parameters)}
-        missing = [name for name in (*inputs, *plan.head_inputs.get(path, {})) if name not in positions]
-        if missing:
-            raise TPError(f"the forward of {path} takes no argument {missing[0]!r}, which its policy calls an input")
-        of_heads = plan.head_inputs.get(path, {})
-        taken = {name: (dim, heads, ranges[rank]) for name, (dim, heads, ranges) in of_heads.items()}
-        parallel = layers.ParallelBlock(path, inputs, positions, rank, taken)
-        if inputs:
+        planned.inputs = tuple(next(iter(positions)) if name == "*" else name for name in planned.inputs)
+        parallel = parallels[path] = layers.ParallelBlock(path, planned, positions, rank)
+        if planned.inputs:
             entry.register_forward_pre_hook(parallel.enter, with_kwargs=True)
         else:
-            column = next(name for name in plan.columns if plan.owners[name] == path)
-            model.get_submodule(column).register_forward_pre_hook(functools.partial(parallel.enter_linear, block))
+            block.register_forward_pre_hook(parallel.start)
+        for below in planned.input_of:
+            enter = functools.partial(parallel.enter_linear, block)
+            model.get_submodule(below).register_forward_pre_hook(enter)
+        for below in planned.output_of:
+            model.get_submodule(below).register_forward_hook(functools.partial(parallel.enter_output, block))
+        if planned.sums:
+            block.register_forward_hook(parallel.sum_output)
         block.register_forward_hook(parallel.leave, always_call=True)
-        for row in plan.rows:
-            if plan.owners[row] == path:
-                module: Any = model.get_submodule(row)
-                module.__class__ = layers.ROW_PARALLEL[Conv1D if isinstance(module, Conv1D) else nn.Linear]
-                module.tp_block = parallel
+        if planned.once:
+            layouts = {name: plan.layouts[f"{path}.{name}"] for name in planned.once}
+            held = {name: (layout.parts[rank][0], layout.shape[-1]) for name, layout in layouts.items()}
+            layers.part_biases(block, held)
+        for row in planned.rows:
+            module: Any = model.get_submodule(row)
+            module.__class__ = layers.ROW_PARALLEL[Conv1D if isinstance(module, Conv1D) else nn.Linear]
+            module.tp_block = parallel
         for dropout, kind in plan.dropouts.items():
             nearest = max((p for p in plan.blocks if dropout.startswith(p + ".")), key=len)
             if nearest == path:
-                beside = layers.AdapterDropout(dropout, kind, parallel, rank)
+                beside = layers.FollowingDropout(dropout, kind, parallel, rank)
                 model.get_submodule(dropout).register_forward_pre_hook(beside.before)
                 model.get_submodule(dropout).register_forward_hook(beside.after, always_call=True)
+
+    for path, blocks in plan.side_by_side.items():
+        rows = [plan.blocks[block].rows[0] for block in blocks]
+        # an adapted row stands inside PEFT's layer
+        outputs = {*blocks, *rows, *(row.removesuffix(".base_layer") for row in rows)}
+        beginning = Beginning()
+        pair = SideBySide(path, [model.get_submodule(output) for output in sorted(outputs)], beginning)
+        for name, row in zip(blocks, rows, strict=True):
+            parallels[name].beside, parallels[name].beginning = pair, beginning
+            model.get_submodule(row).tp_beside = pair  # type: ignore[assignment]
+        model.get_submodule(path).register_forward_pre_hook(pair.begin)
+        model.get_submodule(path).register_forward_hook(pair.end, always_call=True)
+    return parallels
+
+
+def _begin_together(
+    model: nn.Module, plan: Plan, parallels: Mapping[str, layers.ParallelBlock], options: Options
+) -> None:
+    """Tell column-parallel linears of the beginning of their block, and put weights that may run as one together."""
+    if not (options.overlap or options.fuse):
+        return
+    for path, planned in plan.blocks.items():
+        beginning = parallels[path].beginning
+        beginning.overlap, beginning.fuse = options.overlap, options.fuse
+        linears: list[Any] = [model.get_submodule(column) for column in planned.columns]
+        linears = [linear for linear in linears if type(linear) in columns.COLUMN_PARALLEL]
+        for linear in linears:
+            linear.__class__ = columns.COLUMN_PARALLEL[type(linear)]
+            linear.tp_beginning = beginning
+        beginning.linears += linears
+        sharded = all(plan.layouts[f"{column}.weight"].is_sharded for column in planned.columns)
+        alike = len({(type(linear), linear.weight.shape[1], linear.bias is None) for linear in linears}) == 1
+        if not (options.fuse and planned.inputs and len(planned.columns) == len(linears) > 1 and sharded and alike):
+            continue
+        weights = [linear.weight for linear in linears]
+        if isinstance(linears[0], nn.Linear) and len({(w.dtype, w.device) for w in weights}) == 1:
+            columns.join(weights)
+            beginning.siblings.append(tuple(linears))
+
+
+def _hook_stacks(
+    model: nn.Module, found: Mapping[str, list[str]], parallels: Mapping[str, layers.ParallelBlock], rank: int
+) -> None:
+    for path, members in found.items():
+        stack = Stack(path)
+        modules = [model.get_submodule(member) for member in members]
+        modules[0].register_forward_pre_hook(stack.split, with_kwargs=True, prepend=True)
+        for member, layer in zip(members, modules, strict=True):
+            own = LayerRegion(member, stack, rank)
+            layer.register_forward_pre_hook(own.before, with_kwargs=True)
+            layer.register_forward_hook(own.after, always_call=True)
+            layer.register_forward_hook(stack.abandon, always_call=True)
+            for name, parallel in parallels.items():
+                if name == member or name.startswith(f"{member}."):
+                    parallel.stack, parallel.layer_region = stack, own.region
+                    if parallel.beside is not None:
+                        parallel.beside.stack = stack
+        modules[-1].register_forward_hook(stack.join)
 
 
 def _hook_vocabulary(model: nn.Module, plan: Plan, rank: int) -> None:
@@ -231,18 +308,22 @@ def _hook_vocabulary(model: nn.Module, plan: Plan, rank: int) -> None:
             raise TPError(f"{path} must be an nn.Embedding without max_norm to be split by vocabulary rows")
         start, stop = (layout.parts[rank] or ((layout.shape[0], layout.shape[0]),))[0]
         embedding.num_embeddings = layout.local_shape(rank)[0]
-        if embedding.padding_idx is not None:
-            inside = start <= embedding.padding_idx < stop
-            embedding.padding_idx = embedding.padding_idx - start if inside else None
-        rows = layers.VocabularyRows(start, stop)
+        rows = layers.VocabularyRows(start, stop, embedding.padding_idx)
         embedding.register_forward_pre_hook(rows.before)
         embedding.register_forward_hook(rows.after)
+    for path, name in plan.adapted_embeddings:
+        adapted: Any = model.get_submodule(path)
+        layout = plan.layouts[f"{path}.lora_embedding_A.{name}"]
+        start, stop = (layout.parts[rank] or ((layout.shape[1], layout.shape[1]),))[0]
+        adapted._embed = layers.AdaptedRows(layers.VocabularyRows(start, stop, adapted.get_base_layer().padding_idx))
+    if plan.heads:
+        trace_once(type(model).forward)
     for path in plan.heads:
         head, layout = model.get_submodule(path), plan.layouts[f"{path}.weight"]
         layers.fit_sizes(head, layout, rank)
-        columns = layers.VocabularyColumns(layout.shape[0])
+        columns = VocabularyColumns(layout.shape[0], layout.local_shape(rank)[0])
         head.register_forward_pre_hook(columns.before)
-        head.register_forward_hook(columns.after)
+        head.register_forward_hook(columns.after, prepend=True)  # other hooks see whole logits
 
 
 __all__ = ["is_sharded", "model_type", "models_in", "parallelize", "shard_model"]

@@ -12,6 +12,8 @@ from tp_plugin.errors import TPError
 from tp_plugin.parallel.exchange import exchange
 from tp_plugin.parallel.layouts import layout_of
 from tp_plugin.parallel.mesh import require_mesh
+from tp_plugin.parallel.rows import is_split
+from tp_plugin.shard import whole_step
 from tp_plugin.shard.record import read_whole
 from tp_plugin.shard.state_dict import gives_local
 
@@ -25,18 +27,31 @@ def shard_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Fit ``optimizer`` to parameters that were sharded after it was built; a second call does nothing.
 
     Raises:
-        TPError: its update rule is not elementwise, so shards would not train as the whole tensor does.
+        TPError: its update rule is not elementwise, so shards would not train as the whole tensor does, and it is none
+            of those that are given whole parameters (whole_step.py).
     """
-    if getattr(optimizer, "tp_states", None) is not None:
+    if getattr(optimizer, "tp_states", None) is not None or getattr(optimizer, "tp_steps_whole", False):
         return
     parameters = _parameters(optimizer)
     if not any((layout := layout_of(p)) is not None and layout.is_sharded for p in parameters):
         return
+    if whole_step.steps_whole(optimizer):
+        whole_step.install(optimizer)
+        optimizer.tp_steps_whole = True  # type: ignore[attr-defined]
+        return
     name = type(optimizer).__name__
+    if _is_blockwise(optimizer):
+        raise TPError(
+            f"optimizer {type(optimizer).__module__}.{name} keeps its state in 8 bits, one scale per block of some "
+            "hundred or thousand elements; a shard has other blocks than the whole tensor, so its numbers would be "
+            "others, and its state could not be saved whole. Use a 32-bit one (adamw_torch_fused, paged_adamw_32bit), "
+            "or tp_size: 1"
+        )
     if name in NOT_ELEMENTWISE:
         raise TPError(
             f"optimizer {name} looks at whole tensors (rows, columns or norms), which no rank holds under "
-            "tensor parallelism; its numbers would be others. Use an elementwise one such as AdamW, or tp_size: 1"
+            "tensor parallelism; its numbers would be others. Use an elementwise one such as AdamW, or Adafactor of "
+            "transformers or torch, or tp_size: 1"
         )
     rank = require_mesh().tp.rank
     for parameter in parameters:
@@ -50,6 +65,12 @@ def shard_optimizer(optimizer: torch.optim.Optimizer) -> None:
     optimizer.tp_states = OptimizerStates(optimizer)  # type: ignore[attr-defined]
     optimizer.register_state_dict_post_hook(_give_whole)
     optimizer.register_load_state_dict_pre_hook(_take_whole)
+
+
+def _is_blockwise(optimizer: torch.optim.Optimizer) -> bool:
+    package = type(optimizer).__module__.partition(".")[0]
+    bits = getattr(getattr(optimizer, "args", None), "optim_bits", 32)
+    return (package == "bitsandbytes" and bits != 32) or (package == "torchao" and hasattr(optimizer, "block_size"))
 
 
 class OptimizerStates:
@@ -106,8 +127,8 @@ def _give_whole(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
         layout = layout_of(parameter)
         entry = dict(state_dict["state"][index])
         for key, value in entry.items():
-            if layout is None or not layout.is_sharded or not isinstance(value, torch.Tensor):
-                continue
+            if layout is None or not layout.is_sharded or not isinstance(value, torch.Tensor) or is_split(value):
+                continue  # (FSDP2's states become whole in torch's distributed checkpoint API)
             if tuple(value.shape) == layout.local_shape(mesh.tp.rank):
                 entry[key] = read_whole(link, states.uid, f"{index}/{key}", value, layout)
         whole[index] = entry
@@ -124,7 +145,7 @@ def _take_whole(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
             continue
         state[index] = {
             key: layout.shard(value, rank)
-            if isinstance(value, torch.Tensor) and tuple(value.shape) == layout.shape
+            if isinstance(value, torch.Tensor) and not is_split(value) and tuple(value.shape) == layout.shape
             else value
             for key, value in state[index].items()
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import weakref
 import zlib
@@ -16,7 +18,10 @@ from torch import nn
 from tp_plugin.errors import DivergenceError
 from tp_plugin.parallel.exchange import Exchange
 from tp_plugin.parallel.mesh import Mesh
+from tp_plugin.parallel.rows import held, joined
 from tp_plugin.policy import ParamLayout, Plan
+from tp_plugin.shard.promise import Promise
+from tp_plugin.shard.whole import plain_name
 
 _uids = itertools.count()
 _FINGERPRINTED = 64
@@ -44,6 +49,7 @@ class ShardRecord:
         self.uid = f"model{number}"
         self.model = weakref.ref(model)
         self._wholes: weakref.WeakValueDictionary[tuple[str, int, int], torch.Tensor] = weakref.WeakValueDictionary()
+        self._promises: weakref.WeakValueDictionary[str, Promise] = weakref.WeakValueDictionary()
         self._versions: dict[str, int] = {}
         self._parameters: dict[str, torch.Tensor] = {}
         self._shadow: nn.Module = nn.Module()
@@ -93,8 +99,22 @@ class ShardRecord:
         """Local tensors by name, tied ones once; they outlive the model for as long as a peer may read them."""
         model = self.model()
         if model is not None:
-            self._parameters = dict(model.named_parameters())
+            self._parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         return self._parameters
+
+    def rename(self) -> None:
+        """Follow modules that moved in the model since :meth:`parameters` was last called (PEFT unloads adapters)."""
+        model = self.model()
+        assert model is not None
+        known = {id(parameter): self.plan.layouts[name] for name, parameter in self._parameters.items()}
+        names = dict(model.named_parameters(remove_duplicate=False))
+        # a copy of the model keeps the old plan
+        self.plan = dataclasses.replace(self.plan, layouts={name: known[id(p)] for name, p in names.items()})
+        for path, module in model.named_modules():
+            owner: Any = getattr(module, "tp_owner", None)
+            if owner is not None:
+                owner.path = path
+        self.start_counting()
 
     def start_counting(self) -> None:
         """Take the parameters' present versions as zero: ranks may have come here by different in-place copies."""
@@ -127,6 +147,18 @@ class ShardRecord:
             self._wholes[memo] = whole
         return whole
 
+    def promise(self, key: str, local: torch.Tensor) -> torch.Tensor:
+        """The whole tensor of a sharded parameter, read when it is used; the same object for tied names."""
+        layout = self.plan.layouts[key]
+        if not layout.is_sharded:
+            return local
+        name = self._first_name(key)
+        promise = self._promises.get(name)
+        if promise is None:
+            read = functools.partial(read_whole, self.exchange, self.uid, name, local, layout)
+            promise = self._promises[name] = Promise.of(layout.shape, local.dtype, read)
+        return promise
+
     def _first_name(self, key: str) -> str:
         model = self.model()
         assert model is not None
@@ -150,7 +182,8 @@ class ShardRecord:
                 names.append((name, group))
                 ranges = layout.replicated_in(tp.rank, group) if tp.rank in group else ()
                 assert layout.dim is not None
-                parts = [parameter.narrow(layout.dim, a, b - a) for a, b in ranges]
+                whole = joined(parameter.detach())
+                parts = [whole.narrow(layout.dim, a, b - a) for a, b in ranges]
                 checksums.append(checksum(torch.cat(parts, layout.dim)) if parts else 0)
         everyone = torch.stack(self.mesh.control.all_gather(torch.tensor(checksums, dtype=torch.int64)))
         for column, (name, ranks) in enumerate(names):
@@ -184,5 +217,5 @@ def read_whole(exchange: Exchange, uid: str, key: str, local: torch.Tensor, layo
 
 
 def checksum(tensor: torch.Tensor, start: int = 0) -> int:
-    """CRC-32 of a tensor's bytes, continuing from ``start``."""
-    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, start)
+    """CRC-32 of the bytes of what this rank holds of a tensor, continuing from ``start``."""
+    return zlib.crc32(held(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, start)

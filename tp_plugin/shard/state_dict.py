@@ -13,8 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_plugin.parallel.lockstep import BARRIER
 from tp_plugin.parallel.mesh import require_mesh
+from tp_plugin.parallel.rows import is_split
+from tp_plugin.shard.promise import promising
 from tp_plugin.shard.record import ShardRecord
+from tp_plugin.shard.whole import gather_whole, plain_name
 
 _local = False
 
@@ -49,13 +53,21 @@ def install(record: ShardRecord, model: nn.Module) -> None:
 
 def _enter(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     record: ShardRecord = model.tp_record  # type: ignore[assignment]
-    if not _local:
+    if not (_local or promising()):  # promises are kept within the caller's session
         record.exchange.enter(record.uid)
 
 
 def _leave(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     record: ShardRecord = model.tp_record  # type: ignore[assignment]
-    if not _local:
+    if _local:
+        return
+    split = [key for key, value in state.items() if isinstance(value, torch.Tensor) and is_split(value)]
+    if split:  # by FSDP2: no rank can read alone what another DP rank holds
+        record.exchange.lockstep.meet(BARRIER)
+    for key in split:
+        layout = record.plan.layouts.get(plain_name(key.removeprefix(prefix)))
+        state[key] = gather_whole(state[key], layout, record.mesh)
+    if not promising():  # promises are kept within the caller's session
         record.exchange.leave(record.uid)
 
 
@@ -79,11 +91,13 @@ def _give_whole(module: nn.Module, state: dict[str, Any], prefix: str, metadata:
         if (
             _local
             or value is None
+            or is_split(value)
             or tuple(value.shape) != owner.record.plan.layouts[owner.key(name)].local_shape(rank)
         ):
             continue
         with torch.no_grad():
-            state[prefix + name] = owner.record.whole(owner.key(name), value)
+            give = owner.record.promise if promising() else owner.record.whole
+            state[prefix + name] = give(owner.key(name), value)
 
 
 def _take_whole(
@@ -94,7 +108,9 @@ def _take_whole(
         value = state.get(prefix + name)
         layout = owner.record.plan.layouts[owner.key(name)]
         # a tensor that already has the local shape is this rank's own (a peer's state_dict); others are sliced
-        if isinstance(value, torch.Tensor) and layout.is_sharded and tuple(value.shape) == layout.shape:
+        if not isinstance(value, torch.Tensor) or is_split(value):
+            continue
+        if layout.is_sharded and tuple(value.shape) == layout.shape:
             state[prefix + name] = layout.shard(value, require_mesh().tp.rank)
 
 

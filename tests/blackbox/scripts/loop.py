@@ -77,6 +77,7 @@ def main():
     report |= {"batches": len(train_loader), "eval_batches": len(eval_loader)}
     report |= {"steps": [], "evaluations": [], "batches_seen": [], "updates": 0, "training_tokens": 0}
     own = {"process_index": accelerator.process_index, "is_main": accelerator.is_main_process}
+    own["is_local_main"] = accelerator.is_local_main_process
     own |= {"losses": [], "norms": [], "ids": []}
     own["bytes"] = sum(p.untyped_storage().nbytes() for p in model.parameters())
     model.train()
@@ -123,7 +124,8 @@ def main():
         state_dict=state,
     )
     accelerator.save_model(model, args.out / "save_model")
-    unwrapped.save_pretrained(args.out / "pretrained_by_all", is_main_process=accelerator.is_main_process)
+    if not accelerator.is_fsdp2:  # which cannot save what it has not gathered
+        unwrapped.save_pretrained(args.out / "pretrained_by_all", is_main_process=accelerator.is_main_process)
     if accelerator.is_main_process:
         report["state_dict"] = {name: [list(t.shape), str(t.dtype)] for name, t in state.items()}
         write(args.out / "report.json", report)

@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--resume", default=None)
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(args.model)
@@ -37,6 +38,7 @@ def main() -> None:
         per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.5, logging_steps=1,
         eval_strategy="steps", eval_steps=4, save_steps=4, save_total_limit=2, load_best_model_at_end=True,
         include_num_input_tokens_seen=True, report_to=[], disable_tqdm=True,
+        torch_compile=args.compile, torch_compile_backend="aot_eager" if args.compile else None,
     )  # fmt: skip
     trainer = Trainer(
         model,

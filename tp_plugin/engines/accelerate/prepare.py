@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_plugin.engines import saving
+from tp_plugin.engines.accelerate import save_state
 from tp_plugin.engines.accelerate.operations import TorchOverDP
+from tp_plugin.engines.fsdp2 import prepare as fsdp2
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.options import Options
 from tp_plugin.parallel.exchange import exchange
 from tp_plugin.parallel.lockstep import TRIGGER
 from tp_plugin.parallel.mesh import Mesh, current_mesh
-from tp_plugin.shard import agree_on_weights, parallelize, shard_optimizer
+from tp_plugin.shard import agree_on_weights, parallelize, settle_whole, shard_optimizer
 
 
 def install(accelerator: Any) -> None:
@@ -24,13 +27,30 @@ def install(accelerator: Any) -> None:
     wrap(cls, "prepare", _prepare)
     wrap(cls, "prepare_model", _prepare_model)
     wrap(cls, "prepare_optimizer", _prepare_optimizer)
+    wrap(cls, "save_model", saving.save_model)
+    wrap(cls, "get_state_dict", saving.get_state_dict)
     wrap(cls, "check_trigger", _check_trigger)
+    save_state.install(accelerator)
+    fsdp2.install(accelerator)
     patch(cls, "is_last_process", property(lambda self: self.state.is_last_process))
 
 
 def install_checkpointing(checkpointing: Any) -> None:
-    """Patch ``accelerate.checkpointing``: files that each process writes are written by its leader."""
+    """Patch ``accelerate.checkpointing``: the leader writes a process's files; a bad one is named."""
     patch(checkpointing, "torch", _TorchSavedByLeader())
+    wrap(checkpointing, "load", _load)
+
+
+def _load(original: Any, file: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return original(file, *args, **kwargs)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise TPError(
+            f"{file} cannot be read ({type(error).__name__}: {error}); it is cut short or no such file at all: load "
+            "another checkpoint"
+        ) from error
 
 
 class _TorchSavedByLeader(TorchOverDP):
@@ -59,6 +79,8 @@ def _prepare(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     for item in args:
         if isinstance(item, torch.optim.Optimizer):
             shard_optimizer(_bare(item))
+            if current_mesh() is not None and self.is_fsdp2:
+                fsdp2.refuse_optimizer(_bare(item))
     return original(self, *args, **kwargs)
 
 
@@ -86,8 +108,11 @@ def _shard(accelerator: Any, model: nn.Module) -> None:
 
         assert getattr(deepspeed.initialize, "tp_patched", False), "ZeRO would reduce gradients over the whole world"
     options = Options.from_environment()
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        fsdp2.spread_what_was_loaded(model, mesh)
     if type(model).__name__ in options.leave_whole:
         agree_on_weights(model, mesh)
+        settle_whole(model)
         return
     parallelize(model, options.tp_size, options=options)
     for optimizer in accelerator._optimizers:  # prepared before its model

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from tp_plugin.engines.fsdp2 import config as fsdp2
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.options import Options
 from tp_plugin.parallel import rng
 from tp_plugin.parallel.exchange import exchange
 from tp_plugin.parallel.lockstep import BARRIER
-from tp_plugin.parallel.mesh import Mesh, current_mesh, forget_mesh, init_mesh
+from tp_plugin.parallel.mesh import Mesh, current_mesh, init_mesh
 
 
 def install(state: Any) -> None:
@@ -80,6 +81,10 @@ def _init(original: Any, self: Any, cpu: bool = False, **kwargs: Any) -> None:
             cpu = False  # which would switch DeepSpeed off
             os.environ["ACCELERATE_USE_CPU"] = "false"
             kwargs["backend"] = kwargs.get("backend") or "gloo"
+        elif fsdp2.is_asked_for():
+            cpu = False  # which would switch FSDP off
+            os.environ.update(ACCELERATE_USE_CPU="false", ACCELERATE_TORCH_DEVICE="cpu")
+            kwargs["backend"] = kwargs.get("backend") or "gloo"
         else:
             cpu = True
             os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -107,20 +112,18 @@ def show(state: Any, mesh: Mesh) -> None:
 
     state.num_processes = mesh.dp_size
     state.process_index = mesh.dp.rank
-    if mesh.dp_size == 1 and state.distributed_type.value.startswith("MULTI_"):
+    if fsdp2.is_asked_for():  # Accelerate makes an FSDP run of one of several GPUs only
+        state.distributed_type = DistributedType.MULTI_GPU
+    elif mesh.dp_size == 1 and state.distributed_type.value.startswith("MULTI_"):
         state.distributed_type = DistributedType.NO
 
 
 def _refuse_engines() -> None:
-    for variable, engine in {
-        "ACCELERATE_USE_FSDP": "FSDP",
-        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    }.items():
-        if os.environ.get(variable, "false").lower() == "true":
-            raise TPError(
-                f"tp_size together with {engine} is not supported by this version; use distributed_type: MULTI_GPU or "
-                "MULTI_CPU (DDP over the data-parallel group), or set tp_size: 1"
-            )
+    if os.environ.get("ACCELERATE_USE_MEGATRON_LM", "false").lower() == "true":
+        raise TPError(
+            "tp_size together with Megatron-LM is not supported by this version; use distributed_type: MULTI_GPU or "
+            "MULTI_CPU (DDP over the data-parallel group), FSDP or DEEPSPEED, or set tp_size: 1"
+        )
 
 
 def _wait_for_everyone(original: Any, self: Any) -> None:
@@ -128,8 +131,7 @@ def _wait_for_everyone(original: Any, self: Any) -> None:
     if mesh is None:
         return original(self)
     if not torch.distributed.is_initialized():
-        forget_mesh()  # after end_training there is nobody to wait for
-        return None
+        return None  # after end_training there is nobody to wait for
     exchange(mesh).lockstep.meet(BARRIER)
     if mesh.dp_size > 1:
         devices = [torch.cuda.current_device()] if torch.distributed.get_backend() == "nccl" else None

@@ -21,7 +21,7 @@ from tp_plugin.options import Options
 from tp_plugin.parallel import rng
 from tp_plugin.parallel.exchange import exchange
 from tp_plugin.parallel.mesh import alone, current_mesh, init_mesh, require_mesh
-from tp_plugin.shard import agree_on_weights, is_sharded, models_in, parallelize, shard_optimizer
+from tp_plugin.shard import agree_on_weights, is_sharded, models_in, parallelize, settle_whole, shard_optimizer
 
 DEFAULTS = {"torch_adam": True, "weight_decay": 0.0}
 """Settings with which torch's Adam is DeepSpeed's, whose weight decay is 0 by default (ops/adam/fused_adam.py)."""
@@ -92,6 +92,7 @@ def _initialize(original: Any, *args: Any, **kwargs: Any) -> Any:
     model: nn.Module = given["model"]
     if type(model).__name__ in options.leave_whole:
         agree_on_weights(model, mesh)
+        settle_whole(model)
     else:
         parallelize(model, options.tp_size, options=options)
     optimizer = given.get("optimizer")

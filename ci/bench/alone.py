@@ -1,0 +1,58 @@
+"""One rank of a tensor-parallel world, without the others: PyTorch's fake process group does the talking.
+
+What the rank computes, keeps and sends is what it would among its peers; only the sums are wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from tp_plugin.parallel import mesh
+from tp_plugin.parallel.mesh import Group, Mesh
+
+
+class _Echo(Group):
+    """A control group whose other ranks say what this one says."""
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor.clone() for _ in range(self.size)]
+
+    def all_reduce(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+        return tensor
+
+    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
+        return tensor
+
+    def broadcast_object(self, value: Any, src: int = 0) -> Any:
+        return value
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value] * self.size
+
+
+def enter(tp: int) -> Mesh:
+    """Be rank 0 of a world of ``tp`` ranks, one TP group; replaces the world that there was."""
+    if dist.is_initialized():
+        for close in mesh._mesh.at_end if mesh._mesh is not None else ():
+            close()
+        dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
+    return use(mesh_of(tp))
+
+
+def mesh_of(tp: int) -> Mesh:
+    """The groups of rank 0 of ``tp`` ranks; more than one mesh may stand in one world, and one is in use."""
+    ranks = tuple(range(tp))
+    group = Group("tp", ranks, dist.group.WORLD)
+    me = Group("dp", (0,), None)
+    return Mesh(tp, 1, group, me, _Echo("control", ranks, group.pg), Group("world", ranks, group.pg))
+
+
+def use(groups: Mesh) -> Mesh:
+    """Have what runs next run on this mesh."""
+    mesh._mesh = groups
+    return groups

@@ -1,0 +1,13 @@
+"""Trainer's torch_compile, which goes through Accelerate's dynamo settings."""
+
+from __future__ import annotations
+
+from .compare import LOSS, WEIGHTS, close, tensors_close, tensors_in
+
+
+def test_trainer_compiles(bench, checkpoints):
+    args = ("--model", str(checkpoints["llama"]))
+    run, plain = bench.run("trainer", 2, 1, (*args, "--compile")), bench.run("trainer", 1, 1, args)
+    close(run.report, plain.report, LOSS, "Trainer's report")
+    weights = [tensors_in(r.out / "final" / "model.safetensors") for r in (run, plain)]
+    tensors_close(*weights, WEIGHTS, "the best model")

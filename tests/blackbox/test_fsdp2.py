@@ -1,0 +1,66 @@
+"""Scripts launched with FSDP2 and `tp_size` report and save what plain FSDP2 does at the same dp."""
+
+from __future__ import annotations
+
+import pytest
+
+from .compare import LOSS, NORM, WEIGHTS, close, same, tensors_close, tensors_in
+
+FULL = {"fsdp_state_dict_type": "FULL_STATE_DICT"}
+SHARDED = {"fsdp_state_dict_type": "SHARDED_STATE_DICT"}
+FRUGAL = SHARDED | {"fsdp_cpu_ram_efficient_loading": True}  # only rank 0 reads the checkpoint
+CASES = [
+    ("llama", 2, 2, FRUGAL),
+    ("gpt2", 4, 1, FULL),
+    pytest.param("llama_tied", 2, 1, SHARDED, marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize("model, tp, dp, config", CASES, ids=lambda value: "" if isinstance(value, dict) else None)
+def test_loop(bench, checkpoints, model, tp, dp, config):
+    args = ("--models", str(checkpoints["llama"].parent), "--model", model)
+    run, plain = (bench.run("loop", t, dp, args, entry="fsdp2", config=config) for t in (tp, 1))
+    keys = [key for key in plain.report if key not in ("steps", "evaluations")]
+    same(run.report, plain.report, keys, str(run.layout))
+    for i, (got, want) in enumerate(zip(run.report["steps"], plain.report["steps"], strict=True)):
+        same(got, want, ["ids", "batch_size", "tokens", "last_of_epoch", "synced", "lr"], f"step {i}")
+        close(got["losses"], want["losses"], LOSS, f"losses of step {i}")
+        close(got["norm"], want["norm"], NORM, f"gradient norm of step {i}")
+    assert max(step["norm"] or 0 for step in plain.report["steps"]) > 0.5, "clipping was never active"
+    for got, want in zip(run.report["evaluations"], plain.report["evaluations"], strict=True):
+        same(got, want, ["ids", "tokens", "count", "logits_width", "batches"], "evaluation")
+        close(got["losses"], want["losses"], LOSS, "evaluation's losses")
+    for folder in ("pretrained", "save_model"):
+        found, expected = (tensors_in(r.out / folder / "model.safetensors") for r in (run, plain))
+        tensors_close(found, expected, WEIGHTS, folder)
+    for process, group in enumerate(run.layout.groups()):
+        for rank in group:
+            own, want = run.ranks[rank], plain.ranks[process]
+            same(own, want, ["process_index", "ids"], f"rank {rank}")
+            assert own["is_main"] == (rank == 0)
+            # a DTensor counts all rows of the TP rank's tensor here; tests/test_fsdp2.py counts what is held
+            assert own["bytes"] < want["bytes"] * (1 / tp + 0.1), "a run on whole replicas would pass for parallel"
+
+
+# (tests/test_fsdp2.py moves sharded ones in the ordinary run)
+@pytest.mark.parametrize("config", [FULL, pytest.param(SHARDED, marks=pytest.mark.full)], ids=["full", "sharded"])
+def test_save_state_resumes_here_and_elsewhere(bench, checkpoints, config):
+    args = ("--model", str(checkpoints["llama_tied"]))
+    launch = {"entry": "fsdp2", "config": config}
+    run, plain = (bench.run("resume", tp, 2, args, **launch) for tp in (2, 1))
+    close(run.report, plain.report, LOSS, "uninterrupted")
+    saved = [str(r.out / "checkpoints" / "checkpoint_0") for r in (run, plain)]
+    # (plain Accelerate shuffles otherwise after load_state at dp = 2: the oracle is its own resumed run)
+    rest = bench.run("resume", 1, 2, (*args, "--resume", saved[1]), **launch).report["steps"]
+    for tp, origin in ((2, saved[0]), (1, saved[0]), (2, saved[1])):
+        again = bench.run("resume", tp, 2, (*args, "--resume", origin), **launch)
+        close(again.report["steps"], rest, LOSS, f"resumed at tp {tp} from {origin}")
+
+
+def test_fsdp1_is_refused_before_anything_starts(bench, checkpoints):
+    args = ("--models", str(checkpoints["llama"].parent))
+    old = {"fsdp_version": 1, "fsdp_reshard_after_forward": "FULL_SHARD"}
+    run = bench.launch("reached", 2, 1, args, entry="fsdp2", config=old, timeout=60)
+    assert run.code != 0
+    assert not list(run.out.glob("rank*.json")), "the script got its model before anybody objected"
+    assert any("fsdp_version: 1" in line and "fsdp_version: 2" in line for line in run.output.splitlines()), run.tail()

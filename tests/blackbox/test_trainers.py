@@ -1,0 +1,78 @@
+"""HF Trainer, TRL and PEFT beyond the ordinary: scripts of many trainers, against the same on dp plain processes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from .compare import LOSS, close
+from .instruct import write_data, write_tokenizer
+
+BETA = 0.2  # the larger of those in scripts/tuners.py
+TRAINERS = ("averaged", "unaveraged", "whole_metrics", "fitting", "resumed", "classified", "generated")
+TUNERS = ("sft", "sft_packed", "sft_lora", "dpo", "dpo_before", "dpo_lora")
+LAYOUTS = [(2, 2), pytest.param(2, 1, marks=pytest.mark.full)]
+
+
+@pytest.fixture(scope="session")
+def folder(checkpoints, tmp_path_factory) -> Path:
+    """A checkpoint with a tokenizer, and data sets beside it."""
+    root = tmp_path_factory.mktemp("instruct")
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"])
+    model.config.pad_token_id = 0
+    model.save_pretrained(root / "model")
+    write_tokenizer(root / "model")
+    write_data(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def start(bench, folder):
+    def run(script: str, tp: int, dp: int):
+        return bench.run(script, tp, dp, ("--models", str(folder), "--model", "model"), timeout=280).report
+
+    return run
+
+
+@pytest.mark.parametrize("tp, dp", LAYOUTS)
+@pytest.mark.parametrize("case", TRAINERS)
+def test_trainer(start, case, tp, dp):
+    got, expected = (start("trainers", t, dp)[case] for t in (tp, 1))
+    assert isinstance(expected, dict), expected
+    close(got, expected, LOSS, case)
+    assert case != "resumed" or got["exact"]
+
+
+@pytest.mark.parametrize("tp, dp", LAYOUTS)
+def test_trainer_in_bf16(start, tp, dp):
+    got, expected = (start("trainers", t, dp)["half"] for t in (tp, 1))
+    close(got, expected, 1e-3, "losses")  # 8 bits: two runs that add in another order
+
+
+def rewards_close(got: dict, expected: dict, what: str) -> None:
+    """Take DPO's rewards, β (log π - log π_ref), out of one entry of a log and compare them.
+
+    Differences of nearly equal numbers: their error is that of the log-probabilities. Before the first step all are
+    ties that rounding decides, also on one process, and then their signs (`accuracies`) are not compared.
+    """
+    size = max((abs(value) for name, value in expected.items() if "logps/" in name), default=0.0)
+    names = [name for name in expected if "rewards/" in name]
+    tied = all(abs(expected[name]) < LOSS for name in names if not name.endswith("accuracies"))
+    for name in names:
+        a, b = got.pop(name), expected.pop(name)
+        if not (tied and name.endswith("accuracies")):
+            assert abs(a - b) <= BETA * LOSS * size, f"{what}, {name}: {a!r} instead of {b!r}"
+
+
+@pytest.mark.parametrize("tp, dp", LAYOUTS)
+@pytest.mark.parametrize("case", TUNERS)
+def test_trl(start, case, tp, dp):
+    got, expected = (copy.deepcopy(start("tuners", t, dp)[case]) for t in (tp, 1))
+    assert isinstance(expected, dict), expected
+    assert isinstance(got, dict), got
+    for at, (entry, other) in enumerate(zip(got["log"], expected["log"], strict=True)):
+        rewards_close(entry, other, f"{case}.log[{at}]")
+    close(got, expected, LOSS, case)

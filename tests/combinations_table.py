@@ -1,0 +1,112 @@
+"""What combines with what: each cell names the test that shows it; ci/combinations.py writes the README's table.
+
+A cell is "file::test", "refused file::test" where that test shows the message, or "" where no test says.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+README = TESTS.parent / "README.md"
+BEGIN, END = "<!-- combinations: written by ci/combinations.py -->", "<!-- /combinations -->"
+
+ENGINES = ("one replica", "DDP", "ZeRO 0–3", "FSDP2")
+
+LOOP, ZERO_LOOP = "blackbox/test_loop.py::test_steps", "blackbox/test_zero_training.py::test_loop"
+TRAINER = "blackbox/test_checkpoints.py::test_trainer_logs_what_it_logs_on_dp_processes"
+TRAINERS, TRL = "blackbox/test_trainers.py::test_trainer", "blackbox/test_trainers.py::test_trl"
+CLIP, SEQUENCE, ZOO = "blackbox/test_clip_and_seeds.py", "test_sequence.py", "test_zoo.py::test_proof"
+FSDP2, FSDP2_LOOP, FSDP2_SETTINGS = "test_fsdp2.py", "blackbox/test_fsdp2.py::test_loop", "test_fsdp2.py::test_settings"
+
+COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
+    "Accelerate loop": (LOOP, LOOP, ZERO_LOOP, FSDP2_LOOP),
+    "HF `Trainer`": (TRAINER, TRAINERS, "blackbox/test_zero_training.py::test_trainer", ""),
+    "TRL": (TRL, TRL, "", ""),
+    "accumulation, clipping": (LOOP, LOOP, "test_zero.py::test_fp32", f"{FSDP2}::test_accumulation"),
+    "bf16": (
+        f"{CLIP}::test_bf16_training",
+        "blackbox/test_trainers.py::test_trainer_in_bf16",
+        "test_zero.py::test_bf16",
+        f"{FSDP2}::test_bf16",
+    ),
+    "activation checkpointing": (
+        f"{CLIP}::test_recomputation_repeats_the_dropout",
+        f"{CLIP}::test_recomputation_repeats_the_dropout",
+        "",
+        FSDP2_SETTINGS,
+    ),
+    "optimizer on the CPU": ("", "", "test_zero.py::test_offloaded", FSDP2_SETTINGS),
+    "LoRA": ("test_lora.py::test_lora_on_every_linear", TRL, "test_zero.py::test_lora", f"{FSDP2}::test_lora"),
+    "Adafactor, Muon": (
+        "test_whole_step.py::test_steps_with_whole_parameters",
+        TRAINERS,
+        "refused test_zero_launch.py::test_optimizers_that_need_whole_tensors",
+        "",
+    ),
+    "sequence parallelism": (f"{SEQUENCE}::test_parity", "", "", FSDP2_SETTINGS),
+    "whole experts": (ZOO, "", "", ""),
+    "overlap, fused linears": ("test_columns.py::test_llama", "", "test_columns.py::test_zero", ""),
+    "`torch.compile`": ("blackbox/test_compile.py::test_trainer_compiles", "", "", ""),
+    "`save_pretrained`": (
+        "blackbox/test_loop.py::test_saved_checkpoint_is_the_plain_one",
+        "blackbox/test_loop.py::test_saved_checkpoint_is_the_plain_one",
+        "blackbox/test_zero_training.py::test_saved_weights",
+        FSDP2_LOOP,
+    ),
+    "exact resume": (
+        "test_save_state.py::test_resumed_to_the_last_bit",
+        "test_save_state.py::test_resumed_to_the_last_bit",
+        "test_zero_checkpoints.py::test_resume",
+        "blackbox/test_fsdp2.py::test_save_state_resumes_here_and_elsewhere",
+    ),
+    "resume at another tp × dp": (
+        "blackbox/test_checkpoints.py::test_save_state_resumes_at_another_tp",
+        "blackbox/test_checkpoints.py::test_trainer_resumes_at_another_tp",
+        "test_zero_checkpoints.py::test_resume",
+        f"{FSDP2}::test_checkpoints_move_between_layouts",
+    ),
+    "`generate`": ("test_generate.py::test_all_modes", "blackbox/test_relatives.py::test_section", "", ""),
+}
+"""Feature → its tests without replicas, under DDP, under ZeRO, under FSDP2."""
+
+
+def missing() -> list[str]:
+    """Tests that a cell names and that are not there."""
+    named = {cell.removeprefix("refused ") for row in COMBINATIONS.values() for cell in row if cell}
+    return sorted(name for name in named if not _exists(*name.split("::")))
+
+
+def _exists(file: str, test: str) -> bool:
+    path = TESTS / file
+    if not path.is_file():
+        return False
+    return any(
+        isinstance(node, ast.FunctionDef) and node.name == test for node in ast.parse(path.read_text("utf-8")).body
+    )
+
+
+def table() -> str:
+    """The README's table."""
+    lines = [f"| | {' | '.join(ENGINES)} |", f"|---|{'---|' * len(ENGINES)}"]
+    for feature, row in COMBINATIONS.items():
+        lines.append(f"| {feature} | {' | '.join(_cell(cell) for cell in row)} |")
+    return "\n".join(lines)
+
+
+def _cell(name: str) -> str:
+    if not name:
+        return "–"
+    return "refused" if name.startswith("refused ") else f"[✓](tests/{name.split('::')[0]})"
+
+
+def written() -> str:
+    """The table that the README has."""
+    return README.read_text("utf-8").split(BEGIN)[1].split(END)[0].strip()
+
+
+def write() -> None:
+    """Put the table into the README."""
+    before, rest = README.read_text("utf-8").split(BEGIN)
+    README.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}", "utf-8")

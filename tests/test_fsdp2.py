@@ -1,0 +1,378 @@
+"""FSDP2 x TP against plain FSDP2 at the same dp: losses, gradients, norms, weights, bytes, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models import batch, build, config_for
+from workers import run
+
+STEPS, MICRO = 6, 2
+
+
+def _install() -> None:
+    """Patch what a worker with a ``tp_size`` patches, once; without a mesh the patches do nothing."""
+    import torch.distributed.checkpoint.state_dict
+    import torch.distributed.fsdp
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    from tp_plugin.engines import torch_utils
+    from tp_plugin.engines.fsdp2 import checkpoint, wrapping
+
+    torch_utils.install()
+    if not hasattr(torch.distributed.fsdp.fully_shard, "tp_patched"):
+        wrapping.install(torch.distributed.fsdp)
+        wrapping.install_param(_fsdp_param)
+        checkpoint.install(torch.distributed.checkpoint.state_dict)
+
+
+def make(tp: int, model_type: str, overrides: dict[str, Any], **settings: Any) -> tuple[torch.nn.Module, Any]:
+    """A model, split by Accelerate's own program for FSDP2; and its config."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    import tp_plugin
+    from tp_plugin.options import OPTIONS
+    from tp_plugin.parallel.mesh import forget_mesh
+    from tp_plugin.shard import local_states
+
+    forget_mesh()
+    _install()
+    config = config_for(model_type, **overrides)
+    model = build(config, seed=settings.pop("seed", 0))
+    if settings.pop("lora", False):
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", lora_alpha=16, init_lora_weights=False))
+    sequence = settings.pop("sequence_parallel", False)
+    if tp > 1:
+        os.environ[OPTIONS] = json.dumps({"sequence_parallel": sequence})
+        model = tp_plugin.parallelize(model, tp_size=tp)
+    precision = settings.pop("mixed_precision", "no")
+    settings = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True} | settings
+    offload = settings.pop("cpu_offload", False)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **settings)
+    if offload:
+        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # which takes an accelerator
+    if precision != "no":
+        plugin.set_mixed_precision(precision)
+    accelerator: Any = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision=precision, is_main_process=False
+    )
+    plugin.set_auto_wrap_policy(model)
+    if settings.get("activation_checkpointing"):
+        model = fsdp2_apply_ac(accelerator, model)
+    with local_states():
+        return fsdp2_prepare_model(accelerator, model), config
+
+
+def step(model: Any, optimizer: Any, vocabulary: int, tp: int, number: int, sync_each: bool) -> dict[str, Any]:
+    """One optimizer step of MICRO micro-batches; what this rank saw."""
+    from tp_plugin.parallel.rows import joined
+    from tp_plugin.shard.whole import plain_name
+
+    dp_rank = torch.distributed.get_rank() // tp
+    losses = []
+    for micro in range(MICRO):
+        model.set_requires_gradient_sync(sync_each or micro == MICRO - 1)
+        loss = model(**batch(vocabulary, seed=100 * number + 10 * micro + dp_rank)).loss
+        (loss / MICRO).backward()
+        losses.append(loss.item())
+    grads = {
+        plain_name(name): joined(p.grad).detach().float().clone()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"losses": losses, "grads": grads, "norm": norm.item()}
+
+
+def new_optimizer(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=1e-6, weight_decay=0.1)
+
+
+def train(tp: int, model_type: str, overrides: dict[str, Any], settings: dict[str, Any], sync_each: bool) -> Any:
+    from tp_plugin.parallel.layouts import layout_of
+    from tp_plugin.parallel.mesh import ledger
+    from tp_plugin.parallel.rows import held, joined
+    from tp_plugin.shard.whole import plain_name
+
+    settings = dict(settings)
+    steps = settings.pop("steps", STEPS)
+    model, config = make(tp, model_type, overrides, **settings)
+    optimizer = new_optimizer(model)
+    seen = []
+    for number in range(steps):
+        before = {book: dict(ledger[book]) for book in ledger}
+        seen.append(step(model, optimizer, config.vocab_size, tp, number, sync_each))
+    moved = {book: {k: v - before[book].get(k, 0) for k, v in ledger[book].items()} for book in ledger}
+    named = {plain_name(name): p for name, p in model.named_parameters()}
+    return {
+        "steps": seen,
+        "moved": {book: {k: v for k, v in found.items() if v} for book, found in moved.items()},
+        "weights": {name: joined(p).detach().float().clone() for name, p in named.items()},
+        "layouts": {name: layout_of(p) for name, p in named.items()},
+        "held": {name: held(p).numel() for name, p in named.items()},
+    }
+
+
+_plain: dict[Any, Any] = {}
+
+
+def compare(tp: int, dp: int, *case: Any, limits: tuple[float, float, float, float] = (1e-5, 1e-4, 1e-5, 3e-4)) -> Any:
+    """Run the case both ways; section 7's limits."""
+    loss, gradient, norm, weight = limits
+    if repr((dp, case)) not in _plain:
+        _plain[repr((dp, case))] = run(dp, train, 1, *case)
+    expected = _plain[repr((dp, case))]
+    found = run(tp * dp, train, tp, *case)
+    for rank, result in enumerate(found):
+        wanted = expected[rank // tp]
+
+        def mine(name: str, whole: torch.Tensor, rank: int = rank, result: Any = result) -> torch.Tensor:
+            layout = result["layouts"][name]
+            return layout.shard(whole, rank % tp) if layout is not None else whole
+
+        for number, (got, want) in enumerate(zip(result["steps"], wanted["steps"], strict=True)):
+            assert got["losses"] == pytest.approx(want["losses"], rel=loss), f"rank {rank}, step {number}"
+            assert got["norm"] == pytest.approx(want["norm"], rel=norm), f"rank {rank}, step {number}"
+            assert got["norm"] > 0.5, "clipping is not active"
+        # the gradients of the first step, whose weights are equal
+        got, want = result["steps"][0]["grads"], wanted["steps"][0]["grads"]
+        assert got.keys() == want.keys()
+        for name, tensor in got.items():
+            target = mine(name, want[name])
+            assert tensor.shape == target.shape, name
+            assert (tensor - target).norm() <= gradient * want[name].norm() + 1e-9, f"rank {rank}: {name}"
+        for name, tensor in result["weights"].items():
+            assert (tensor - mine(name, wanted["weights"][name])).abs().max() <= weight, f"rank {rank}: {name}"
+        assert sum(result["held"].values()) < 1.5 * sum(wanted["held"].values()) / tp  # adapters are whole on one side
+    return found
+
+
+LLAMA = ("llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True})
+REPLICATED_KV = ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True})
+FULL = pytest.mark.full
+
+
+@pytest.mark.parametrize("model", [LLAMA, REPLICATED_KV], ids=["llama", "kv1-tied"])
+@pytest.mark.parametrize("tp, dp", [(2, 1), (2, 2), pytest.param(4, 1, marks=FULL)])
+def test_fp32(tp: int, dp: int, model: Any) -> None:
+    compare(tp, dp, *model, {}, False)
+
+
+@pytest.mark.parametrize("model", ["qwen3", *(pytest.param(name, marks=FULL) for name in ("gpt2", "olmo2", "gpt_oss"))])
+def test_architectures(model: str) -> None:
+    """Partial gradients of q/k norms; Conv1D and one matrix at both ends; norms over a split width; experts."""
+    compare(2, 2, model, {}, {}, False)
+
+
+@pytest.mark.parametrize("sync_each", [pytest.param(False, marks=FULL), True])
+def test_accumulation(sync_each: bool) -> None:
+    """Sums of replicas are taken once, whether FSDP2 reduces after every micro-batch or after the last."""
+    compare(2, 2, "qwen3", {"num_key_value_heads": 1}, {}, sync_each)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "checkpointing": {"activation_checkpointing": True},
+    "no-reshard": {"reshard_after_forward": False},
+    "no-wrap": {"auto_wrap_policy": "NO_WRAP"},
+    "offload": {"cpu_offload": True},
+    "sequence": {"sequence_parallel": True},
+    "sequence-checkpointing": {"sequence_parallel": True, "activation_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=FULL if name in ("no-reshard", "no-wrap") else ()) for name in SETTINGS]
+)
+def test_settings(name: str) -> None:
+    uncached = {**REPLICATED_KV[1], "use_cache": False}  # recomputed layers would fill the cache twice
+    compare(2, 2, "llama", uncached, SETTINGS[name], False)
+
+
+@pytest.mark.parametrize("tp, dp", [(2, 2), pytest.param(4, 1, marks=FULL)])
+def test_lora(tp: int, dp: int) -> None:
+    compare(tp, dp, *LLAMA, {"lora": True}, False)
+
+
+def test_bf16() -> None:
+    """As close to fp32's losses and norms as plain FSDP2's bf16 run is, within twice its spread."""
+    exact, expected = (run(2, train, 1, *LLAMA, settings, False)[0] for settings in ({}, {"mixed_precision": "bf16"}))
+    for result in run(4, train, 2, *LLAMA, {"mixed_precision": "bf16"}, False)[:2]:
+        for key in (lambda s: s["losses"][0], lambda s: s["norm"]):
+            rows = [[key(s) for s in r["steps"]] for r in (exact, expected, result)]
+            spread = max(abs(b - a) / a for a, b, _ in zip(*rows, strict=True))
+            assert max(abs(c - b) / b for _, b, c in zip(*rows, strict=True)) <= 2 * spread + 2**-9
+
+
+@pytest.mark.parametrize(
+    "dp, reshard, sequence",
+    [(2, True, False), (2, False, False), (1, True, False), (2, True, True)],
+    ids=["reshard", "keep", "alone", "sequence"],
+)
+def test_bytes(dp: int, reshard: bool, sequence: bool) -> None:
+    """The formula of engines/fsdp2/wrapping.py; nothing in a DP group of one, and no TP traffic because of FSDP2."""
+    even = {**LLAMA[1], "vocab_size": 96}
+    settings = {"reshard_after_forward": reshard, "sequence_parallel": sequence, "steps": 1}
+    found = run(2 * dp, train, 2, "llama", even, settings, False)
+    for result in found:
+        held = {name: 4 * tensor.numel() for name, tensor in result["weights"].items()}
+        assert all(tensor.shape[0] % dp == 0 for tensor in result["weights"].values())  # no padding in this model
+        kept = sum(size for name, size in held.items() if name in ("model.norm.weight", "lm_head.weight"))
+        whole = sum(held.values())
+        gathered = 2 * whole - kept if reshard else whole
+        moved = {key: size for key, size in result["moved"]["bytes"].items() if key.endswith("/dp")}
+        expected = {
+            "all_gather_into_tensor/dp": MICRO * gathered / dp, "reduce_scatter_tensor/dp": whole, "all_reduce/dp": 4
+        }  # fmt: skip
+        moved.pop("all_gather/dp", None)  # this test's own, which reads the gradients
+        assert moved == ({} if dp == 1 else expected)
+        tp_side = {key: size for key, size in result["moved"]["count"].items() if key.endswith("/tp")}
+        assert tp_side == ddp_counts(sequence)
+
+
+def ddp_counts(sequence: bool) -> dict[str, int]:
+    """Collectives of the TP group that the same step has without FSDP2: all-reduces, one more for the norm."""
+    (found,) = {tuple(sorted(counts.items())) for counts in run(2, count_without, sequence)}
+    return dict(found)
+
+
+def count_without(sequence: bool) -> dict[str, int]:
+    import tp_plugin
+    from tp_plugin.engines import torch_utils
+    from tp_plugin.options import OPTIONS
+    from tp_plugin.parallel.mesh import forget_mesh, ledger
+
+    forget_mesh()
+    torch_utils.install()
+    model = build(config_for("llama", **LLAMA[1], vocab_size=96))
+    os.environ[OPTIONS] = json.dumps({"sequence_parallel": sequence})
+    tp_plugin.parallelize(model, tp_size=2)
+    before = dict(ledger["count"])
+    for micro in range(MICRO):
+        model(**batch(96, seed=micro)).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    return {k: v - before.get(k, 0) for k, v in ledger["count"].items() if k.endswith("/tp") and v > before.get(k, 0)}
+
+
+def save(tp: int, model: tuple[str, dict[str, Any]], folder: str, steps: int) -> Any:
+    """Train, save model and optimizer as DCP and as full state dicts, train on; the later losses and norms."""
+    _install()  # before the names below are imported
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+    )
+
+    network, config = make(tp, *model)
+    optimizer = new_optimizer(network)
+    for number in range(steps):
+        step(network, optimizer, config.vocab_size, tp, number, False)
+    with torch.no_grad():
+        network(**batch(config.vocab_size, seed=0))  # leaves the root's parameters gathered
+    state = {"model": get_model_state_dict(network), "optimizer": get_optimizer_state_dict(network, optimizer)}
+    dcp.save(state, checkpoint_id=f"{folder}/dcp")
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    full = get_model_state_dict(network, options=options), get_optimizer_state_dict(network, optimizer, options=options)
+    direct = network.state_dict() if tp > 1 else {}
+    if torch.distributed.get_rank() == 0:
+        torch.save(full, f"{folder}/full.pt")
+        assert all(torch.equal(direct[name], tensor) for name, tensor in full[0].items() if direct)
+    else:
+        assert full == ({}, {})
+    rest = [step(network, optimizer, config.vocab_size, tp, steps + more, False) for more in range(2)]
+    return [(seen["losses"], seen["norm"]) for seen in rest]
+
+
+def resume(tp: int, model: tuple[str, dict[str, Any]], folder: str, steps: int, full: bool) -> Any:
+    _install()  # before the names below are imported
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    network, config = make(tp, *model, seed=5)
+    optimizer = new_optimizer(network)
+    if full:
+        on_first = torch.distributed.get_rank() == 0
+        states = torch.load(f"{folder}/full.pt", weights_only=True) if on_first else ({}, {})
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    else:
+        options = StateDictOptions()
+        state = {"model": get_model_state_dict(network), "optimizer": get_optimizer_state_dict(network, optimizer)}
+        dcp.load(state, checkpoint_id=f"{folder}/dcp")
+        states = state["model"], state["optimizer"]
+    set_model_state_dict(network, states[0], options=options)
+    set_optimizer_state_dict(network, optimizer, states[1], options=options)
+    rest = [step(network, optimizer, config.vocab_size, tp, steps + more, False) for more in range(2)]
+    return [(seen["losses"], seen["norm"]) for seen in rest]
+
+
+@pytest.mark.parametrize("model", [REPLICATED_KV, pytest.param(("gpt2", {}), marks=FULL)], ids=["llama", "gpt2"])
+def test_checkpoints_move_between_layouts(tmp_path: Path, model: Any) -> None:
+    """Saved at tp 2 x dp 2, by all ranks; resumed there, at tp 4, at tp 2, and by plain FSDP2; and the way back."""
+
+    def check(found: Callable[[], Any], tp: int, expected: list[Any]) -> None:
+        for rank, seen in enumerate(found()):
+            for (losses, norm), (want, want_norm) in zip(seen, expected[rank // tp], strict=True):
+                assert losses == pytest.approx(want, rel=1e-5)
+                assert norm == pytest.approx(want_norm, rel=1e-5)
+
+    for name in ("plain", "tp"):
+        (tmp_path / name).mkdir()
+    expected = run(2, save, 1, model, str(tmp_path / "plain"), 2)
+    check(lambda: run(4, save, 2, model, str(tmp_path / "tp"), 2), 2, expected)
+    whole, parts = (torch.load(tmp_path / name / "full.pt", weights_only=True) for name in ("plain", "tp"))
+    assert list(whole[0]) == list(parts[0]) and list(whole[1]["state"]) == list(parts[1]["state"])
+    for name, tensor in whole[0].items():
+        torch.testing.assert_close(parts[0][name], tensor, rtol=0, atol=3e-4)
+    assert list((tmp_path / "tp" / "dcp").glob("__3_*.distcp")), "rank 3 wrote nothing"
+    for full in (False, True):
+        for origin, tp, dp in (("tp", 2, 2), ("tp", 1, 2), ("plain", 2, 2)):
+            check(lambda: run(tp * dp, resume, tp, model, str(tmp_path / origin), 2, full), tp, expected)  # noqa: B023
+    alone = run(1, resume, 1, model, str(tmp_path / "plain"), 2, False)
+    for full in (False, True):
+        check(lambda: run(4, resume, 4, model, str(tmp_path / "tp"), 2, full), 4, alone)  # noqa: B023
+
+
+def refusals(tp: int) -> list[str]:
+    import torch.distributed.fsdp
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from tp_plugin import TPError, parallelize
+    from tp_plugin.parallel.mesh import forget_mesh
+
+    forget_mesh()
+    _install()
+    model = parallelize(build(config_for("llama")), tp_size=tp)
+    world = torch.distributed.get_world_size()
+    said = []
+    for mesh in (init_device_mesh("cpu", (world,)), init_device_mesh("cpu", (1, world), mesh_dim_names=("a", "b"))):
+        try:
+            torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+        except TPError as error:
+            said.append(str(error))
+    return said
+
+
+def test_another_mesh_is_refused() -> None:
+    for said in run(2, refusals, 2):
+        assert len(said) == 2 and all("leave out mesh" in message for message in said)

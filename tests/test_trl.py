@@ -1,0 +1,83 @@
+"""TRL's fused head over a split vocabulary, against TRL's own over the whole one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from workers import run
+
+SETTINGS = {"plain": {}, "all": {"temperature": 0.7, "final_logit_softcapping": 2.0, "logit_scale": 0.3}}
+
+
+def _off(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def scores_case(kind: str) -> dict[str, Any]:
+    from trl.kernels import ChunkedLogProbFunction
+
+    from tp_plugin.engines.trl import OPTIONAL, _LogProbs
+    from tp_plugin.parallel import layouts, mesh
+    from tp_plugin.policy import ParamLayout
+    from tp_plugin.policy.split import vocabulary_rows
+
+    mesh.forget_mesh()
+    group = mesh.init_mesh(2).tp
+    torch.manual_seed(0)
+    size, width, tokens = 97, 12, 30
+    hidden, weight, bias = torch.randn(tokens, width), torch.randn(size, width), torch.randn(size)
+    targets = torch.randint(0, size, (tokens,))
+    targets[:10] = (hidden @ weight.t() + bias).argmax(-1)[:10]  # some are the largest
+    parts, rows = vocabulary_rows(size, 2)
+    layout = ParamLayout((size, width), 0, parts, pad_to=rows)
+    biases = ParamLayout((size,), 0, parts, pad_to=rows)
+    given = {"temperature": 1.0, "final_logit_softcapping": None, "logit_scale": 1.0, **SETTINGS[kind]}
+    rest = (given["temperature"], 32, given["final_logit_softcapping"], given["logit_scale"], OPTIONAL)
+    results, grads = [], []
+    for split in (False, True):
+        x = hidden.clone().requires_grad_()
+        w, b = (layout.shard(weight, group.rank), biases.shard(bias, group.rank)) if split else (weight, bias)
+        w, b = torch.nn.Parameter(w.clone()), torch.nn.Parameter(b.clone())
+        if split:
+            layouts.attach(w, layout)
+            layouts.attach(b, biases)
+        before = {name: dict(book) for name, book in mesh.ledger.items()}
+        found = _LogProbs(ChunkedLogProbFunction).apply(x, w, b, targets, *rest)
+        forward = {n: mesh.ledger["bytes"][n] - before["bytes"].get(n, 0) for n in mesh.ledger["bytes"]}
+        weights = torch.linspace(-1, 1, tokens)
+        (found[0] * weights + 0.3 * found[1] * weights.flip(0)).sum().backward()
+        results.append([None if one is None else one.detach() for one in found])
+        gathered = [layout.gather(group.all_gather(w.grad)), biases.gather(group.all_gather(b.grad))] if split else 0
+        grads.append([x.grad, *(gathered or [w.grad, b.grad])])
+    return {
+        "values": [_off(a.float(), b.float()) for b, a in zip(*results, strict=True)],
+        "grads": [_off(a, b) for b, a in zip(*grads, strict=True)],
+        "top": results[0][4].sum().item(), "bytes": sum(forward.values()) / tokens,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_scores_are_those_of_the_whole_vocabulary(kind: str) -> None:
+    for found in run(2, scores_case, kind):
+        assert max(found["values"]) <= 1e-5 and max(found["grads"]) <= 1e-4
+        assert found["top"] >= 10
+        assert found["bytes"] < 100  # this rank's logits are 4 x 49 bytes per token; all five results cost fewer
+
+
+def distilled_case() -> str:
+    from tp_plugin.engines.trl import _Refused
+    from tp_plugin.errors import TPError
+    from tp_plugin.parallel import layouts
+    from tp_plugin.policy import ParamLayout
+
+    weight = torch.nn.Parameter(torch.zeros(2, 3))
+    layouts.attach(weight, ParamLayout((4, 3), 0, (((0, 2),), ((2, 4),))))
+    with pytest.raises(TPError) as raised:
+        _Refused(None).apply(torch.zeros(1), weight)
+    return str(raised.value)
+
+
+def test_distillation_by_whole_heads_is_refused() -> None:
+    assert "DistillationTrainer multiplies by whole lm_head.weight" in distilled_case()

@@ -1,0 +1,457 @@
+"""Vocabulary-parallel losses against plain torch: numbers, gradients, bytes sent, bytes held; and who reads what."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import losses
+import pytest
+import torch
+import torch.nn.functional as F
+from losses import LEAD, LOCAL, WHOLE
+from memory import LiveBytes
+from models import batch, build, config_for
+from torch import nn
+from workers import run
+
+HIDDEN = 24
+
+
+class Pair:
+    """A plain head, and the same one split over the ranks as the plugin does it."""
+
+    def __init__(self, tp: int, vocabulary: int, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN):
+        from tp_plugin.parallel.exchange import exchange
+        from tp_plugin.parallel.logits import VocabularyColumns
+        from tp_plugin.parallel.mesh import forget_mesh, init_mesh
+
+        forget_mesh()
+        mesh = init_mesh(tp)
+        exchange(mesh)
+        self.group = mesh.tp
+        torch.manual_seed(0)
+        self.plain = nn.Linear(hidden, vocabulary).to(dtype)
+        with torch.no_grad():
+            self.plain.weight.normal_(), self.plain.bias.normal_()
+        width = -(-vocabulary // tp)
+        self.rows = slice(mesh.tp.rank * width, (mesh.tp.rank + 1) * width)
+        self.split = nn.Linear(hidden, width).to(dtype)
+        self.padding = (0, tp * width - vocabulary)
+        self.split.weight.data = F.pad(self.plain.weight.data, (0, 0, *self.padding))[self.rows].clone()
+        self.split.bias.data = F.pad(self.plain.bias.data, self.padding)[self.rows].clone()
+        columns = VocabularyColumns(vocabulary, width)
+        self.split.register_forward_pre_hook(columns.before)
+        self.split.register_forward_hook(columns.after, prepend=True)
+
+    def input(self, lead: tuple[int, ...] = LEAD) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(7)
+        x = torch.randn(*lead, self.plain.in_features, generator=generator)
+        return x.to(self.plain.weight.dtype).requires_grad_()
+
+    def apart(self, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """Relative deviations of the loss and of the gradients, and the bytes that the split head sent."""
+        from tp_plugin.parallel.mesh import ledger
+
+        ledger["bytes"].clear()
+        found = self._run(self.split, loss_of)
+        sent = sum(ledger["bytes"].values())
+        expected = self._run(self.plain, loss_of)
+        expected["weight"] = F.pad(expected["weight"], (0, 0, *self.padding))[self.rows]
+        expected["bias"] = F.pad(expected["bias"], self.padding)[self.rows]
+        deviations = {"bytes": sent}
+        for name, want in expected.items():
+            assert type(found[name]) is torch.Tensor and found[name].dtype == want.dtype, name
+            scale = want.double().norm().clamp_min(1e-12)
+            deviations[name] = ((found[name].double() - want.double()).norm() / scale).item()
+        return deviations
+
+    def _run(self, head: nn.Linear, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+        head.zero_grad()
+        x = self.input()
+        loss = loss_of(head(x))
+        if loss.requires_grad:
+            loss.backward()
+        grads = {"x": x.grad, "weight": head.weight.grad, "bias": head.bias.grad}
+        shapes = {"x": x, "weight": head.weight, "bias": head.bias}
+        # an accuracy has no gradients
+        return {"loss": loss.detach()} | {k: torch.zeros_like(shapes[k]) if g is None else g for k, g in grads.items()}
+
+
+def numbers_case(tp: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> dict[str, dict[str, float]]:
+    pair = Pair(tp, vocabulary, dtype)
+    return {loss_of.__name__: pair.apart(loss_of) for loss_of in (*LOCAL, *WHOLE)}
+
+
+# 97 rows are not divisible; of 5 rows on four ranks the last has none
+@pytest.mark.parametrize("tp, vocabulary", [(2, 97), (2, 64), (4, 97), (4, 5)])
+def test_numbers(tp: int, vocabulary: int) -> None:
+    tokens, columns = 14, -(-vocabulary // tp)
+    for found in run(tp, numbers_case, tp, vocabulary):
+        for name, deviations in found.items():
+            sent = deviations.pop("bytes") - 4 * tokens * HIDDEN * (name != "accuracy")  # the hidden states' gradient
+            assert deviations.pop("loss") <= 1e-5, name
+            assert max(deviations.values()) <= 1e-4, (name, deviations)
+            if name in [loss_of.__name__ for loss_of in LOCAL] and columns > 30:
+                assert sent < 4 * tokens * columns / 2, f"{name} sent {sent} bytes"
+
+
+def bytes_case(tp: int) -> dict[str, dict[str, int]]:
+    from tp_plugin.parallel.mesh import ledger
+
+    pair, found = Pair(tp, 97), {}
+    for loss_of in (losses.causal, losses.smoothed, losses.accuracy, losses.log_probabilities, losses.sorted_columns):
+        for counter in ledger.values():
+            counter.clear()
+        pair._run(pair.split, loss_of)
+        found[loss_of.__name__] = {key: (ledger["count"][key], ledger["bytes"][key]) for key in ledger["count"]}
+    return found
+
+
+def test_bytes() -> None:
+    """Exactly: the collectives of each kind of loss, beside the all-reduce of the hidden states' gradient."""
+    hidden = (1, 14 * HIDDEN * 4)
+    for found in run(2, bytes_case, 2):
+        assert found == {
+            "causal": {"all_gather/tp": (1, 3 * 14 * 4), "all_reduce/tp": hidden},
+            "smoothed": {"all_gather/tp": (1, 4 * 12 * 4), "all_reduce/tp": hidden},
+            "accuracy": {"all_gather/tp": (2, 14 * (4 + 8))},
+            "log_probabilities": {"all_gather/tp": (1, 2 * 14 * 4), "all_reduce/tp": (3, 2 * 14 * 4 + hidden[1])},
+            "sorted_columns": {"all_gather/tp": (1, 14 * 49 * 4), "all_reduce/tp": hidden},
+        }
+
+
+def bf16_case(tp: int) -> dict[str, tuple[float, float]]:
+    """Distances from fp64 of the split head in bf16 and of the plain one."""
+    pair, exact, found = Pair(tp, 97, torch.bfloat16), Pair(tp, 97, torch.bfloat16), {}
+    exact.plain.double()
+    for loss_of in (losses.causal, losses.capped, losses.scaled, losses.biased, losses.smoothed, losses.distilled):
+        want = exact._run(exact.plain, lambda logits, of=loss_of: of(logits).double())
+        plain, split = pair._run(pair.plain, loss_of), pair._run(pair.split, loss_of)
+        assert plain["loss"].dtype == split["loss"].dtype
+        for name, own in (("loss", slice(None)), ("x", slice(None)), ("weight", pair.rows), ("bias", pair.rows)):
+            target = want[name].double()[own] if name in ("weight", "bias") else want[name].double()
+            errors = []
+            for which in (split, plain):
+                value = which[name].double()
+                if name in ("weight", "bias"):
+                    value = value[: len(target)] if which is split else value[own]
+                errors.append(((value - target).norm() / target.norm()).item())
+            found[f"{loss_of.__name__} {name}"] = tuple(errors)
+    return found
+
+
+def test_bf16() -> None:
+    """As near to exact numbers as plain bf16 is."""
+    for found in run(2, bf16_case, 2):
+        for name, (split, plain) in found.items():
+            assert split <= 1.5 * plain + 2e-3, (name, split, plain)
+
+
+def autocast_case(tp: int) -> dict[str, float]:
+    pair = Pair(tp, 97)
+
+    def loss_of(logits: torch.Tensor) -> torch.Tensor:
+        assert logits.dtype == torch.bfloat16
+        return losses.causal(logits)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        return pair.apart(loss_of)
+
+
+def test_autocast() -> None:
+    for found in run(2, autocast_case, 2):
+        found.pop("bytes")
+        assert found.pop("loss") <= 2e-3 and max(found.values()) <= 2e-2, found
+
+
+def memory_case(vocabulary: int, lead: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """Peak of head and loss, forward and backward, and the largest tensor, relative to the local logits in fp32.
+
+    All of it counts but the input: logits (still held at the end), temporaries, the gradients of input and weight.
+    """
+    pair, found = Pair(2, vocabulary, dtype, hidden=16), {}
+    local = 4 * lead[0] * lead[1] * pair.split.out_features
+    for loss_of in (
+        losses.causal,
+        losses.capped,
+        losses.scaled,
+        losses.biased,
+        losses.smoothed,
+        losses.trainer_smoothed,
+    ):
+        pair.split.zero_grad()
+        x = pair.input(lead)
+        with LiveBytes() as bytes_:
+            logits = pair.split(x)
+            loss_of(logits).backward()
+        found[loss_of.__name__] = bytes_.peak / local, bytes_.largest / local
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory(dtype: torch.dtype) -> None:
+    for found in run(2, memory_case, 16001, (2, 256), dtype):
+        for name, (peak, largest) in found.items():
+            assert peak <= 1.2, (name, peak)
+            assert 0.49 <= largest <= 1, (name, largest)
+
+
+def test_memory_is_really_counted() -> None:
+    with LiveBytes() as bytes_:
+        x = torch.ones(1000)
+        y = (x * 2).exp()
+        del x
+        y + 1
+    assert (bytes_.peak, bytes_.live, bytes_.largest) == (12000, 4000, 4000)
+
+
+def reading_case(tp: int) -> None:
+    pair = Pair(tp, 97)
+    with torch.no_grad():
+        logits = pair.split(pair.input())
+        losses.read_like_an_ordinary_tensor(logits, whole(logits))
+        assert torch.allclose(whole(logits), pair.plain(pair.input()), atol=1e-5)
+    for wrong in (97, -1, -99):
+        with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds"):
+            F.cross_entropy(logits.view(-1, 97), torch.full((14,), wrong))
+
+
+def whole(logits: torch.Tensor) -> torch.Tensor:
+    """Another gather than the one under test."""
+    found = [None] * torch.distributed.get_world_size()
+    (leaf,) = logits.tensors  # type: ignore[attr-defined]
+    torch.distributed.all_gather_object(found, logits.tensors[leaf])  # type: ignore[attr-defined]
+    return torch.cat(found, -1)[:, : logits.shape[-1]].reshape(logits.shape).clone()
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_reading(tp: int) -> None:
+    run(tp, reading_case, tp)
+
+
+# --- one rank alone ---------------------------------------------------------------------------------------------------
+
+
+def _models() -> tuple[Any, nn.Module, nn.Module]:
+    import tp_plugin
+    from tp_plugin.parallel.mesh import forget_mesh
+    from tp_plugin.policy import policy_for
+
+    forget_mesh()
+    config = config_for("llama")
+    sharded, plain = build(config), build(config)
+    tp_plugin.parallelize(sharded, tp_size=torch.distributed.get_world_size(), policy=policy_for(config))
+    return config, sharded, plain
+
+
+def _forward(model: nn.Module, config: Any, step: int, labels: bool = True) -> Any:
+    data = batch(config.vocab_size, step)
+    if not labels:
+        del data["labels"]
+    return model(**data)
+
+
+READS: dict[str, Callable[[Any], Any]] = {
+    "columns": lambda outputs: outputs.logits[0, -1, :7].tolist(),
+    "printed": lambda outputs: str(outputs.logits),
+    "argmax": lambda outputs: outputs.logits.argmax(-1).tolist(),
+    "second output": lambda outputs: outputs[1].detach().cpu().numpy().sum().item(),
+    "own loss": lambda outputs: losses.causal(outputs.logits).item(),
+    "log-probabilities": lambda outputs: losses.log_probabilities(outputs.logits[:, :7]).item(),
+    "twice": lambda outputs: [outputs.logits.mean().item(), outputs.logits.std().item()],
+}
+
+
+def _near(found: Any, expected: Any) -> bool:
+    if isinstance(expected, str):
+        return found.split("grad_fn")[0] == expected.split("grad_fn")[0] or len(found) == len(expected)
+    a, b = torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def alone_case(reader: int, when: str, late: int) -> list[tuple[str, Any, Any]]:
+    """One rank reads; the others go straight on. ``late``: the rank that comes some time after the others."""
+    config, sharded, plain = _models()
+    rank, seen = torch.distributed.get_rank(), []
+
+    def look(name: str, outputs: Any, expected: Any) -> None:
+        if rank == late:
+            time.sleep(0.1)
+        if rank == reader:
+            found = READS[name](outputs)
+            seen.append((name, found, READS[name](expected)))
+
+    for step, name in enumerate(READS):
+        if when == "evaluation":
+            with torch.no_grad():
+                outputs, expected = (_forward(model.eval(), config, step) for model in (sharded, plain))
+                look(name, outputs, expected)
+            continue
+        outputs, expected = (_forward(model.train(), config, step) for model in (sharded, plain))
+        if when == "before the backward":
+            look(name, outputs, expected)
+        outputs.loss.backward()
+        if when == "after the backward":
+            look(name, outputs, expected)
+    torch.distributed.barrier()
+    grads = {name: p.grad for name, p in sharded.named_parameters()}
+    assert when == "evaluation" or all(grad is not None for grad in grads.values())
+    return seen
+
+
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("reader", [0, 1])
+@pytest.mark.parametrize("when", ["before the backward", "after the backward", "evaluation"])
+def test_one_rank_reads_alone(when: str, reader: int, late: int) -> None:
+    results = run(2, alone_case, reader, when, late)
+    assert [len(seen) for seen in results] == [len(READS) * (rank == reader) for rank in range(2)]
+    for name, found, expected in results[reader]:
+        assert _near(found, expected), (name, found, expected)
+
+
+def some_alone_case() -> list[Any]:
+    """The leader reads something first, then all read: operations of one kind and of another, three ranks and more."""
+    config, sharded, plain = _models()
+    rank, seen = torch.distributed.get_rank(), []
+    for step in range(3):
+        outputs, expected = (_forward(model.train(), config, step) for model in (sharded, plain))
+        if rank == 0:
+            seen.append((outputs.logits.argmax(-1), expected.logits.argmax(-1)))
+        if rank in (1, 3):
+            seen.append((outputs.logits.sum(), expected.logits.sum()))
+        for logits in (outputs.logits,):
+            seen.append((logits.argmax(-1), expected.logits.argmax(-1)))
+            seen.append((logits.logsumexp(-1), expected.logits.logsumexp(-1)))
+        (outputs.loss + outputs.logits[:, -1].pow(2).mean()).backward()
+        (expected.loss + expected.logits[:, -1].pow(2).mean()).backward()
+    record = sharded.tp_record
+    for name, parameter in plain.named_parameters():
+        own = record.plan.layouts[name].shard(parameter.grad, rank)
+        seen.append((sharded.get_parameter(name).grad, own))
+    return [bool(torch.allclose(found.double(), want.double(), rtol=1e-3, atol=1e-5)) for found, want in seen]
+
+
+def test_some_ranks_read_more() -> None:
+    for found in run(4, some_alone_case):
+        assert all(found), found
+
+
+def barrier_case() -> float:
+    """The others wait in a barrier of torch itself, of which the plugin knows nothing."""
+    from tp_plugin.parallel.logits import reading
+
+    config, sharded, plain = _models()
+    before, reading.PATIENCE = reading.PATIENCE, 60
+    outputs, expected = (_forward(model.train(), config, 0) for model in (sharded, plain))
+    started = time.monotonic()
+    if torch.distributed.get_rank() == 0:
+        assert torch.allclose(outputs.logits, expected.logits, atol=1e-5)
+    torch.distributed.barrier()
+    outputs.loss.backward()
+    reading.PATIENCE = before
+    return time.monotonic() - started
+
+
+def test_others_wait_elsewhere() -> None:
+    assert max(run(2, barrier_case)) < 30
+
+
+def slow_case() -> list[bool]:
+    """A rank that comes too late to an operation finds the others gone on, and does it alone as well."""
+    from tp_plugin.parallel.logits import reading
+
+    config, sharded, plain = _models()
+    before, reading.PATIENCE = reading.PATIENCE, 0.1
+    seen = []
+    for late in (0, 1):
+        outputs, expected = (_forward(model.train(), config, late) for model in (sharded, plain))
+        if torch.distributed.get_rank() == late:
+            time.sleep(1)
+        seen.append(torch.allclose(outputs.logits.logsumexp(-1), expected.logits.logsumexp(-1), atol=1e-5))
+        outputs.loss.backward()
+    reading.PATIENCE = before
+    return seen
+
+
+def test_one_comes_late() -> None:
+    assert run(2, slow_case) == [[True, True], [True, True]]
+
+
+def other_arguments_case() -> list[bool]:
+    """The leader does to the logits first what the others do not, by the same function."""
+    config, sharded, plain = _models()
+    seen = []
+    for step in range(2):
+        outputs, expected = (_forward(model.train(), config, step) for model in (sharded, plain))
+        for divisor in (2.0, 3.0) if torch.distributed.get_rank() == 0 else (3.0,):
+            found, want = ((logits / divisor).logsumexp(-1) for logits in (outputs.logits, expected.logits))
+            seen.append(torch.allclose(found, want, atol=1e-5))
+        outputs.loss.backward()
+    return seen
+
+
+def test_the_same_function_of_something_else() -> None:
+    assert run(2, other_arguments_case) == [[True] * 4, [True] * 2]
+
+
+def gone_case() -> str:
+    """Read on one rank, a step after the others have dropped them."""
+    config, sharded, _ = _models()
+    outputs = _forward(sharded.train(), config, 0)
+    kept = outputs.logits if torch.distributed.get_rank() == 0 else None
+    outputs.loss.backward()
+    del outputs
+    _forward(sharded, config, 1).loss.backward()
+    message = ""
+    if kept is not None:
+        try:
+            kept.sum().item()
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+    torch.distributed.barrier()
+    return message
+
+
+def test_logits_that_others_dropped() -> None:
+    message, _ = run(2, gone_case)
+    assert message.startswith("DivergenceError") and "Read them on every rank" in message, message
+
+
+def function_case() -> list[Any]:
+    """A function that reads on one rank and returns the loss: the other's logits are out of scope at once."""
+    config, sharded, plain = _models()
+    rank, seen = torch.distributed.get_rank(), []
+
+    def loss_of(step: int) -> torch.Tensor:
+        outputs = _forward(sharded.train(), config, step)
+        if rank == 0:
+            time.sleep(0.05)
+            seen.append(torch.allclose(outputs.logits, _forward(plain.train(), config, step).logits, atol=1e-5))
+        return outputs.loss
+
+    for step in range(3):
+        loss_of(step).backward()
+    return seen
+
+
+def test_others_have_left_the_function() -> None:
+    assert run(2, function_case) == [[True, True, True], []]
+
+
+def kept_memory_case() -> tuple[int, int]:
+    """Logits that a script drops are held for slower peers only until the ranks have met."""
+    from tp_plugin.parallel.mesh import shelf
+
+    config, sharded, _ = _models()
+    outputs = _forward(sharded.train(), config, 0)
+    loss = outputs.loss
+    del outputs
+    held = len(shelf.before())
+    loss.backward()
+    return held, len(shelf.before())
+
+
+def test_dropped_logits_are_let_go() -> None:
+    assert run(2, kept_memory_case) == [(1, 0), (1, 0)]

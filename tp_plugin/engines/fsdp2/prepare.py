@@ -1,0 +1,77 @@
+"""Accelerate prepares a sharded model for FSDP2 by its own program, with the DP group for the world."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_plugin.engines.patching import patch, wrap
+from tp_plugin.errors import TPError
+from tp_plugin.parallel.mesh import Mesh, current_mesh
+from tp_plugin.shard import local_states
+
+
+def install(accelerator: Any) -> None:
+    """Patch ``accelerate.accelerator``."""
+    wrap(accelerator, "fsdp2_prepare_model", _prepare_model)
+
+
+def install_files(fsdp_utils: Any) -> None:
+    """Patch ``accelerate.utils.fsdp_utils``: full states, which process 0 writes, are written by one rank of it."""
+    patch(fsdp_utils, "torch", _TorchSavedOnce())
+
+
+class _TorchSavedOnce:
+    """``torch`` for a module that saves on process 0, which is a TP group."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def save(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        mesh = current_mesh()
+        if mesh is not None and mesh.dp.rank > 0:
+            raise TPError(
+                f"{file}: files by process hold no whole shards under tp_size; save with use_dcp=True, or with "
+                "fsdp_state_dict_type: FULL_STATE_DICT"
+            )
+        if mesh is None or mesh.is_leader:
+            torch.save(content, file, *args, **kwargs)
+
+
+def spread_what_was_loaded(model: nn.Module, mesh: Mesh) -> None:
+    """Give every TP group's leader the weights of rank 0, which alone has read them (``cpu_ram_efficient_loading``).
+
+    The leaders give them to their groups before they slice.
+    """
+    if mesh.dp_size == 1 or not mesh.is_leader:
+        return
+    device = torch.device("cpu") if mesh.dp.takes_host else torch.device("cuda", torch.cuda.current_device())
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            sent = tensor.to(device, copy=True, memory_format=torch.contiguous_format)
+            tensor.copy_(mesh.dp.broadcast(sent))
+
+
+def refuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise for optimizers that step with whole parameters, which no rank can hold beside FSDP2's rows."""
+    if getattr(optimizer, "tp_steps_whole", False):
+        raise TPError(
+            f"optimizer {type(optimizer).__name__} looks at whole matrices, of which FSDP2 and tp_size leave a rank "
+            "rows of a part; use an elementwise one such as AdamW, or DDP (distributed_type: MULTI_GPU)"
+        )
+
+
+def _prepare_model(original: Any, accelerator: Any, model: nn.Module) -> Any:
+    if current_mesh() is None:
+        return original(accelerator, model)
+    plugin = accelerator.state.fsdp_plugin
+    # every rank has its share by now; Accelerate would broadcast rank 0's, which is another one
+    loading, plugin.cpu_ram_efficient_loading = plugin.cpu_ram_efficient_loading, False
+    try:
+        with local_states():
+            return original(accelerator, model)
+    finally:
+        plugin.cpu_ram_efficient_loading = loading

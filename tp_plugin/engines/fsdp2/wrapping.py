@@ -1,0 +1,134 @@
+"""``fully_shard`` over the DP group; what is known of a parameter follows to those that FSDP2 puts in its place.
+
+FSDP2 replaces a TP rank's tensor by a DTensor of some of its rows, and computes with a third parameter that it gathers
+before use. The layout goes to both. The gradient sum of replicas is hooked to the gathered one: there the TP ranks'
+shapes still agree, and the sum comes before the reduction over the DP group, as it does under DDP.
+
+Bytes that a rank puts into collectives of its DP group, with P bytes of local parameters (the model's / tp), of which T
+are trained, and dp > 1 ranks (Zhao et al. 2023, section 3; torch 2.13, fsdp/_fully_shard/_fsdp_param_group.py). Every
+tensor is padded to a multiple of dp rows. Nothing of it exists at dp = 1.
+
+    each micro-batch       all-gather P / dp for the forward, and again for the backward of what was released after the
+                           forward (``reshard_after_forward``: all but the final norm and the head)
+    each synchronisation   reduce-scatter T
+
+Beside it the norm, 4 bytes. The TP group carries what it carries under DDP.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_plugin.engines.patching import wrap
+from tp_plugin.errors import TPError
+from tp_plugin.parallel.layouts import attach, layout_of
+from tp_plugin.parallel.mesh import Mesh, alone, current_mesh, entry, require_mesh
+
+_meshes: dict[tuple[int, str], tuple[Mesh, Any]] = {}
+
+
+def install(fsdp: Any) -> None:
+    """Patch ``torch.distributed.fsdp``."""
+    wrap(fsdp, "fully_shard", _fully_shard)
+
+
+def install_param(fsdp_param: Any) -> None:
+    """Patch ``FSDPParam``: the gathered parameter is armed when it is made."""
+    wrap(fsdp_param.FSDPParam, "init_unsharded_param", _init_unsharded_param)
+
+
+def device_mesh(mesh: Mesh, device_type: str) -> Any:
+    """The DP group of this rank as torch's DeviceMesh; one object for all models of a run."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    known = _meshes.get((id(mesh), device_type))
+    if known is None or known[0] is not mesh:
+        group = mesh.dp.pg if mesh.dp_size > 1 else alone()
+        assert group is not None
+        _meshes.clear()
+        known = _meshes[id(mesh), device_type] = (mesh, DeviceMesh.from_group(group, device_type))
+    return known[1]
+
+
+def _device_type() -> str:
+    state = getattr(sys.modules.get("accelerate.state"), "PartialState", None)
+    if state is not None and state._shared_state:
+        return str(state().device.type)
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if device is None else device.type
+
+
+def _fully_shard(original: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+    mesh = current_mesh()
+    if mesh is None:
+        return original(module, *args, **kwargs)
+    given = kwargs.get("mesh")
+    if given is not None and (given.ndim > 1 or given.mesh.flatten().tolist() != list(mesh.dp.ranks)):
+        raise TPError(
+            f"fully_shard was given {given}, but under tp_size the {mesh.dp_size} data-parallel ranks are "
+            f"{list(mesh.dp.ranks)}; leave out mesh (hybrid sharding, HSDP, is not supported)"
+        )
+    kwargs["mesh"] = given if given is not None else device_mesh(mesh, _device_type())
+    modules: list[Any] = list(module) if isinstance(module, list | tuple) else [module]
+    before = _parameters(modules)
+    for name, parameter in before.items():
+        if parameter.numel() == 0 and layout_of(parameter) is not None:
+            raise TPError(
+                f"tp_size leaves nothing of {name[1]!r} to this rank, which FSDP2 cannot split; lower tp_size"
+            )
+    result = original(module, *args, **kwargs)
+    for name, parameter in _parameters(modules).items():
+        if parameter is not before[name]:
+            _hand_over(before[name], parameter)
+    for part in modules:
+        part.set_custom_all_gather(_counting("AllGather", mesh))
+        part.set_custom_reduce_scatter(_counting("ReduceScatter", mesh))
+    return result
+
+
+def _parameters(modules: list[nn.Module]) -> dict[tuple[int, str], Any]:
+    return {
+        (at, name): parameter
+        for at, module in enumerate(modules)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+    }
+
+
+def _hand_over(old: Any, new: Any) -> None:
+    layout = layout_of(old)
+    if layout is not None:
+        attach(new, layout)
+    if hasattr(old, "tp_replica_sum"):
+        new.tp_replica_sum = old.tp_replica_sum
+
+
+def _init_unsharded_param(original: Any, self: Any) -> None:
+    made = not hasattr(self, "_unsharded_param")
+    original(self)
+    if not made or current_mesh() is None:
+        return
+    layout = layout_of(self.sharded_param)
+    if layout is not None:
+        attach(self._unsharded_param, layout)
+    replica_sum = getattr(self.sharded_param, "tp_replica_sum", None)
+    if replica_sum is not None:
+        replica_sum.arm(self._unsharded_param)
+
+
+def _counting(kind: str, mesh: Mesh) -> Any:
+    """FSDP2's own all-gather or reduce-scatter, booked in the ledger."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+
+    default = getattr(_fsdp_collectives, f"Default{kind}")
+    op = {"AllGather": "all_gather_into_tensor", "ReduceScatter": "reduce_scatter_tensor"}[kind]
+
+    class Counted(default):  # type: ignore[misc]
+        def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            entry(op, require_mesh().dp, input_tensor.numel() * input_tensor.element_size())
+            return super().__call__(output_tensor, input_tensor, *args, **kwargs)
+
+    return Counted()

@@ -1,0 +1,95 @@
+"""transformers: ``from_pretrained`` maps the checkpoint instead of reading it; ``prepare`` reads this rank's part."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+
+from tp_plugin.engines.patching import patch
+from tp_plugin.options import Options
+from tp_plugin.shard.mapped import MOST, FromFile, is_mapped, open_checkpoint, read_at_forward
+
+
+def install(modeling_utils: Any) -> None:
+    """Patch ``PreTrainedModel._load_pretrained_model``."""
+    model = modeling_utils.PreTrainedModel
+    original = vars(model)["_load_pretrained_model"].__func__
+
+    @functools.wraps(original)
+    def load(self: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if state_dict is None and _is_plain(modeling_utils, self, checkpoint_files, load_config):
+            state_dict = _mapped(self, checkpoint_files, load_config)
+        loaded = original(self, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        read_at_forward(self)
+        return loaded
+
+    patch(model, "_load_pretrained_model", staticmethod(load))
+
+
+def _is_plain(modeling_utils: Any, model: Any, files: Any, load_config: Any) -> bool:
+    options = Options.from_environment()
+    config = getattr(model, "config", None)
+    left_whole = (
+        getattr(config, "model_type", None) in options.leave_whole or type(model).__name__ in options.leave_whole
+    )
+    devices = {
+        torch.device(device).type if device != "disk" else device for device in (load_config.device_map or {}).values()
+    }
+    return (
+        options.tp_size > 1
+        and not left_whole
+        and bool(files)
+        and all(str(file).endswith(".safetensors") for file in files)
+        and load_config.hf_quantizer is None
+        and getattr(load_config, "device_mesh", None) is None
+        and not getattr(load_config, "disable_mmap", None)
+        and not any(modeling_utils._is_on_hf_mount(file) for file in files)
+        and devices <= {"cpu"}
+    )
+
+
+def _mapped(model: Any, files: Any, load_config: Any) -> dict[str, Any] | None:
+    tensors: dict[str, Any] = {}
+    for file in files:
+        found = open_checkpoint(file)
+        if found is None or len(tensors) + len(found) > MOST:
+            return None
+        tensors.update(found)
+    castable = _castable(model, tensors, load_config.weight_mapping or [])
+    return {name: Entry(tensor) if name in castable else tensor for name, tensor in tensors.items()}
+
+
+def _castable(model: Any, names: Any, mapping: list[Any]) -> set[str]:
+    """Names of checkpoint tensors that become one parameter as they are, except for their dtype."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = copy.deepcopy(mapping)  # it notes what it was used for
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    meta = model.state_dict()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = set()
+    for name in names:
+        renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, meta)
+        if renamed in parameters and converted is None:
+            found.add(name)
+    return found
+
+
+class Entry:
+    """A mapped tensor as transformers' loader handles one: ``entry[...].to(device=…, dtype=…)``."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+    def __getitem__(self, index: Any) -> Any:
+        return self if index is Ellipsis else self.tensor[index]
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor; in another dtype, a Parameter that is cast when it is read."""
+        if dtype in (None, self.tensor.dtype):
+            return self.tensor
+        return FromFile.of(self.tensor, dtype) if is_mapped(self.tensor) else self.tensor.to(dtype)

@@ -1,0 +1,91 @@
+"""Saving a sharded model: one rank of each TP group writes, one output file at a time, and no file half-written.
+
+The files of one call get their names together, when the last is complete: until then what stood there stands there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from tp_plugin.engines.patching import wrap
+from tp_plugin.parallel.exchange import exchange
+from tp_plugin.parallel.mesh import current_mesh
+from tp_plugin.shard import fulfil, has_promise, is_sharded, models_in, promises
+
+
+def install(modeling_utils: Any) -> None:
+    """Patch ``PreTrainedModel.save_pretrained`` and what it writes files with."""
+    wrap(modeling_utils.PreTrainedModel, "save_pretrained", _save_pretrained)
+    wrap(modeling_utils, "safe_save_file", _save_file)
+
+
+def install_accelerate(other: Any) -> None:
+    """Patch what ``accelerate.save`` writes files with."""
+    wrap(other, "safe_save_file", _save_file)
+
+
+_unnamed: list[tuple[str, str]] | None = None
+"""Complete files of the call in progress: where they are, and their names."""
+
+
+@contextlib.contextmanager
+def all_or_nothing() -> Iterator[None]:
+    """Inside, the files of a model get their names at the end; none does if anything is raised."""
+    global _unnamed
+    before, _unnamed = _unnamed, []
+    try:
+        yield
+        for unfinished, name in _unnamed:
+            os.replace(unfinished, name)
+    finally:
+        for unfinished, _ in _unnamed:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(unfinished)
+        _unnamed = before
+
+
+def _save_pretrained(original: Any, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    if not is_sharded(self):
+        return original(self, save_directory, *args, **kwargs)
+    record = self.tp_record
+    with record.exchange.together(f"{record.uid} save"):
+        if not record.mesh.is_leader:
+            return None  # one rank of the TP group writes; the others return when the files are there
+        with promises(), all_or_nothing():
+            return original(self, save_directory, *args, **kwargs)
+
+
+def save_model(original: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """``Accelerator.save_model``."""
+    mesh = current_mesh()
+    sharded = mesh is not None and any(is_sharded(root) for _, root in models_in(model))
+    if mesh is None or not sharded or self.distributed_type.value in ("DEEPSPEED", "FSDP"):
+        return original(self, model, *args, **kwargs)  # which gather on all ranks
+    with exchange(mesh).together("Accelerator.save_model"):
+        if not mesh.is_leader:
+            return None
+        with promises(), all_or_nothing():
+            return original(self, model, *args, **kwargs)
+
+
+def get_state_dict(original: Any, self: Any, model: Any, unwrap: bool = True) -> Any:
+    """``Accelerator.get_state_dict``: a compiled model has its own names, too, without ``_orig_mod``."""
+    if unwrap and current_mesh() is not None and self.distributed_type.value != "DEEPSPEED":
+        model = self.unwrap_model(model, keep_torch_compile=False)
+    return original(self, model, unwrap)
+
+
+def _save_file(original: Any, tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
+    with all_or_nothing() if _unnamed is None else contextlib.nullcontext():
+        return original(fulfil(tensors) if has_promise(tensors) else tensors, nameless(filename), *args, **kwargs)
+
+
+def nameless(filename: Any) -> str:
+    """Where to write what gets the name ``filename`` at the end of :func:`all_or_nothing`."""
+    assert _unnamed is not None
+    unfinished = f"{os.fspath(filename)}.unfinished"
+    _unnamed.append((unfinished, os.fspath(filename)))
+    return unfinished

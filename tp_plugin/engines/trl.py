@@ -1,0 +1,81 @@
+"""TRL: its fused output head multiplies by ``lm_head.weight`` itself, of which a rank has some rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tp_plugin.engines.patching import patch
+from tp_plugin.errors import TPError
+from tp_plugin.parallel.layouts import layout_of
+from tp_plugin.parallel.logits.scores import scores
+
+OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+"""What TRL's function gives after the log-probabilities, in its order."""
+
+
+def install(utils: Any) -> None:
+    """Patch ``trl.trainer.utils``, whose head SFT, DPO, KTO, GRPO and RLOO share."""
+    if not hasattr(utils, "_ChunkedLogProbFunction"):
+        import trl
+
+        raise TPError(
+            f"trl {trl.__version__} computes log-probabilities in a way that this version of tp_plugin does not know, "
+            "and would take a rank's part of the vocabulary for all of it; install trl>=1.16,<1.17, or set tp_size: 1"
+        )
+    patch(utils, "_ChunkedLogProbFunction", _LogProbs(utils._ChunkedLogProbFunction))
+
+
+def install_distillation(trainer: Any) -> None:
+    """Patch ``trl.trainer.distillation_trainer``."""
+    patch(trainer, "ChunkedDivergenceFunction", _Refused(trainer.ChunkedDivergenceFunction))
+
+
+class _LogProbs:
+    """In place of the autograd function: over the whole vocabulary where the weight is a share of it."""
+
+    def __init__(self, original: Any):
+        self.original = original
+
+    def apply(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = OPTIONAL,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """TRL's signature and results."""
+        layout = layout_of(weight)
+        if layout is None or not layout.is_sharded:
+            arguments = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
+            result: tuple[torch.Tensor | None, ...] = self.original.apply(hidden, weight, bias, targets, *arguments)
+            return result
+        if hasattr(weight, "ds_id"):
+            raise TPError(
+                "TRL's trainers with ZeRO stage 3 and tp_size are not supported: their head gathers what ZeRO has "
+                "partitioned by itself. Use stage 2, or set tp_size: 1"
+            )
+        settings = {"scale": logit_scale, "softcap": final_logit_softcapping, "temperature": temperature}
+        found = scores(hidden, weight, bias, targets, layout, outputs, **settings)
+        return found["log_probs"], *(found.get(name) for name in OPTIONAL)
+
+
+class _Refused:
+    def __init__(self, original: Any):
+        self.original = original
+
+    def apply(self, *args: Any) -> Any:
+        """TRL's, unless a head is split."""
+        layouts = [layout_of(arg) for arg in args if isinstance(arg, torch.Tensor)]
+        if any(layout is not None and layout.is_sharded for layout in layouts):
+            raise TPError(
+                "TRL's DistillationTrainer multiplies by whole lm_head.weight of teacher and student, of which a rank "
+                "has a part under tp_size; distil by the logits (outputs.logits), or set tp_size: 1"
+            )
+        return self.original.apply(*args)

@@ -1,0 +1,141 @@
+"""The output head: from hidden states to deferred logits, and back without their gradient ever being whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame
+from torch._dynamo.decorators import skip
+from torch._dynamo.eval_frame import skip_code
+from torch.autograd.function import once_differentiable
+
+from tp_plugin.parallel import collectives
+from tp_plugin.parallel.logits.expr import ALL, Expr, Local, Values, pad
+from tp_plugin.parallel.logits.reading import Held, desk
+from tp_plugin.parallel.logits.reductions import pieces
+from tp_plugin.parallel.logits.tensor import Incoming, Logits, Vocabulary, incoming
+from tp_plugin.parallel.mesh import require_mesh
+
+
+class VocabularyColumns:
+    """Hooks of an output head that computes this rank's logits."""
+
+    def __init__(self, vocabulary: int, width: int):
+        self.vocabulary = Vocabulary(vocabulary, width)
+
+    @skip
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """``f`` at the head's input. A graph ends here: torch.compile cannot trace deferred logits."""
+        set_eval_frame(None)  # what the model's forward does with them; the compiled call sets it back when it returns
+        return (collectives.enter(args[0], require_mesh().tp), *args[1:])
+
+    def after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        """Local logits (…, columns) → logits (…, vocabulary), gathered only if that is asked for."""
+        group = require_mesh().tp
+        if group.size == 1 or desk().link.lockstep.reads_all:
+            return collectives.gather_last(output, group)[..., : self.vocabulary.size]
+        if type(module).forward is nn.Linear.forward and "forward" not in vars(module):
+            # what nn.Linear recorded is dropped: its backward would need the gradient of all logits at once
+            return deferred(args[0], module.weight, module.bias, output, self.vocabulary)  # type: ignore[arg-type]
+        result: torch.Tensor = Output.apply(output, _held(output), self.vocabulary)
+        return result
+
+
+def trace_once(forward: Any) -> None:
+    """Have torch.compile begin at a model's own forward, below its decorators.
+
+    A graph that ends at the head ends each function around it, too: it would trace all of them, one after the other.
+    """
+    while hasattr(forward, "__wrapped__"):
+        skip_code(forward.__code__)
+        forward = forward.__wrapped__
+
+
+def deferred(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor, vocabulary: Vocabulary
+) -> torch.Tensor:
+    """Deferred logits of a linear layer on entered ``x`` (…, n), whose ``output`` (…, columns) is known."""
+    result: torch.Tensor = Linear.apply(x, weight, bias, _held(output), vocabulary)
+    return result
+
+
+def _held(output: torch.Tensor) -> Held:
+    return Held(output.detach().reshape(-1, output.shape[-1]))
+
+
+def _logits(held: Held, lead: torch.Size, vocabulary: Vocabulary) -> Logits:
+    expr = Local(held.leaf, held.data.dtype)
+    shape = torch.Size((*lead, vocabulary.size))
+    return Logits.make(vocabulary, expr, {held.leaf: held.data}, shape, held.data.device, (held,))
+
+
+class Output(torch.autograd.Function):
+    """Deferred logits of any head's output."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, held: Held, vocabulary: Vocabulary) -> Logits:
+        ctx.shape, ctx.vocabulary = output.shape, vocabulary
+        return _logits(held, output.shape[:-1], vocabulary)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        expr, tensors = incoming(grad)
+        columns = ctx.vocabulary.mine
+        block = expr.pick(ALL, columns, Values(tensors, columns[0]))
+        return pad(block, ctx.vocabulary.width).reshape(ctx.shape), None, None
+
+
+class Linear(torch.autograd.Function):
+    """Deferred logits of a linear layer whose output is known; x (…, n), weight (columns, n), bias (columns,)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, held: Held, vocabulary: Vocabulary
+    ) -> Logits:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.vocabulary, ctx.dtype = vocabulary, held.data.dtype
+        return _logits(held, x.shape[:-1], vocabulary)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        source = incoming(grad)
+        return *_linear_backward(ctx, source, x, weight, bias), None, None
+
+
+def _linear_backward(
+    ctx: Any, source: Incoming, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients by blocks of columns: each block of the logits' gradient is used up before the next is computed."""
+    expr, tensors = source
+    first, last = ctx.vocabulary.mine
+    own = last - first
+    values = Values(tensors, first)
+    rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)  # the dtype of the product, which autocast may have chosen
+    for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
+    dx = torch.zeros_like(rows) if for_x else None
+    dweight = torch.zeros_like(weight) if for_weight else None
+    dbias = torch.zeros_like(bias) if for_bias and bias is not None else None
+    for left, right in pieces(own, len(rows), expr.depth) if ctx.dtype.itemsize >= 4 else [(0, own)]:
+        block = _block(expr, first + left, first + right, values, rows)
+        if dx is not None:
+            dx.addmm_(block, weight[left:right].to(ctx.dtype))
+        if dweight is not None:
+            dweight[left:right] = block.t() @ rows
+        if dbias is not None:
+            dbias[left:right] = block.sum(0)
+    return None if dx is None else dx.to(x.dtype).view(x.shape), dweight, dbias
+
+
+def _block(expr: Expr, first: int, last: int, values: Values, rows: torch.Tensor) -> torch.Tensor:
+    # a 16-bit product is rounded once, so it is not added up from blocks; only its temporaries are small
+    if rows.dtype.itemsize >= 4:
+        return expr.pick(ALL, (first, last), values).to(rows.dtype)
+    whole = rows.new_empty(len(rows), last - first)
+    for left, right in pieces(last - first, len(rows), expr.depth):
+        whole[:, left:right] = expr.pick(ALL, (first + left, first + right), values)
+    return whole

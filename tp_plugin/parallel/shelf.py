@@ -1,0 +1,51 @@
+"""What this rank has dropped but a slower peer may still read, kept until all ranks have met in a collective.
+
+A peer that comes to a collective has left behind everything before it. So what was dropped before this rank entered one
+can go when that one is through.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+
+class Shelf:
+    """Values by key, from :meth:`put` until a collective that began later is through."""
+
+    def __init__(self) -> None:
+        self._items: dict[Any, Any] = {}
+        self._fences: list[tuple[torch.cuda.Event, list[Any]]] = []
+        self._lock = threading.RLock()  # an item may be put by a finalizer, at any time
+
+    def put(self, key: Any, value: Any) -> None:
+        """Keep ``value``."""
+        with self._lock:
+            self._items[key] = value
+
+    def get(self, key: Any) -> Any:
+        """The value, or None if it has gone."""
+        with self._lock:
+            return self._items.get(key)
+
+    def before(self) -> list[Any]:
+        """Call when a collective begins; returns what :meth:`after` takes."""
+        while self._fences and self._fences[0][0].query():
+            self._clear(self._fences.pop(0)[1])
+        return list(self._items) if self._items else []
+
+    def after(self, keys: list[Any], on_device: bool) -> None:
+        """Call when the collective is through, ``on_device``: when it is on its stream."""
+        if not keys:
+            return
+        if on_device:
+            self._fences.append((torch.cuda.current_stream().record_event(), keys))
+        else:
+            self._clear(keys)
+
+    def _clear(self, keys: list[Any]) -> None:
+        with self._lock:
+            for key in keys:
+                self._items.pop(key, None)

@@ -1,0 +1,36 @@
+"""Whole tensors out of what all ranks hold, by collectives: for models that the DP group has split as well (FSDP2)."""
+
+from __future__ import annotations
+
+import torch
+
+from tp_plugin.parallel.mesh import Mesh
+from tp_plugin.parallel.rows import joined
+from tp_plugin.policy import ParamLayout
+
+
+def gather_whole(tensor: torch.Tensor, layout: ParamLayout | None, mesh: Mesh, here: bool = True) -> torch.Tensor:
+    """The whole tensor on the CPU. Collective over the DP group, then over the TP group.
+
+    Args:
+        tensor: a parameter, or something of its shape (an optimizer's moment).
+        layout: how its parameter lies on the TP ranks; None if it is not sharded.
+        here: whether this TP group wants it; equal on its ranks. Elsewhere the result is this rank's tensor.
+    """
+    with torch.no_grad():
+        local = joined(tensor.detach()).cpu()
+        if layout is None or not layout.is_sharded or not here:
+            return local.clone()
+        longest = max(layout.local_numel(rank) for rank in range(layout.tp))  # all-gather takes equal lengths only
+        sent = local.new_zeros(longest)
+        sent[: local.numel()] = local.reshape(-1)
+        received = mesh.control.all_gather(sent)
+        shards = [
+            flat[: layout.local_numel(rank)].reshape(layout.local_shape(rank)) for rank, flat in enumerate(received)
+        ]
+        return layout.gather(shards)
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what activation checkpointing and ``torch.compile`` put into it."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
