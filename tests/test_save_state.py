@@ -61,9 +61,9 @@ class Script:
         # (without it Accelerate itself shuffles otherwise after load_state, on more than one process)
         loading = DataLoaderConfiguration(use_seedable_sampler=True)
         self.accelerator = Accelerator(project_config=project, gradient_accumulation_steps=2, dataloader_config=loading)
-        set_seed(7)
         self.config = config_for("llama", **MODEL)
         model = build(self.config, seed=seed)
+        set_seed(7)  # a seedable sampler begins with the seed of its run; Accelerate's files do not have it
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         ids = torch.randint(3, self.config.vocab_size, (32, 9), generator=torch.Generator().manual_seed(1))
