@@ -21,7 +21,7 @@ from tp_plugin.policy import make_plan, policies, policy_for
 from tp_plugin.policy.hf_plan import PROVEN, policy_from_plan
 
 HYBRID = {"num_hidden_layers": 4}  # of which the last has attention
-GLM = ("glm4v_moe_text",)
+PICTURED = ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_image_text", "glm_ocr_text")
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SETTINGS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 16},
@@ -29,10 +29,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_next": HYBRID,
     "qwen3_5_text": HYBRID,
     "qwen3_5_moe_text": HYBRID,
-    **{name: {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 0]}} for name in GLM},
-    **{
-        name: {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}} for name in ("qwen2_vl_text", "qwen2_5_vl_text")
-    },
+    "glm4v_moe_text": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 0]}},
+    **{name: {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}} for name in PICTURED},
+    "youtu": {"pad_token_id": None},  # whose embedding is zeroed by transformers itself when it is reloaded
 }
 """What the generic small config does not get right by itself."""
 

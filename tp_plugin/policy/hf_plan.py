@@ -29,13 +29,13 @@ LOCAL = {
 # fmt: off
 PROVEN = frozenset((
     "afmoe", "aria_text", "axk1", "beam", "cohere2_moe", "cwm", "deepseek_v4", "ernie4_5_moe", "eurobert",
-    "exaone_moe", "flex_olmo", "flint", "glm4_moe", "glm4_moe_lite", "glm4v_moe_text",
-    "granite_docling_text", "granite_swa", "granitemoe_swa", "granitemoehybrid",
+    "exaone_moe", "flex_olmo", "flint", "glm4_moe", "glm4_moe_lite", "glm4v_moe_text", "glm4v_text",
+    "glm_image_text", "glm_ocr_text", "granite_docling_text", "granite_swa", "granitemoe_swa", "granitemoehybrid",
     "granitemoeshared", "higgs_audio_v2", "hrm_text", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3",
-    "iquestcoder", "jais2", "jamba", "kolibri1", "laguna", "mellum", "minicpm3", "minimax",
-    "minimax_m2", "minimax_m3_vl_text", "ministral3", "mistral_large4_text", "muse_glimmer_text", "nanochat",
-    "olmo_hybrid", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
-    "solar_open", "ultrabert", "vaultgemma",
+    "iquestcoder", "jais2", "jamba", "kolibri1", "laguna", "mellum", "minicpm3", "minimax", "minimax_m2",
+    "minimax_m3_vl_text", "ministral3", "mistral_large4_text", "muse_glimmer_text", "nanochat", "olmo_hybrid",
+    "qwen2_5_vl_text", "qwen2_vl_text", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "solar_open", "ultrabert",
+    "vaultgemma", "youtu",
 ))
 # fmt: on
 """Architectures whose imported policy tests/test_hf_plan.py proves; for others, `tp-plugin verify` is advised."""
