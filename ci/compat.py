@@ -34,7 +34,10 @@ BEGIN, END = "<!-- compat: written by ci/compat.sh --write -->", "<!-- /compat -
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 OLDEST = {"torch": "2.11.0", "transformers": "5.17.0", "accelerate": "1.13.0", "deepspeed": "0.19.0"}
 NEWEST = {"torch": "2.13.0", "transformers": "5.23.0", "accelerate": "1.15.0", "deepspeed": "0.19.8"}
-TOGETHER = ("peft", "setuptools>=77", "wheel", "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "rich>=13")
+TOGETHER = (
+    *("peft", "trl>=1.16,<1.17", "setuptools>=77", "wheel"),
+    *("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "rich>=13"),
+)
 """What every environment has besides, in the newest version that fits."""
 
 PROVEN = "llama qwen3 phi3 gpt2 falcon bert t5 mixtral deepseek_v3"

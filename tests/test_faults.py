@@ -285,6 +285,44 @@ def test_killed_in_loading_and_broken_shards(model_folder: str, tmp_path: Path) 
         assert "size" in said["foreign:"].lower(), said["foreign:"]
 
 
+# --- Trainer's checkpoints ------------------------------------------------------------------------------------------
+
+
+def trained(folder: str, output: str, dies: bool, resumes: bool) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    class Dies(Trainer):
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            if dies and self.state.global_step == 4 and rank() == 0:
+                die()
+
+    arguments = TrainingArguments(
+        output_dir=output, max_steps=6, save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1,
+        per_device_train_batch_size=2, learning_rate=1e-2, seed=3,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in batch(97, 0, size=16)["input_ids"]]
+    one = Dies(AutoModelForCausalLM.from_pretrained(folder), arguments, train_dataset=rows)
+    one.train(resume_from_checkpoint=resumes)
+    print("LOSSES", [entry["loss"] for entry in one.state.log_history if "loss" in entry], flush=True)
+
+
+def test_killed_in_a_checkpoint_of_trainer(model_folder: str, tmp_path: Path) -> None:
+    """The newest folder has weights, optimizer and scheduler, and is not taken for a checkpoint."""
+    through, cut = str(tmp_path / "through"), str(tmp_path / "cut")
+    whole = scripts(2, trained, model_folder, through, False, False, folder=tmp_path)
+    killed = scripts(2, trained, model_folder, cut, True, False, folder=tmp_path)
+    told(killed, {0: -9}, "rank 0 is gone without a word")
+    assert {path.name for path in Path(cut).iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    again = scripts(2, trained, model_folder, cut, False, True, folder=tmp_path)
+    told(again, {0: 0, 1: 0})
+    for end, other in zip(again, whole, strict=True):
+        assert "checkpoint-4 is not complete" in end.said and "checkpoint-2 is taken" in end.said
+        found, expected = ([line for line in e.said.splitlines() if line.startswith("LOSSES")] for e in (end, other))
+        assert found == expected and len(expected) == 1
+    assert torch.equal(weights(f"{cut}/checkpoint-6"), weights(f"{through}/checkpoint-6"))
+
+
 # --- SIGTERM --------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,10 @@ takes ``process_index == 0`` for "one rank".
 from __future__ import annotations
 
 import contextlib
+import re
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +49,11 @@ def install_helpers(trainer_pt_utils: Any) -> None:
     patch(trainer_pt_utils, "dist", _Distributed())
 
 
+def install_utils(trainer_utils: Any) -> None:
+    """Patch ``transformers.trainer_utils``: what a killed run left half-written is not the last checkpoint."""
+    wrap(trainer_utils, "get_last_checkpoint", _get_last_checkpoint)
+
+
 def install_arguments(training_args: Any) -> None:
     """Patch ``TrainingArguments``: one rank saves and logs."""
     patch(training_args, "dist", _Distributed())
@@ -59,6 +67,7 @@ def install_arguments(training_args: Any) -> None:
 def install(trainer: Any) -> None:
     """Patch ``Trainer``."""
     patch(trainer, "dist", _Distributed())
+    wrap(trainer, "get_last_checkpoint", _get_last_checkpoint)  # its own name for it, maybe from before the patch
     cls = trainer.Trainer
     wrap(cls, "is_world_process_zero", lambda original, self: original(self) and _leads())
     wrap(cls, "_save_rng_state", lambda original, self, *args: original(self, *args) if _leads() else None)
@@ -141,6 +150,23 @@ def _save_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         return original(self, *args, **kwargs)
 
 
+def _get_last_checkpoint(original: Any, folder: Any) -> str | None:
+    """The newest complete one: Trainer writes ``trainer_state.json`` last, and marks what a signal makes it write."""
+    newest = original(folder)
+    if newest is None:
+        return None
+    named = [path for path in Path(folder).iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    for path in sorted(named, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if (path / "trainer_state.json").is_file() and not (path / "checkpoint-is-incomplete.txt").exists():
+            if path.name != Path(newest).name:
+                warnings.warn(
+                    f"{newest} is not complete, the run that saved it was ended; {path} is taken", stacklevel=3
+                )
+            return str(path)
+    warnings.warn(f"{newest} is not complete, the run that saved it was ended; there is no other", stacklevel=3)
+    return None
+
+
 def _load_rng_state(original: Any, self: Any, checkpoint: Any) -> None:
     original(self, checkpoint)
     mesh = current_mesh()
@@ -151,8 +177,14 @@ def _load_rng_state(original: Any, self: Any, checkpoint: Any) -> None:
 
 def _save_checkpoint(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     mesh = current_mesh()
-    if mesh is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-        return original(self, *args, **kwargs)  # which write on all ranks
+    if mesh is None:
+        return original(self, *args, **kwargs)
+    if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # which write on all ranks
+        original(self, *args, **kwargs)
+        # Trainer looks whether the best checkpoint's folder is there, while other ranks may be making it
+        best = mesh.world.gather_objects(self.state.best_model_checkpoint)[0]
+        self.state.best_model_checkpoint = best
+        return None
     with exchange(mesh).together("Trainer's checkpoint"):  # a peer must not step on while its shards are read
         return original(self, *args, **kwargs)
 

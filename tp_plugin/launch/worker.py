@@ -18,6 +18,7 @@ _PATCHES = {
     "accelerate.accelerator": ("tp_plugin.engines.accelerate.prepare", "install"),
     "transformers.modeling_utils": ("tp_plugin.engines.transformers", "install"),
     "transformers.trainer_pt_utils": ("tp_plugin.engines.trainer", "install_helpers"),
+    "transformers.trainer_utils": ("tp_plugin.engines.trainer", "install_utils"),
     "transformers.training_args": ("tp_plugin.engines.trainer", "install_arguments"),
     "transformers.trainer_jit_checkpoint": ("tp_plugin.engines.trainer", "install_jit_checkpoint"),
     "transformers.trainer": ("tp_plugin.engines.trainer", "install"),

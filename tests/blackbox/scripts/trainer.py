@@ -49,6 +49,8 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=args.resume)
     predicted = trainer.predict(samples(5, vocabulary, 2))
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # as examples do at the end
     trainer.save_model(str(args.out / "final"))
     if settings.world_size > 1:
         trainer.accelerator.wait_for_everyone()

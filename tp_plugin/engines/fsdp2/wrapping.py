@@ -1,4 +1,4 @@
-"""``fully_shard`` over the DP group; what is known of a parameter follows to those that FSDP2 puts in its place.
+"""``fully_shard`` over the DP group; what is known of a parameter follows to what FSDP2 puts in its place.
 
 FSDP2 replaces a TP rank's tensor by a DTensor of some of its rows, and computes with a third parameter that it gathers
 before use. The layout goes to both. The gradient sum of replicas is hooked to the gathered one: there the TP ranks'
@@ -33,7 +33,10 @@ _meshes: dict[tuple[int, str], tuple[Mesh, Any]] = {}
 
 def install(fsdp: Any) -> None:
     """Patch ``torch.distributed.fsdp``."""
+    from torch.distributed.tensor import DTensor
+
     wrap(fsdp, "fully_shard", _fully_shard)
+    wrap(DTensor, "full_tensor", _full_tensor)
 
 
 def install_param(fsdp_param: Any) -> None:
@@ -117,6 +120,15 @@ def _init_unsharded_param(original: Any, self: Any) -> None:
     replica_sum = getattr(self.sharded_param, "tp_replica_sum", None)
     if replica_sum is not None:
         replica_sum.arm(self._unsharded_param)
+
+
+def _full_tensor(original: Any, self: Any, **kwargs: Any) -> torch.Tensor:
+    """What FSDP2 has parted is gathered; it still is this TP rank's share, and says so (TRL's head asks)."""
+    tensor: torch.Tensor = original(self, **kwargs)
+    layout = layout_of(self)
+    if layout is not None:
+        attach(tensor, layout)
+    return tensor
 
 
 def _counting(kind: str, mesh: Mesh) -> Any:
