@@ -1,6 +1,7 @@
 """What combines with what: each cell names the test that shows it; ci/combinations.py writes the README's table.
 
-A cell is "file::test", "refused file::test" where that test shows the message, or "" where no test says.
+A cell is "file::test", after a word where it is so in part only ("0–2 file::test"), "refused file::test" where that
+test shows the message, or "" where no test says.
 """
 
 from __future__ import annotations
@@ -17,13 +18,19 @@ ENGINES = ("one replica", "DDP", "ZeRO 0–3", "FSDP2")
 LOOP, ZERO_LOOP = "blackbox/test_loop.py::test_steps", "blackbox/test_zero_training.py::test_loop"
 TRAINER = "blackbox/test_checkpoints.py::test_trainer_logs_what_it_logs_on_dp_processes"
 TRAINERS, TRL = "blackbox/test_trainers.py::test_trainer", "blackbox/test_trainers.py::test_trl"
+DDP, ZERO_SETTINGS = "test_ddp.py::test_numbers_of_plain_ddp", "test_zero.py::test_settings"
 CLIP, SEQUENCE, ZOO = "blackbox/test_clip_and_seeds.py", "test_sequence.py", "test_zoo.py::test_proof"
 FSDP2, FSDP2_LOOP, FSDP2_SETTINGS = "test_fsdp2.py", "blackbox/test_fsdp2.py::test_loop", "test_fsdp2.py::test_settings"
 
 COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
     "Accelerate loop": (LOOP, LOOP, ZERO_LOOP, FSDP2_LOOP),
-    "HF `Trainer`": (TRAINER, TRAINERS, "blackbox/test_zero_training.py::test_trainer", ""),
-    "TRL": (TRL, TRL, "", ""),
+    "HF `Trainer`": (
+        TRAINER,
+        TRAINERS,
+        "blackbox/test_zero_training.py::test_trainer",
+        "blackbox/test_fsdp2.py::test_trainer",
+    ),
+    "TRL": (TRL, TRL, f"0–2 {TRL}_under_zero", f"{TRL}_under_fsdp2"),
     "accumulation, clipping": (LOOP, LOOP, "test_zero.py::test_fp32", f"{FSDP2}::test_accumulation"),
     "bf16": (
         f"{CLIP}::test_bf16_training",
@@ -34,7 +41,7 @@ COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
     "activation checkpointing": (
         f"{CLIP}::test_recomputation_repeats_the_dropout",
         f"{CLIP}::test_recomputation_repeats_the_dropout",
-        "",
+        ZERO_SETTINGS,
         FSDP2_SETTINGS,
     ),
     "optimizer on the CPU": ("", "", "test_zero.py::test_offloaded", FSDP2_SETTINGS),
@@ -43,12 +50,12 @@ COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
         "test_whole_step.py::test_steps_with_whole_parameters",
         TRAINERS,
         "refused test_zero_launch.py::test_optimizers_that_need_whole_tensors",
-        "",
+        f"refused {FSDP2}::test_optimizers_that_need_whole_tensors",
     ),
-    "sequence parallelism": (f"{SEQUENCE}::test_parity", "", "", FSDP2_SETTINGS),
-    "whole experts": (ZOO, "", "", ""),
-    "overlap, fused linears": ("test_columns.py::test_llama", "", "test_columns.py::test_zero", ""),
-    "`torch.compile`": ("blackbox/test_compile.py::test_trainer_compiles", "", "", ""),
+    "sequence parallelism": (f"{SEQUENCE}::test_parity", DDP, ZERO_SETTINGS, FSDP2_SETTINGS),
+    "whole experts": (ZOO, DDP, ZERO_SETTINGS, FSDP2_SETTINGS),
+    "overlap, fused linears": ("test_columns.py::test_llama", DDP, "test_columns.py::test_zero", ""),
+    "`torch.compile`": ("blackbox/test_compile.py::test_trainer_compiles", DDP, ZERO_SETTINGS, FSDP2_SETTINGS),
     "`save_pretrained`": (
         "blackbox/test_loop.py::test_saved_checkpoint_is_the_plain_one",
         "blackbox/test_loop.py::test_saved_checkpoint_is_the_plain_one",
@@ -67,14 +74,19 @@ COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
         "test_zero_checkpoints.py::test_resume",
         f"{FSDP2}::test_checkpoints_move_between_layouts",
     ),
-    "`generate`": ("test_generate.py::test_all_modes", "blackbox/test_relatives.py::test_section", "", ""),
+    "`generate`": (
+        "test_generate.py::test_all_modes",
+        "blackbox/test_relatives.py::test_section",
+        "test_zero.py::test_generate",
+        f"{FSDP2}::test_generate",
+    ),
 }
 """Feature → its tests without replicas, under DDP, under ZeRO, under FSDP2."""
 
 
 def missing() -> list[str]:
     """Tests that a cell names and that are not there."""
-    named = {cell.removeprefix("refused ") for row in COMBINATIONS.values() for cell in row if cell}
+    named = {cell.rpartition(" ")[2] for row in COMBINATIONS.values() for cell in row if cell}
     return sorted(name for name in named if not _exists(*name.split("::")))
 
 
@@ -95,10 +107,11 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def _cell(name: str) -> str:
-    if not name:
+def _cell(cell: str) -> str:
+    if not cell:
         return "–"
-    return "refused" if name.startswith("refused ") else f"[✓](tests/{name.split('::')[0]})"
+    note, _, name = cell.rpartition(" ")
+    return note if note == "refused" else f"[✓](tests/{name.split('::')[0]}) {note}".strip()
 
 
 def written() -> str:

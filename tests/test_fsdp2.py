@@ -53,9 +53,10 @@ def make(tp: int, model_type: str, overrides: dict[str, Any], **settings: Any) -
 
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(target_modules="all-linear", lora_alpha=16, init_lora_weights=False))
-    sequence = settings.pop("sequence_parallel", False)
+    options = {name: settings.pop(name) for name in ("sequence_parallel", "expert_parallel") if name in settings}
+    compiled = settings.pop("compiled", "")
     if tp > 1:
-        os.environ[OPTIONS] = json.dumps({"sequence_parallel": sequence})
+        os.environ[OPTIONS] = json.dumps(options)
         model = tp_plugin.parallelize(model, tp_size=tp)
     precision = settings.pop("mixed_precision", "no")
     settings = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True} | settings
@@ -71,8 +72,16 @@ def make(tp: int, model_type: str, overrides: dict[str, Any], **settings: Any) -
     plugin.set_auto_wrap_policy(model)
     if settings.get("activation_checkpointing"):
         model = fsdp2_apply_ac(accelerator, model)
+    torch._dynamo.reset()
+    if compiled == "regions" and tp > 1:
+        from accelerate.utils import compile_regions
+
+        model = compile_regions(model, backend="aot_eager")
     with local_states():
-        return fsdp2_prepare_model(accelerator, model), config
+        model = fsdp2_prepare_model(accelerator, model)
+    if compiled == "whole" and tp > 1:
+        model.compile(backend="aot_eager")
+    return model, config
 
 
 def step(model: Any, optimizer: Any, vocabulary: int, tp: int, number: int, sync_each: bool) -> dict[str, Any]:
@@ -192,20 +201,49 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "offload": {"cpu_offload": True},
     "sequence": {"sequence_parallel": True},
     "sequence-checkpointing": {"sequence_parallel": True, "activation_checkpointing": True},
+    "experts": {"expert_parallel": True},
+    "compiled": {"compiled": "whole"},
+    "compiled-regions": {"compiled": "regions"},
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=FULL if name in ("no-reshard", "no-wrap") else ()) for name in SETTINGS]
-)
+REST = ("no-reshard", "no-wrap", "sequence", "experts", "compiled-regions", "compiled")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=FULL if name in REST else ()) for name in SETTINGS])
 def test_settings(name: str) -> None:
     uncached = {**REPLICATED_KV[1], "use_cache": False}  # recomputed layers would fill the cache twice
-    compare(2, 2, "llama", uncached, SETTINGS[name], False)
+    model = ("mixtral", {"use_cache": False}) if name == "experts" else ("llama", uncached)
+    compare(2, 2, *model, SETTINGS[name], False)
 
 
 @pytest.mark.parametrize("tp, dp", [(2, 2), pytest.param(4, 1, marks=FULL)])
 def test_lora(tp: int, dp: int) -> None:
     compare(tp, dp, *LLAMA, {"lora": True}, False)
+
+
+def generated(tp: int) -> list[int]:
+    model, _ = make(tp, *LLAMA)
+    ids = batch(97, seed=torch.distributed.get_rank() // tp)["input_ids"]
+    with torch.no_grad():
+        return model.generate(ids, max_new_tokens=6, do_sample=False, num_beams=2, synced_gpus=True).flatten().tolist()
+
+
+def test_generate() -> None:
+    expected = run(2, generated, 1)
+    assert run(4, generated, 2) == [expected[0], expected[0], expected[1], expected[1]]
+    assert expected[0] != expected[1]
+
+
+def test_optimizers_that_need_whole_tensors() -> None:
+    from tp_plugin.engines.fsdp2.prepare import refuse_optimizer
+    from tp_plugin.errors import TPError
+
+    optimizer = torch.optim.Adafactor([torch.nn.Parameter(torch.zeros(2, 2))])
+    refuse_optimizer(optimizer)
+    optimizer.tp_steps_whole = True  # as `prepare` marks it
+    with pytest.raises(TPError, match="Adafactor"):
+        refuse_optimizer(optimizer)
 
 
 def test_bf16() -> None:

@@ -66,6 +66,24 @@ def test_scores_are_those_of_the_whole_vocabulary(kind: str) -> None:
         assert found["bytes"] < 100  # this rank's logits are 4 x 49 bytes per token; all five results cost fewer
 
 
+def partitioned_case() -> str:
+    from tp_plugin.engines.trl import _LogProbs
+    from tp_plugin.errors import TPError
+    from tp_plugin.parallel import layouts
+    from tp_plugin.policy import ParamLayout
+
+    weight = torch.nn.Parameter(torch.zeros(0))
+    layouts.attach(weight, ParamLayout((4, 3), 0, (((0, 2),), ((2, 4),))))
+    weight.ds_id = 0  # type: ignore[attr-defined]
+    with pytest.raises(TPError) as raised:
+        _LogProbs(None).apply(torch.zeros(1), weight, None, torch.zeros(1), 1.0, 32)
+    return str(raised.value)
+
+
+def test_zero_3_is_refused() -> None:
+    assert "ZeRO stage 3 and tp_size are not supported" in partitioned_case()
+
+
 def distilled_case() -> str:
     from tp_plugin.engines.trl import _Refused
     from tp_plugin.errors import TPError

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 from typing import Any
 
 import pytest
 import torch
 from models import batch, build, config_for
 from workers import run
+
+from tp_plugin.options import OPTIONS
 
 STEPS, MICRO = 3, 2
 
@@ -43,12 +47,23 @@ def plain_again() -> None:
 
 
 def train(
-    tp: int, model_type: str, overrides: dict[str, Any], config: dict[str, Any], lora: bool = False, seeds: bool = False
+    tp: int,
+    model_type: str,
+    overrides: dict[str, Any],
+    config: dict[str, Any],
+    lora: bool = False,
+    seeds: bool = False,
+    checkpointing: bool = False,
+    compiled: bool = False,
+    **options: bool,
 ) -> Any:
     """Train with DeepSpeed alone (tp 1) or with the plugin; what this rank saw, and its local weights."""
     import deepspeed
 
     plain_again()
+    os.environ.pop(OPTIONS, None)
+    if options and tp > 1:
+        os.environ[OPTIONS] = json.dumps(options)
     settings = config_for(model_type, **overrides)
     # every rank another model: the leader's of the first TP group is what is trained
     model = build(settings, seed=torch.distributed.get_rank() if seeds and tp > 1 else 0)
@@ -61,9 +76,14 @@ def train(
         import tp_plugin
 
         model = tp_plugin.parallelize(model, tp_size=tp)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, eps=1e-6)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if compiled:
+        torch._dynamo.reset()
+        engine.compile(backend="aot_eager")
     dp_rank = torch.distributed.get_rank() // tp
     losses, norms = [], []
     from tp_plugin.parallel.mesh import ledger
@@ -105,10 +125,15 @@ def plain(dp: int, *case: Any) -> list[Any]:
     return _plain[key]
 
 
-def compare(tp: int, dp: int, *case: Any, loss: float = 1e-5, norm: float = 1e-5, weight: float = 3e-4) -> list[Any]:
-    """Run the case both ways; section 7's limits."""
+def trained_with(settings: dict[str, bool], tp: int, *case: Any) -> Any:
+    return train(tp, *case, **settings)
+
+
+def compare(tp: int, dp: int, *case: Any, **settings: bool) -> list[Any]:
+    """Run the case both ways; section 7's limits. ``settings`` change nothing of the numbers."""
+    loss, norm, weight = 1e-5, 1e-5, 3e-4
     expected = plain(dp, *case)
-    found = run(tp * dp, train, tp, *case)
+    found = run(tp * dp, trained_with, settings, tp, *case)
     for rank, result in enumerate(found):
         wanted = expected[rank // tp]
         assert result["losses"] == pytest.approx(wanted["losses"], rel=loss), f"rank {rank}"
@@ -222,6 +247,49 @@ def test_ranks_start_equal(stage: int) -> None:
     expected = plain(2, *LLAMA, ds_config(stage))
     for rank, result in enumerate(run(4, train, 2, *LLAMA, ds_config(stage), False, True)):
         assert result["losses"] == pytest.approx(expected[rank // 2]["losses"], rel=1e-5)
+
+
+SETTINGS = {
+    "sequence": {"sequence_parallel": True},
+    "checkpointing": {"checkpointing": True},
+    "sequence-checkpointing": {"sequence_parallel": True, "checkpointing": True},
+    "experts": {"expert_parallel": True},
+    "compiled": {"compiled": True},
+}
+
+
+@pytest.mark.parametrize(
+    "name, stage", [("sequence", 1), ("sequence", 3), ("checkpointing", 3), ("sequence-checkpointing", 2),
+                    ("experts", 1), ("experts", 3), ("compiled", 0), ("compiled", 1), ("compiled", 2), ("compiled", 3)],
+)  # fmt: skip
+def test_settings(name: str, stage: int) -> None:
+    model = ("mixtral", {}) if name == "experts" else LLAMA
+    compare(2, 2, *model, ds_config(stage), **SETTINGS[name])
+
+
+def generated(tp: int, stage: int) -> list[int]:
+    import deepspeed
+
+    import tp_plugin
+
+    plain_again()
+    model = build(config_for(LLAMA[0], **LLAMA[1]))
+    if tp > 1:
+        model = tp_plugin.parallelize(model, tp_size=tp)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(stage))
+    ids = batch(97, seed=torch.distributed.get_rank() // tp)["input_ids"]
+    with torch.no_grad():
+        found = engine.module.generate(ids, max_new_tokens=6, do_sample=False, num_beams=2, synced_gpus=stage == 3)
+    engine.destroy()
+    return found.flatten().tolist()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_generate(stage: int) -> None:
+    expected = run(2, generated, 1, stage)
+    assert run(4, generated, 2, stage) == [expected[0], expected[0], expected[1], expected[1]]
+    assert expected[0] != expected[1]
 
 
 def flattened_norm(tp: int) -> tuple[float, float, float]:

@@ -11,7 +11,7 @@ def first_state(run) -> str:
     return str(run.out / "checkpoints" / "checkpoint_0")
 
 
-@pytest.mark.parametrize("tp, dp", [(2, 1), (2, 2)])
+@pytest.mark.parametrize("tp, dp", [pytest.param(2, 1, marks=pytest.mark.full), (2, 2)])
 def test_trainer_logs_what_it_logs_on_dp_processes(bench, checkpoints, tp, dp):
     args = ("--model", str(checkpoints["llama"]))
     run, plain = bench.run("trainer", tp, dp, args), bench.run("trainer", 1, dp, args)
@@ -32,6 +32,7 @@ def test_trainer_resumes_at_another_tp(bench, checkpoints):
         close(run.report, plain.report, LOSS, f"resumed at tp {tp} from tp {origin}")
 
 
+@pytest.mark.full  # tests/test_save_state.py has it in the ordinary run
 def test_save_state_resumes_at_another_tp(bench, checkpoints):
     args = ("--model", str(checkpoints["llama_tied"]))
     plain, sharded = (bench.run("resume", tp, 1, args) for tp in (1, 2))

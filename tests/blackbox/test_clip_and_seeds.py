@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from .compare import GRADIENT, LOSS, NORM, WEIGHTS, close, peers_agree, same, tensors_close, tensors_in
 
-LAYOUTS = [(4, 1), (2, 2)]
+LAYOUTS = [pytest.param((4, 1), marks=pytest.mark.full), (2, 2)]
 MODELS = ["llama", "llama_tied", "gpt2"]
 UNTRAINED = 1e-6  # weights that no step has touched yet
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tp_plugin.cli.main import main
+
 from .compare import LOSS, NORM, WEIGHTS, close, same, tensors_close, tensors_in
 
 FULL = {"fsdp_state_dict_type": "FULL_STATE_DICT"}
@@ -11,7 +13,7 @@ SHARDED = {"fsdp_state_dict_type": "SHARDED_STATE_DICT"}
 FRUGAL = SHARDED | {"fsdp_cpu_ram_efficient_loading": True}  # only rank 0 reads the checkpoint
 CASES = [
     ("llama", 2, 2, FRUGAL),
-    ("gpt2", 4, 1, FULL),
+    pytest.param("gpt2", 4, 1, FULL, marks=pytest.mark.full),
     pytest.param("llama_tied", 2, 1, SHARDED, marks=pytest.mark.full),
 ]
 
@@ -42,8 +44,9 @@ def test_loop(bench, checkpoints, model, tp, dp, config):
             assert own["bytes"] < want["bytes"] * (1 / tp + 0.1), "a run on whole replicas would pass for parallel"
 
 
-# (tests/test_fsdp2.py moves sharded ones in the ordinary run)
-@pytest.mark.parametrize("config", [FULL, pytest.param(SHARDED, marks=pytest.mark.full)], ids=["full", "sharded"])
+# (tests/test_fsdp2.py moves them in the ordinary run)
+@pytest.mark.full
+@pytest.mark.parametrize("config", [FULL, SHARDED], ids=["full", "sharded"])
 def test_save_state_resumes_here_and_elsewhere(bench, checkpoints, config):
     args = ("--model", str(checkpoints["llama_tied"]))
     launch = {"entry": "fsdp2", "config": config}
@@ -55,6 +58,22 @@ def test_save_state_resumes_here_and_elsewhere(bench, checkpoints, config):
     for tp, origin in ((2, saved[0]), (1, saved[0]), (2, saved[1])):
         again = bench.run("resume", tp, 2, (*args, "--resume", origin), **launch)
         close(again.report["steps"], rest, LOSS, f"resumed at tp {tp} from {origin}")
+
+
+@pytest.mark.parametrize("config", [SHARDED, pytest.param(FULL, marks=pytest.mark.full)], ids=["sharded", "full"])
+def test_trainer(bench, checkpoints, tmp_path, config):
+    """Its log, evaluation and best checkpoint; gone on with from a checkpoint in the middle; exported from the last."""
+    args = ("--model", str(checkpoints["llama"]))
+    launch = {"entry": "fsdp2", "config": config}
+    run, plain = (bench.run("trainer", tp, 2, args, **launch) for tp in (2, 1))
+    close(run.report, plain.report, LOSS, "Trainer's report")
+    weights = [tensors_in(r.out / "final" / "model.safetensors") for r in (run, plain)]
+    tensors_close(*weights, WEIGHTS, "the best model")
+    assert main(["export", str(run.out / "trainer" / "checkpoint-6"), str(tmp_path / "exported")]) == 0
+    tensors_close(tensors_in(tmp_path / "exported" / "model.safetensors"), weights[0], 0, "exported")
+    again = bench.run("trainer", 2, 2, (*args, "--resume", str(run.out / "trainer" / "checkpoint-4")), **launch)
+    close(again.report["log"][:-1], plain.report["log"][:-1], LOSS, "resumed")
+    tensors_close(tensors_in(again.out / "final" / "model.safetensors"), weights[1], WEIGHTS, "resumed")
 
 
 def test_fsdp1_is_refused_before_anything_starts(bench, checkpoints):

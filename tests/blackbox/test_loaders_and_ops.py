@@ -6,7 +6,7 @@ import pytest
 
 from .compare import peers_agree
 
-LAYOUTS = [(2, 1), (2, 2)]
+LAYOUTS = [pytest.param((2, 1), marks=pytest.mark.full), (2, 2)]
 
 
 @pytest.fixture(scope="module", params=LAYOUTS, ids=lambda c: f"tp{c[0]}dp{c[1]}")

@@ -6,7 +6,7 @@ import pytest
 
 from .compare import LOSS, close
 
-CASES = [("llama", 2, 1), ("gpt2", 2, 2)]
+CASES = [pytest.param(("llama", 2, 1), marks=pytest.mark.full), ("gpt2", 2, 2)]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda c: f"{c[0]}-tp{c[1]}dp{c[2]}")

@@ -13,7 +13,7 @@ CASES = [
     pytest.param(("llama", 2, 1, "yaml"), marks=pytest.mark.full),
     ("llama", 2, 2, "yaml"),
     pytest.param(("llama", 4, 1, "yaml"), marks=pytest.mark.full),
-    ("llama_tied", 2, 1, "yaml multi_gpu"),
+    pytest.param(("llama_tied", 2, 1, "yaml multi_gpu"), marks=pytest.mark.full),  # tests/test_launch.py has this door
     ("gpt2", 2, 1, "torchrun"),
     pytest.param(("gpt2", 2, 2, "command line"), marks=pytest.mark.full),
     ("gpt2", 4, 1, "yaml"),

@@ -6,7 +6,7 @@ import pytest
 
 from .compare import LOSS, NORM, WEIGHTS, close, tensors_close, tensors_in
 
-CASES = [("llama", 2, 2), ("gpt2", 4, 1)]
+CASES = [("llama", 2, 2), pytest.param(("gpt2", 4, 1), marks=pytest.mark.full)]
 SECTIONS = ["optimizer after the model", "split batches", "teacher", "own embeddings", "wrapped", "classification"]
 SECTIONS += ["two models", "skipped", "nested", "best weights", "generation"]
 
@@ -45,6 +45,7 @@ def test_main_process_alone_evaluates(bench, checkpoints):
             close(run.ranks[rank]["main process alone"], expected, LOSS, f"rank {rank}")
 
 
+@pytest.mark.full
 def test_main_process_alone_generates_with_a_cache(bench, checkpoints):
     """It works, or every rank of the group is told within seconds; it never hangs."""
     args = ("--models", str(checkpoints["llama"].parent), "--alone", "--cache")

@@ -6,7 +6,8 @@ import pytest
 
 from .compare import LOSS, checkpoints_equal, close
 
-CASES = [("save_pretrained", 2, 2), ("state_dict", 2, 1), ("save_model", 2, 1)]
+REST = (("state_dict", 2, 1), ("save_model", 2, 1))
+CASES = [("save_pretrained", 2, 2), *(pytest.param(case, marks=pytest.mark.full) for case in REST)]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda c: f"{c[0]}-tp{c[1]}dp{c[2]}")

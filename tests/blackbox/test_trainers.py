@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from .compare import LOSS, close
 from .instruct import write_data, write_tokenizer
+from .zero import accelerate, write_config
 
 BETA = 0.2  # the larger of those in scripts/tuners.py
 TRAINERS = ("averaged", "unaveraged", "whole_metrics", "fitting", "resumed", "classified", "generated")
@@ -31,8 +32,9 @@ def folder(checkpoints, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def start(bench, folder):
-    def run(script: str, tp: int, dp: int):
-        return bench.run(script, tp, dp, ("--models", str(folder), "--model", "model"), timeout=280).report
+    def run(script: str, tp: int, dp: int, entry: str = "yaml", config: dict | None = None):
+        given = ("--models", str(folder), "--model", "model")
+        return bench.run(script, tp, dp, given, entry=entry, config=config, timeout=280).report
 
     return run
 
@@ -70,7 +72,26 @@ def rewards_close(got: dict, expected: dict, what: str) -> None:
 @pytest.mark.parametrize("tp, dp", LAYOUTS)
 @pytest.mark.parametrize("case", TUNERS)
 def test_trl(start, case, tp, dp):
-    got, expected = (copy.deepcopy(start("tuners", t, dp)[case]) for t in (tp, 1))
+    assert_tuned(start("tuners", tp, dp)[case], start("tuners", 1, dp)[case], case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", TUNERS)
+def test_trl_under_fsdp2(start, case):
+    assert_tuned(start("tuners", 2, 2, "fsdp2")[case], start("tuners", 1, 2)[case], case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", TUNERS)
+def test_trl_under_zero(start, folder, case):
+    path = write_config(folder / "zero2.json", accelerate(2), 2)
+    config = {"deepspeed_config": {"deepspeed_config_file": path, "zero3_init_flag": False}}
+    assert_tuned(start("tuners", 2, 2, "zero accelerate", config)[case], start("tuners", 1, 2)[case], case)
+
+
+def assert_tuned(got: dict | str, expected: dict | str, case: str) -> None:
+    """Against DDP on plain processes, whose numbers every engine has."""
+    got, expected = copy.deepcopy(got), copy.deepcopy(expected)
     assert isinstance(expected, dict), expected
     assert isinstance(got, dict), got
     for at, (entry, other) in enumerate(zip(got["log"], expected["log"], strict=True)):

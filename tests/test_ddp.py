@@ -1,0 +1,108 @@
+"""Options of the plugin and torch.compile under Accelerate's DDP: the numbers of plain DDP at the same dp."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import pytest
+import torch
+from models import batch, build, config_for
+from test_save_state import accelerated
+from workers import run
+
+from tp_plugin.options import OPTIONS
+
+STEPS, MICRO = 3, 2
+LLAMA = {"tie_word_embeddings": False, "use_cache": False}
+
+
+def train(tp: int, model_type: str, overrides: dict[str, Any], options: dict[str, Any], how: str) -> dict[str, Any]:
+    """What this rank saw, and its weights; ``how`` it is compiled: by Accelerate, or before or after ``prepare``."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    if tp == 1:
+        return _train(tp, build(config_for(model_type, **overrides)).train(), None, "")
+    os.environ[OPTIONS] = json.dumps(options)
+    try:
+        with accelerated(tp):
+            from accelerate import Accelerator
+            from accelerate.utils import TorchDynamoPlugin
+
+            plugin = TorchDynamoPlugin(backend="aot_eager", use_regional_compilation=how == "regions")
+            given = {"dynamo_plugin": plugin} if how in ("accelerate", "regions") else {}
+            accelerator = Accelerator(gradient_accumulation_steps=MICRO, **given)
+            model = build(config_for(model_type, **overrides)).train()
+            if how == "before":
+                model = torch.compile(model, backend="aot_eager")
+            return _train(tp, model, accelerator, how)
+    finally:
+        del os.environ[OPTIONS]
+
+
+def _train(tp: int, model: Any, accelerator: Any, how: str) -> dict[str, Any]:
+    from tp_plugin.parallel.layouts import layout_of
+    from tp_plugin.shard.whole import plain_name
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
+    vocabulary = model.config.vocab_size
+    if accelerator is None:
+        model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
+    else:
+        model, optimizer = accelerator.prepare(model, optimizer)
+        if how == "after":
+            model = torch.compile(model, backend="aot_eager")
+    losses, norms = [], []
+    for step in range(STEPS):
+        for micro in range(MICRO):
+            data = batch(vocabulary, 100 * step + 10 * micro + torch.distributed.get_rank() // tp)
+            if accelerator is None:
+                loss = model(**data).loss
+                (loss / MICRO).backward()
+            else:
+                with accelerator.accumulate(model):
+                    loss = model(**data).loss
+                    accelerator.backward(loss)
+            losses.append(loss.item())
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+    named = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == bool(how), "compiled, or not"
+    return {
+        "losses": losses,
+        "norms": norms,
+        "weights": {name: parameter.detach().clone() for name, parameter in named.items()},
+        "layouts": {name: layout_of(parameter) for name, parameter in named.items()},
+    }
+
+
+CASES = {
+    "sequence": ("llama", LLAMA, {"sequence_parallel": True}, ""),
+    "experts": ("mixtral", {}, {"expert_parallel": True}, ""),
+    "overlap": ("llama", {**LLAMA, "attention_bias": False, "mlp_bias": False}, {"overlap": True, "fuse": True}, ""),
+    "compiled by accelerate": ("llama", LLAMA, {}, "accelerate"),
+    "compiled by regions": ("llama", LLAMA, {}, "regions"),
+    "compiled before": ("llama", LLAMA, {}, "before"),
+    "compiled after": ("llama", LLAMA, {}, "after"),
+}
+
+
+USUAL = ("sequence", "compiled by accelerate")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in USUAL else pytest.mark.full) for n in CASES])
+def test_numbers_of_plain_ddp(name: str) -> None:
+    model_type, overrides, options, how = CASES[name]
+    expected = run(2, train, 1, model_type, overrides, options, how)
+    for rank, found in enumerate(run(4, train, 2, model_type, overrides, options, how)):
+        want = expected[rank // 2]
+        assert found["losses"] == pytest.approx(want["losses"], rel=1e-5)
+        assert found["norms"] == pytest.approx(want["norms"], rel=1e-5)
+        assert max(want["norms"]) > 0.5, "clipping was never active"
+        assert found["weights"].keys() == want["weights"].keys()
+        for key, tensor in found["weights"].items():
+            layout, whole = found["layouts"][key], want["weights"][key]
+            local = layout.shard(whole, rank % 2) if layout is not None else whole
+            torch.testing.assert_close(tensor, local, rtol=0, atol=3e-4, msg=lambda text, key=key: f"{key}: {text}")
