@@ -99,7 +99,9 @@ def test_trainer_keeps_the_names_that_are_patched() -> None:
     for name in ("is_world_process_zero", "_save_rng_state", "_load_best_model", "_save_checkpoint"):
         assert name in vars(transformers.Trainer), f"Trainer lost {name}"
     assert "generate" in vars(transformers.GenerationMixin)
+    assert list(inspect.signature(transformers.Trainer._save_checkpoint).parameters) == ["self", "model", "trial"]
     source = inspect.getsource(transformers.Trainer._save_checkpoint)
+    assert "os.path.exists(best_checkpoint_dir)" in source
     state = source.index("save_to_json(os.path.join(output_dir, TRAINER_STATE_NAME))")
     assert all(source.index(name) < state for name in ("save_model(", "_save_optimizer_and", "_save_scaler(", "_rng_"))
 

@@ -175,18 +175,17 @@ def _load_rng_state(original: Any, self: Any, checkpoint: Any) -> None:
         rng.synchronize(mesh.control)
 
 
-def _save_checkpoint(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+def _save_checkpoint(original: Any, self: Any, model: Any, trial: Any = None) -> Any:
     mesh = current_mesh()
     if mesh is None:
-        return original(self, *args, **kwargs)
+        return original(self, model, trial)
     if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # which write on all ranks
-        original(self, *args, **kwargs)
-        # Trainer looks whether the best checkpoint's folder is there, while other ranks may be making it
-        best = mesh.world.gather_objects(self.state.best_model_checkpoint)[0]
-        self.state.best_model_checkpoint = best
-        return None
+        # Trainer takes a checkpoint for the best one if its folder is there, which other ranks may be making just then
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        folder.mkdir(parents=True, exist_ok=True)
+        return original(self, model, trial)
     with exchange(mesh).together("Trainer's checkpoint"):  # a peer must not step on while its shards are read
-        return original(self, *args, **kwargs)
+        return original(self, model, trial)
 
 
 def _load_best_model(original: Any, self: Any) -> Any:
