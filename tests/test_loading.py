@@ -127,7 +127,8 @@ def test_a_loaded_model_looks_whole_and_is_unread(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lora_injection_reads_nothing(folders: dict[str, str], dtype: torch.dtype | None) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     _, lazy = pair(folders["llama"], dtype)
     before = unread(lazy)
     adapted = peft.get_peft_model(lazy, peft.LoraConfig(target_modules=["q_proj", "o_proj"], r=2))
@@ -230,7 +231,8 @@ def numpied(model: Any, tmp: Path) -> Any:
 
 
 def pissa(model: Any, tmp: Path) -> Any:
-    peft = pytest.importorskip("peft")
+    import peft
+
     torch.manual_seed(0)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights="olora"))
     return [p.detach().clone() for p in adapted.parameters()]
