@@ -222,6 +222,27 @@ def test_lora(tp: int, dp: int) -> None:
     compare(tp, dp, *LLAMA, {"lora": True}, False)
 
 
+def head_case() -> list[bool]:
+    """Whether a head that was gathered by ``full_tensor``, as TRL does, still says which rows of the model's it has."""
+    from torch.distributed.tensor import DTensor
+
+    from tp_plugin.engines.fsdp2 import wrapping
+    from tp_plugin.parallel.layouts import layout_of
+    from tp_plugin.parallel.rows import joined
+
+    model, _ = make(2, *LLAMA)
+    head = model.lm_head.weight
+    # (torch's own gathers in the group of the first mesh that was equal to this one, which is a case of before)
+    whole = wrapping._full_tensor(joined, head)
+    found = layout_of(whole)
+    assert found is not None and found is layout_of(head)
+    return [hasattr(DTensor.full_tensor, "tp_patched"), whole.shape == found.local_shape(0) != found.shape]
+
+
+def test_a_gathered_head_is_known_for_a_share() -> None:
+    assert run(4, head_case) == [[True, True]] * 4
+
+
 def generated(tp: int) -> list[int]:
     model, _ = make(tp, *LLAMA)
     ids = batch(97, seed=torch.distributed.get_rank() // tp)["input_ids"]

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -104,6 +105,23 @@ def test_trainer_keeps_the_names_that_are_patched() -> None:
     assert "os.path.exists(best_checkpoint_dir)" in source
     state = source.index("save_to_json(os.path.join(output_dir, TRAINER_STATE_NAME))")
     assert all(source.index(name) < state for name in ("save_model(", "_save_optimizer_and", "_save_scaler(", "_rng_"))
+
+
+def test_checkpoints_of_others_are_left_alone(tmp_path: Path) -> None:
+    """A script may call folders of ``save_state`` so; Trainer's are complete with ``trainer_state.json``."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from tp_plugin.engines.trainer import _get_last_checkpoint
+
+    for number in (5, 10):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    assert _get_last_checkpoint(get_last_checkpoint, tmp_path) == str(tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-5" / "trainer_state.json").touch()
+    with pytest.warns(UserWarning, match="checkpoint-10 is not complete"):
+        assert _get_last_checkpoint(get_last_checkpoint, tmp_path) == str(tmp_path / "checkpoint-5")
+    (tmp_path / "checkpoint-5" / "trainer_state.json").rename(tmp_path / "checkpoint-5" / "training_args.bin")
+    with pytest.warns(UserWarning, match="there is no other"):
+        assert _get_last_checkpoint(get_last_checkpoint, tmp_path) is None
 
 
 def test_a_jit_checkpoint_is_asked_for_in_four_places() -> None:

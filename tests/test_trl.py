@@ -66,6 +66,23 @@ def test_scores_are_those_of_the_whole_vocabulary(kind: str) -> None:
         assert found["bytes"] < 100  # this rank's logits are 4 x 49 bytes per token; all five results cost fewer
 
 
+def copied_case() -> str:
+    from tp_plugin.engines.trl import _LogProbs
+    from tp_plugin.errors import TPError
+    from tp_plugin.parallel import layouts
+    from tp_plugin.policy import ParamLayout
+
+    weight = torch.nn.Parameter(torch.zeros(2, 3))
+    layouts.attach(weight, ParamLayout((4, 3), 0, (((0, 2),), ((2, 4),)), pad_to=2))
+    with pytest.raises(TPError) as raised:
+        _LogProbs(None).apply(torch.zeros(1), weight.detach().clone(), None, torch.zeros(1), 1.0, 32)
+    return str(raised.value)
+
+
+def test_a_copy_of_a_share_is_not_taken_for_the_whole() -> None:
+    assert "a weight of (2, 3) that is not a parameter of the model" in copied_case()
+
+
 def partitioned_case() -> str:
     from tp_plugin.engines.trl import _LogProbs
     from tp_plugin.errors import TPError

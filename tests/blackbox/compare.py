@@ -69,6 +69,23 @@ def checkpoints_equal(got: Path, expected: Path, tolerance: float = WEIGHTS) -> 
         )
 
 
+def as_processes(run, plain):
+    """Each rank beside the plain process that its TP group stands for: its name, its report, the process's report."""
+    for process, group in enumerate(run.layout.groups()):
+        for rank in group:
+            yield f"rank {rank} at {run.layout}", run.ranks[rank], plain.ranks[process]
+
+
+def section_of(run, plain, section: str):
+    """The same for one section of a script's report, which neither of them failed in."""
+    for who, own, process in as_processes(run, plain):
+        got, expected = dict(own[section]), dict(process[section])
+        assert "failed" not in expected, f"the plain run failed:\n{expected['failed']}"
+        assert "failed" not in got, f"{who} failed:\n{got['failed']}"
+        assert got.keys() == expected.keys()
+        yield f"{section}, {who}", got, expected
+
+
 def peers_agree(run, keys: list[str], tolerance: float = 1e-6) -> None:
     """Ranks of a TP group observed the same."""
     for group in run.layout.groups():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .compare import peers_agree
+from .compare import as_processes, peers_agree
 
 LAYOUTS = [pytest.param((2, 1), marks=pytest.mark.full), (2, 2)]
 
@@ -23,13 +23,6 @@ def loaders(runs):
 @pytest.fixture
 def ops(runs):
     return [run.of("ops") for run in runs]
-
-
-def as_processes(run, plain):
-    """Each rank beside the plain process that its TP group stands for."""
-    for process, group in enumerate(run.layout.groups()):
-        for rank in group:
-            yield f"rank {rank} at {run.layout}", run.ranks[rank], plain.ranks[process]
 
 
 def test_ranks_of_a_group_get_the_same_batches(loaders):

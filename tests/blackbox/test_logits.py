@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .compare import LOSS, close
+from .compare import LOSS, close, section_of
 
 CASES = [pytest.param(("llama", 2, 1), marks=pytest.mark.full), ("gpt2", 2, 2)]
 
@@ -19,15 +19,9 @@ def runs(request, bench, checkpoints):
 @pytest.mark.parametrize("section", ["main_process_reads", "distilled", "trainer"])
 def test_section(runs, section):
     run, plain = runs
-    for process, group in enumerate(run.layout.groups()):
-        expected = dict(plain.ranks[process][section])
-        assert "failed" not in expected, f"the plain run failed:\n{expected['failed']}"
-        for rank in group:
-            got = dict(run.ranks[rank][section])
-            assert "failed" not in got, f"rank {rank} failed:\n{got['failed']}"
-            assert got.keys() == expected.keys()
-            for key in expected.keys() - {"seen"}:
-                close(got[key], expected[key], LOSS, f"{section}, rank {rank}: {key}")
-            if "seen" in expected:
-                want = expected["seen"] if run.ranks[rank] is run.ranks[group[0]] else []
-                close(got["seen"], want, 1e-4, f"rank {rank}: what the main process saw")
+    for rank, (who, got, expected) in enumerate(section_of(run, plain, section)):
+        if "seen" in expected:
+            want = expected.pop("seen") if rank % run.layout.tp == 0 else []
+            close(got.pop("seen"), want, 1e-4, f"{who}: what the main process saw")
+            expected.pop("seen", None)
+        close(got, expected, LOSS, who)

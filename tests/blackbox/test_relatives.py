@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .compare import LOSS, NORM, WEIGHTS, close, tensors_close, tensors_in
+from .compare import LOSS, NORM, WEIGHTS, close, section_of, tensors_close, tensors_in
 
 CASES = [("llama", 2, 2), pytest.param(("gpt2", 4, 1), marks=pytest.mark.full)]
 SECTIONS = ["optimizer after the model", "split batches", "teacher", "own embeddings", "wrapped", "classification"]
@@ -21,16 +21,9 @@ def runs(request, bench, checkpoints):
 @pytest.mark.parametrize("section", SECTIONS)
 def test_section(runs, section):
     run, plain = runs
-    for process, group in enumerate(run.layout.groups()):
-        expected = dict(plain.ranks[process][section])
-        assert "failed" not in expected, f"the plain run failed:\n{expected['failed']}"
-        for rank in group:
-            got = dict(run.ranks[rank][section])
-            assert "failed" not in got, f"rank {rank} failed:\n{got['failed']}"
-            assert got.keys() == expected.keys()
-            for key in expected:
-                tolerance = NORM if key == "norms" else LOSS
-                close(got[key], expected[key], tolerance, f"{section}, rank {rank}: {key}")
+    for who, got, expected in section_of(run, plain, section):
+        for key in expected:
+            close(got[key], expected[key], NORM if key == "norms" else LOSS, f"{who}: {key}")
     state = f"states/{section}.safetensors"
     if (plain.out / state).exists():
         tensors_close(tensors_in(run.out / state), tensors_in(plain.out / state), WEIGHTS, section)

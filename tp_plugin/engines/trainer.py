@@ -153,9 +153,10 @@ def _save_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 def _get_last_checkpoint(original: Any, folder: Any) -> str | None:
     """The newest complete one: Trainer writes ``trainer_state.json`` last, and marks what a signal makes it write."""
     newest = original(folder)
-    if newest is None:
-        return None
     named = [path for path in Path(folder).iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    of_trainer = any((path / name).is_file() for path in named for name in ("trainer_state.json", "training_args.bin"))
+    if newest is None or not of_trainer:  # a script may call its own checkpoints so, and look for them by this function
+        return newest
     for path in sorted(named, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         if (path / "trainer_state.json").is_file() and not (path / "checkpoint-is-incomplete.txt").exists():
             if path.name != Path(newest).name:

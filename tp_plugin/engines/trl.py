@@ -8,7 +8,7 @@ import torch
 
 from tp_plugin.engines.patching import patch
 from tp_plugin.errors import TPError
-from tp_plugin.parallel.layouts import layout_of
+from tp_plugin.parallel.layouts import is_nameless_share, layout_of
 from tp_plugin.parallel.logits.scores import scores
 
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -52,6 +52,12 @@ class _LogProbs:
     ) -> tuple[torch.Tensor | None, ...]:
         """TRL's signature and results."""
         layout = layout_of(weight)
+        if layout is None and is_nameless_share(weight):
+            raise TPError(
+                f"TRL's head was given a weight of {tuple(weight.shape)} that is not a parameter of the model, but has "
+                "the shape of this rank's rows of its vocabulary, and would be taken for all of it; do not copy "
+                "lm_head.weight, or set tp_size: 1"
+            )
         if layout is None or not layout.is_sharded:
             arguments = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
             result: tuple[torch.Tensor | None, ...] = self.original.apply(hidden, weight, bias, targets, *arguments)

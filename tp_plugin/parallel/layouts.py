@@ -33,6 +33,12 @@ def layout_of(parameter: torch.Tensor) -> ParamLayout | None:
     return layout
 
 
+def is_nameless_share(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor``, which has no layout, has the shape of a rank's rows of a vocabulary: a copy, most likely."""
+    shares = {layout for layout in _layouts.values() if layout.pad_to is not None and layout.dim == 0}
+    return any(tuple(tensor.shape) == layout.local_shape(0) != layout.shape for layout in shares)
+
+
 def owned_part(tensor: torch.Tensor, layout: ParamLayout, rank: int) -> list[torch.Tensor]:
     """Views of the elements of a local tensor that count for ``rank``: the first holder of each element owns it."""
     assert layout.dim is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tp_plugin.parallel.mesh import Mesh
+from tp_plugin.parallel.mesh import Group, Mesh
 from tp_plugin.parallel.rows import joined
 from tp_plugin.policy import ParamLayout
 
@@ -21,14 +21,16 @@ def gather_whole(tensor: torch.Tensor, layout: ParamLayout | None, mesh: Mesh, h
         local = joined(tensor.detach()).cpu()
         if layout is None or not layout.is_sharded or not here:
             return local.clone()
-        longest = max(layout.local_numel(rank) for rank in range(layout.tp))  # all-gather takes equal lengths only
-        sent = local.new_zeros(longest)
-        sent[: local.numel()] = local.reshape(-1)
-        received = mesh.control.all_gather(sent)
-        shards = [
-            flat[: layout.local_numel(rank)].reshape(layout.local_shape(rank)) for rank, flat in enumerate(received)
-        ]
-        return layout.gather(shards)
+        return gather_shards(local, layout, mesh.control)
+
+
+def gather_shards(local: torch.Tensor, layout: ParamLayout, group: Group) -> torch.Tensor:
+    """The whole tensor of all ranks' local ones under ``layout``. Collective over ``group``, a TP group."""
+    sizes = [layout.local_numel(rank) for rank in range(layout.tp)]
+    sent = local.new_zeros(max(sizes))  # all-gather takes equal lengths only
+    sent[: local.numel()] = local.reshape(-1)
+    received = group.all_gather(sent)
+    return layout.gather([flat[: sizes[rank]].view(layout.local_shape(rank)) for rank, flat in enumerate(received)])
 
 
 def plain_name(name: str) -> str:

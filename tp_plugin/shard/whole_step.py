@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from tp_plugin.parallel.layouts import layout_of
-from tp_plugin.parallel.mesh import Group, require_mesh
-from tp_plugin.policy import ParamLayout
+from tp_plugin.parallel.mesh import require_mesh
+from tp_plugin.shard.whole import gather_shards
 
 KNOWN = {("torch", "Adafactor"), ("torch", "Muon"), ("transformers", "Adafactor")}
 """Package and class; each parameter's update needs that parameter alone."""
@@ -62,8 +62,8 @@ def _whole(parameter: torch.nn.Parameter) -> Iterator[None]:
     local, grad = parameter.data, parameter.grad
     assert grad is not None
     parameter.grad = None
-    parameter.data = _gather(local, layout, group)
-    parameter.grad = _gather(grad, layout, group)
+    parameter.data = gather_shards(local, layout, group)
+    parameter.grad = gather_shards(grad, layout, group)
     try:
         yield
     finally:
@@ -72,14 +72,3 @@ def _whole(parameter: torch.nn.Parameter) -> Iterator[None]:
         parameter.grad = grad
     with torch.no_grad():
         parameter.copy_(layout.shard(whole, group.rank))
-
-
-def _gather(tensor: torch.Tensor, layout: ParamLayout, group: Group) -> torch.Tensor:
-    sizes = [layout.local_numel(rank) for rank in range(layout.tp)]
-    flat = tensor.new_zeros(max(sizes))
-    flat[: tensor.numel()] = tensor.reshape(-1)
-    parts = group.all_gather(flat)
-    shards = [
-        part[:size].view(layout.local_shape(rank)) for rank, (part, size) in enumerate(zip(parts, sizes, strict=True))
-    ]
-    return layout.gather(shards)
