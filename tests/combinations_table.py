@@ -54,7 +54,7 @@ COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
     ),
     "sequence parallelism": (f"{SEQUENCE}::test_parity", DDP, ZERO_SETTINGS, FSDP2_SETTINGS),
     "whole experts": (ZOO, DDP, ZERO_SETTINGS, FSDP2_SETTINGS),
-    "overlap, fused linears": ("test_columns.py::test_llama", DDP, "test_columns.py::test_zero", ""),
+    "overlap, fused linears": ("test_columns.py::test_llama", DDP, "test_columns.py::test_zero", FSDP2_SETTINGS),
     "`torch.compile`": ("blackbox/test_compile.py::test_trainer_compiles", DDP, ZERO_SETTINGS, FSDP2_SETTINGS),
     "`save_pretrained`": (
         "blackbox/test_loop.py::test_saved_checkpoint_is_the_plain_one",

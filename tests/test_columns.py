@@ -16,7 +16,7 @@ from zoo import fresh
 LAYERS = 2
 GQA = {"num_attention_heads": 8, "num_key_value_heads": 4}
 KV_REPLICATED = {"num_attention_heads": 4, "num_key_value_heads": 1}
-OFF: dict[str, bool] = {}
+OFF = {"overlap": False}
 ON = {"overlap": True, "fuse": True}
 
 
@@ -225,12 +225,12 @@ def test_others(model_type: str, overrides: dict[str, Any], change: str) -> None
         assert result["beside"][0] == 0 and result["beside"][1] > 0
 
 
-@pytest.mark.parametrize("options", [{"fuse": True}, {"overlap": True}])
+@pytest.mark.parametrize("options", [{"fuse": True, "overlap": False}, {}])
 def test_one_of_both(options: dict[str, bool]) -> None:
     for result in run(2, case, "llama", GQA, "", options):
         assert_exact(result)
-        assert (result["saved forward"] > 0) == options.get("fuse", False)
-        assert (result["beside"][1] > 0) == options.get("overlap", False)
+        assert (result["saved forward"] > 0) == ("fuse" in options)
+        assert (result["beside"][1] > 0) == ("overlap" not in options)
 
 
 def several_backwards_case() -> tuple[float, float, float]:
@@ -301,3 +301,60 @@ def test_zero(stage: int) -> None:
         assert on[0] == pytest.approx(off[0], rel=1e-5)
         assert off[1] - on[1] == (3 * LAYERS if stage == 1 else 0)
         assert (on[2] > 0) == (stage == 1)
+
+
+def fsdp2_case(recompute: bool) -> list[tuple[float, int]]:
+    """Loss of a second step, and products beside a collective of the TP group in its backward; off and on."""
+    from test_fsdp2 import make, new_optimizer
+
+    found = []
+    for options in (OFF, ON):
+        model, config = make(2, "llama", GQA | {"use_cache": False}, activation_checkpointing=recompute, **options)
+        optimizer = new_optimizer(model)
+        for number in range(2):
+            loss = model(**batch(config.vocab_size, number)).loss
+            backward = Events()
+            with backward:
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((loss.item(), backward.beside()))
+    return found
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_fsdp2(recompute: bool) -> None:
+    """FSDP2's unsharded parameters are plain ones while a layer runs, but lie apart: they overlap, and do not fuse."""
+    for off, on in run(4, fsdp2_case, recompute):
+        assert on[0] == pytest.approx(off[0], rel=1e-5)
+        assert (off[1], on[1]) == (0, 5 * LAYERS), "q, k, v, gate and up of each layer"
+
+
+def second_order_case(model_type: str, sequence: bool, gathered: bool) -> str | None:
+    """A gradient penalty: what is raised by the backward of a gradient's norm, which plain autograd computes."""
+    import tp_plugin
+
+    fresh(sequence_parallel=sequence)
+    config = config_for(model_type)
+    config._attn_implementation = "eager"
+    model = build(config).train()
+    tp_plugin.parallelize(model, tp_size=2)
+    inputs = batch(config.vocab_size, 0)
+    if gathered:
+        del inputs["labels"]
+    found = model(**inputs)
+    loss = torch.as_tensor(found.logits).float().square().mean() if gathered else found.loss
+    (grad,) = torch.autograd.grad(loss, [model.get_input_embeddings().weight], create_graph=True)
+    try:
+        grad.norm().backward()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("model_type, sequence", [("llama", False), ("llama", True), ("bert", False)])
+def test_second_derivatives_are_refused(model_type: str, sequence: bool, gathered: bool) -> None:
+    """They would be those of a rank's shard."""
+    for raised in run(2, second_order_case, model_type, sequence, gathered):
+        assert raised is not None and "second derivatives (create_graph=True" in raised, raised

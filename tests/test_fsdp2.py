@@ -15,6 +15,7 @@ from models import batch, build, config_for
 from workers import run
 
 STEPS, MICRO = 6, 2
+OPTIONS_OF_OURS = {"sequence_parallel", "expert_parallel", "overlap", "fuse"}
 
 
 def _install() -> None:
@@ -53,7 +54,7 @@ def make(tp: int, model_type: str, overrides: dict[str, Any], **settings: Any) -
 
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(target_modules="all-linear", lora_alpha=16, init_lora_weights=False))
-    options = {name: settings.pop(name) for name in ("sequence_parallel", "expert_parallel") if name in settings}
+    options = {name: settings.pop(name) for name in OPTIONS_OF_OURS & settings.keys()}
     compiled = settings.pop("compiled", "")
     if tp > 1:
         os.environ[OPTIONS] = json.dumps(options)
@@ -202,12 +203,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sequence": {"sequence_parallel": True},
     "sequence-checkpointing": {"sequence_parallel": True, "activation_checkpointing": True},
     "experts": {"expert_parallel": True},
+    "fuse": {"overlap": False, "fuse": True},
+    "neither": {"overlap": False},
     "compiled": {"compiled": "whole"},
     "compiled-regions": {"compiled": "regions"},
 }
 
 
-REST = ("no-reshard", "no-wrap", "sequence", "experts", "compiled-regions", "compiled")
+REST = ("fuse", "neither", "no-reshard", "no-wrap", "sequence", "experts", "compiled-regions", "compiled")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=FULL if name in REST else ()) for name in SETTINGS])

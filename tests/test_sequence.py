@@ -81,7 +81,7 @@ def kept(tp: int, sequence_parallel: bool) -> float:
         if tp > 1:
             tp_plugin.parallelize(model, tp_size=tp)
         model.train()
-        with LiveBytes() as live:
+        with LiveBytes(tuple(model.parameters())) as live:
             output = model.transformer(input_ids=torch.zeros(2, 64, dtype=torch.int64), use_cache=False)
             gc.collect()  # what stands in cycles is not kept
             found.append(live.live)

@@ -39,7 +39,7 @@ class Options:
     leave_whole: tuple[str, ...] = ()
     expert_parallel: bool = False
     sequence_parallel: bool = False
-    overlap: bool = False
+    overlap: bool = True
     fuse: bool = False
 
     @staticmethod

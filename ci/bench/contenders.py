@@ -97,25 +97,16 @@ class Plugin(OneProcess):
     environment: ClassVar[dict[str, str]] = {"TP_PLUGIN_TP_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
 
 
-class Overlap(Plugin):
-    """The same with ``overlap``."""
+class Waiting(Plugin):
+    """The same without ``overlap``."""
 
-    environment: ClassVar[dict[str, str]] = {**Plugin.environment, "TP_PLUGIN_OPTIONS": '{"overlap": true}'}
+    environment: ClassVar[dict[str, str]] = {**Plugin.environment, "TP_PLUGIN_OPTIONS": '{"overlap": false}'}
 
 
 class Fuse(Plugin):
-    """The same with ``fuse``."""
+    """The same with ``fuse``, too."""
 
     environment: ClassVar[dict[str, str]] = {**Plugin.environment, "TP_PLUGIN_OPTIONS": '{"fuse": true}'}
-
-
-class Both(Plugin):
-    """The same with both."""
-
-    environment: ClassVar[dict[str, str]] = {
-        **Plugin.environment,
-        "TP_PLUGIN_OPTIONS": '{"overlap": true, "fuse": true}',
-    }
 
 
 class Silent(Plugin):
@@ -229,9 +220,8 @@ CONTENDERS: dict[str, type[Contender]] = {
     "by hand": ByHand,
     "transformers TP": Transformers,
     "DeepSpeed AutoTP": AutoTP,
-    "tp_plugin, overlap": Overlap,
+    "tp_plugin, no overlap": Waiting,
     "tp_plugin, fuse": Fuse,
-    "tp_plugin, overlap and fuse": Both,
     "tp_plugin, no communication": Silent,
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tp_plugin.parallel.first_order import first_order
 from tp_plugin.parallel.mesh import Group
 
 
@@ -21,6 +22,7 @@ class _Enter(torch.autograd.Function):
         return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # a copy: autograd may hand the same gradient to another consumer
         if len(grads) == 1:
@@ -36,6 +38,7 @@ class _Reduce(torch.autograd.Function):
         return group.summed(x)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad, None
 
@@ -47,6 +50,7 @@ class _GatherLast(torch.autograd.Function):
         return torch.cat(group.all_gather(x), dim=-1)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         # every rank computed the same loss from the whole logits, so each takes its own columns of one gradient
         return grad.narrow(-1, ctx.group.rank * ctx.width, ctx.width).contiguous(), None

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from tp_plugin.parallel import collectives, sequence
+from tp_plugin.parallel.first_order import first_order
 from tp_plugin.parallel.mesh import Group, require_mesh
 from tp_plugin.parallel.sequence import Regather, Stack
 
@@ -193,7 +193,7 @@ class _Begin(torch.autograd.Function):
         return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.span is not None:
             under_way = sequence.start_summed_part(grads[0], ctx.span[0], ctx.group)
@@ -267,7 +267,7 @@ class _Linears(torch.autograd.Function):
         return _cut(y, widths) if count > 1 else (y,)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: checkpoints give each tensor only once
         weights, x = saved[: len(ctx.places)], saved[-1] if ctx.regather is None else ctx.regather

@@ -20,6 +20,7 @@ from torch import nn
 
 from tp_plugin.errors import TPError
 from tp_plugin.parallel import collectives, rng
+from tp_plugin.parallel.first_order import first_order
 from tp_plugin.parallel.mesh import Group, Pending, require_mesh
 
 SEQUENCE = 1
@@ -248,6 +249,7 @@ class Split(torch.autograd.Function):
         return part(x, SEQUENCE, group)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return whole(grad.contiguous(), SEQUENCE, ctx.length, ctx.group), None
 
@@ -261,6 +263,7 @@ class Join(torch.autograd.Function):
         return whole(x.contiguous(), SEQUENCE, length, group)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if not torch.compiler.is_compiling():  # a graph recomputes by itself
             ctx.stack.length = ctx.length  # for layers that are recomputed; this comes before them all
@@ -276,6 +279,7 @@ class Gather(torch.autograd.Function):
         return whole(x.contiguous(), dim, length, group)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return summed_part(grad, ctx.dim, ctx.group), None, None, None
 
@@ -289,6 +293,7 @@ class Scatter(torch.autograd.Function):
         return summed_part(x, dim, group)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return whole(grad.contiguous(), ctx.dim, ctx.length, ctx.group), None, None
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._dynamo.decorators import skip
 from torch._dynamo.eval_frame import skip_code
-from torch.autograd.function import once_differentiable
 
 from tp_plugin.parallel import collectives
+from tp_plugin.parallel.first_order import first_order
 from tp_plugin.parallel.logits.expr import ALL, Expr, Local, Values, pad
 from tp_plugin.parallel.logits.reading import Held, desk
 from tp_plugin.parallel.logits.reductions import pieces
@@ -80,7 +80,7 @@ class Output(torch.autograd.Function):
         return _logits(held, output.shape[:-1], vocabulary)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         expr, tensors = incoming(grad)
         columns = ctx.vocabulary.mine
@@ -100,7 +100,7 @@ class Linear(torch.autograd.Function):
         return _logits(held, x.shape[:-1], vocabulary)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         source = incoming(grad)

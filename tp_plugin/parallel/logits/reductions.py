@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from tp_plugin.parallel.first_order import first_order
 from tp_plugin.parallel.logits.expr import Apply, Cast, Expr, Leaf, OneHot, PerRow, StatisticsGradient, Values, take
 from tp_plugin.parallel.logits.tensor import Logits, Vocabulary, blank, incoming, recalled, remember
 from tp_plugin.parallel.mesh import require_mesh
@@ -102,7 +102,7 @@ class Statistics(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Logits, None, None]:
         tensors = recalled(ctx)
         weights = Leaf()
@@ -129,7 +129,7 @@ class LogSoftmax(torch.autograd.Function):
         return Logits.make(logits.vocabulary, cast(log, dtype), tensors, blank(logits), logits.device, logits.held)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Logits | None, None]:
         if grad is None:
             return None, None
@@ -169,7 +169,7 @@ class RowSum(torch.autograd.Function):
         return row_sums(Source.of(logits))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> Logits:
         leaf = Leaf()
         tensors = {leaf: grad.to(ctx.dtype).unsqueeze(-1)}
@@ -190,7 +190,7 @@ class Take(torch.autograd.Function):
         return require_mesh().tp.all_reduce(found)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Logits, None]:
         ((at, places),) = recalled(ctx).items()
         weight = Leaf()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tp_plugin.parallel.first_order import first_order
 from tp_plugin.parallel.logits.expr import Apply, Cast, Columns, Expr, Leaf, Reordered, Whole
 from tp_plugin.parallel.logits.reading import Held
 from tp_plugin.parallel.mesh import require_mesh
@@ -234,7 +235,7 @@ class Gathered(torch.autograd.Function):
         return logits.gathered()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> Logits:
         expr, tensors = incoming(grad, ctx.axis)
         return Logits.make(ctx.vocabulary, expr, tensors, ctx.shape, ctx.device)
@@ -256,7 +257,7 @@ class Deferred(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
             return (None,) * (2 + len(ctx.shapes))
