@@ -30,7 +30,7 @@ COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
         "blackbox/test_zero_training.py::test_trainer",
         "blackbox/test_fsdp2.py::test_trainer",
     ),
-    "TRL": (TRL, TRL, f"0–2 {TRL}_under_zero", f"{TRL}_under_fsdp2"),
+    "TRL": (TRL, TRL, f"{TRL}_under_zero", f"{TRL}_under_fsdp2"),
     "accumulation, clipping": (LOOP, LOOP, "test_zero.py::test_fp32", f"{FSDP2}::test_accumulation"),
     "bf16": (
         f"{CLIP}::test_bf16_training",

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from workers import run
 
-SETTINGS = {"plain": {}, "all": {"temperature": 0.7, "final_logit_softcapping": 2.0, "logit_scale": 0.3}}
+SETTINGS = {
+    "plain": {},
+    "all": {"temperature": 0.7, "final_logit_softcapping": 2.0, "logit_scale": 0.3},
+    "partitioned": {},
+}
+
+
+class Gathering:
+    """What TRL calls under ZeRO-3: the parameters are there inside of it, and empty between forward and backward."""
+
+    kept: dict[torch.nn.Parameter, torch.Tensor] | None = None
+
+    @contextlib.contextmanager
+    def __call__(self, *parameters: torch.nn.Parameter) -> Iterator[None]:
+        if self.kept is None:
+            yield
+            self.kept = {parameter: parameter.data for parameter in parameters}
+            for parameter in parameters:
+                parameter.data = parameter.data.new_empty(0)
+        else:  # DeepSpeed, too, lets them go only after their gradients
+            for parameter in parameters:
+                parameter.data = self.kept[parameter]
+            yield
 
 
 def _off(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -44,7 +68,9 @@ def scores_case(kind: str) -> dict[str, Any]:
             layouts.attach(w, layout)
             layouts.attach(b, biases)
         before = {name: dict(book) for name, book in mesh.ledger.items()}
-        found = _LogProbs(ChunkedLogProbFunction).apply(x, w, b, targets, *rest)
+        fetched: Any = Gathering() if split and kind == "partitioned" else lambda *_: contextlib.nullcontext()
+        with fetched(w, b):
+            found = _LogProbs(ChunkedLogProbFunction, fetched).apply(x, w, b, targets, *rest)
         forward = {n: mesh.ledger["bytes"][n] - before["bytes"].get(n, 0) for n in mesh.ledger["bytes"]}
         weights = torch.linspace(-1, 1, tokens)
         (found[0] * weights + 0.3 * found[1] * weights.flip(0)).sum().backward()
@@ -75,30 +101,12 @@ def copied_case() -> str:
     weight = torch.nn.Parameter(torch.zeros(2, 3))
     layouts.attach(weight, ParamLayout((4, 3), 0, (((0, 2),), ((2, 4),)), pad_to=2))
     with pytest.raises(TPError) as raised:
-        _LogProbs(None).apply(torch.zeros(1), weight.detach().clone(), None, torch.zeros(1), 1.0, 32)
+        _LogProbs(None, None).apply(torch.zeros(1), weight.detach().clone(), None, torch.zeros(1), 1.0, 32)
     return str(raised.value)
 
 
 def test_a_copy_of_a_share_is_not_taken_for_the_whole() -> None:
     assert "a weight of (2, 3) that is not a parameter of the model" in copied_case()
-
-
-def partitioned_case() -> str:
-    from tp_plugin.engines.trl import _LogProbs
-    from tp_plugin.errors import TPError
-    from tp_plugin.parallel import layouts
-    from tp_plugin.policy import ParamLayout
-
-    weight = torch.nn.Parameter(torch.zeros(0))
-    layouts.attach(weight, ParamLayout((4, 3), 0, (((0, 2),), ((2, 4),))))
-    weight.ds_id = 0  # type: ignore[attr-defined]
-    with pytest.raises(TPError) as raised:
-        _LogProbs(None).apply(torch.zeros(1), weight, None, torch.zeros(1), 1.0, 32)
-    return str(raised.value)
-
-
-def test_zero_3_is_refused() -> None:
-    assert "ZeRO stage 3 and tp_size are not supported" in partitioned_case()
 
 
 def distilled_case() -> str:

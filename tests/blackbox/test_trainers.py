@@ -86,9 +86,10 @@ def test_trl_under_fsdp2(start, case):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("case", TUNERS)
-def test_trl_under_zero(start, folder, case):
-    path = write_config(folder / "zero2.json", accelerate(2, gradient_clipping="auto"), 2)
+def test_trl_under_zero(start, folder, case, stage):
+    path = write_config(folder / f"zero{stage}.json", accelerate(stage, gradient_clipping="auto"), 2)
     config = {"deepspeed_config": {"deepspeed_config_file": path, "zero3_init_flag": False}}
     assert_tuned(start("tuners", 2, 2, "zero accelerate", config)[case], start("tuners", 1, 2)[case], case)
 

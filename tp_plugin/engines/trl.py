@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,14 +18,14 @@ OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 def install(utils: Any) -> None:
     """Patch ``trl.trainer.utils``, whose head SFT, DPO, KTO, GRPO and RLOO share."""
-    if not hasattr(utils, "_ChunkedLogProbFunction"):
+    if not hasattr(utils, "_ChunkedLogProbFunction") or not hasattr(utils, "maybe_gather_lm_head_ctx"):
         import trl
 
         raise TPError(
             f"trl {trl.__version__} computes log-probabilities in a way that this version of tp_plugin does not know, "
             "and would take a rank's part of the vocabulary for all of it; install trl>=1.16,<1.17, or set tp_size: 1"
         )
-    patch(utils, "_ChunkedLogProbFunction", _LogProbs(utils._ChunkedLogProbFunction))
+    patch(utils, "_ChunkedLogProbFunction", _LogProbs(utils._ChunkedLogProbFunction, utils.maybe_gather_lm_head_ctx))
 
 
 def install_distillation(trainer: Any) -> None:
@@ -35,8 +36,8 @@ def install_distillation(trainer: Any) -> None:
 class _LogProbs:
     """In place of the autograd function: over the whole vocabulary where the weight is a share of it."""
 
-    def __init__(self, original: Any):
-        self.original = original
+    def __init__(self, original: Any, fetched: Any):
+        self.original, self.fetched = original, fetched
 
     def apply(
         self,
@@ -62,12 +63,9 @@ class _LogProbs:
             arguments = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
             result: tuple[torch.Tensor | None, ...] = self.original.apply(hidden, weight, bias, targets, *arguments)
             return result
-        if hasattr(weight, "ds_id"):
-            raise TPError(
-                "TRL's trainers with ZeRO stage 3 and tp_size are not supported: their head gathers what ZeRO has "
-                "partitioned by itself. Use stage 2, or set tp_size: 1"
-            )
-        settings = {"scale": logit_scale, "softcap": final_logit_softcapping, "temperature": temperature}
+        # under ZeRO-3 TRL has gathered the head for now, and partitions it again before the backward
+        settings: dict[str, Any] = {"fetched": functools.partial(self.fetched, weight, bias)}
+        settings |= {"scale": logit_scale, "softcap": final_logit_softcapping, "temperature": temperature}
         found = scores(hidden, weight, bias, targets, layout, outputs, **settings)
         return found["log_probs"], *(found.get(name) for name in OPTIONAL)
 

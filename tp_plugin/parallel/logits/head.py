@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from tp_plugin.parallel.logits.reading import Held, desk
 from tp_plugin.parallel.logits.reductions import pieces
 from tp_plugin.parallel.logits.tensor import Incoming, Logits, Vocabulary, incoming
 from tp_plugin.parallel.mesh import require_mesh
+
+Fetched = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class VocabularyColumns:
@@ -54,10 +58,18 @@ def trace_once(forward: Any) -> None:
 
 
 def deferred(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor, vocabulary: Vocabulary
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    vocabulary: Vocabulary,
+    fetched: Fetched = contextlib.nullcontext,
 ) -> torch.Tensor:
-    """Deferred logits of a linear layer on entered ``x`` (…, n), whose ``output`` (…, columns) is known."""
-    result: torch.Tensor = Linear.apply(x, weight, bias, _held(output), vocabulary)
+    """Deferred logits of a linear layer on entered ``x`` (…, n), whose ``output`` (…, columns) is known.
+
+    Inside of ``fetched()`` the weight is there for the backward.
+    """
+    result: torch.Tensor = Linear.apply(x, weight, bias, _held(output), vocabulary, fetched)
     return result
 
 
@@ -93,10 +105,16 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, held: Held, vocabulary: Vocabulary
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        held: Held,
+        vocabulary: Vocabulary,
+        fetched: Fetched,
     ) -> Logits:
         ctx.save_for_backward(x, weight, bias)
-        ctx.vocabulary, ctx.dtype = vocabulary, held.data.dtype
+        ctx.vocabulary, ctx.dtype, ctx.fetched = vocabulary, held.data.dtype, fetched
         return _logits(held, x.shape[:-1], vocabulary)
 
     @staticmethod
@@ -104,7 +122,8 @@ class Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         source = incoming(grad)
-        return *_linear_backward(ctx, source, x, weight, bias), None, None
+        with ctx.fetched():
+            return *_linear_backward(ctx, source, x, weight, bias), None, None, None
 
 
 def _linear_backward(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
 
 from tp_plugin.parallel import collectives
-from tp_plugin.parallel.logits.head import deferred
+from tp_plugin.parallel.logits.head import Fetched, deferred
 from tp_plugin.parallel.logits.reductions import LogSoftmax, RowSum, Statistics, largest
 from tp_plugin.parallel.logits.tensor import Logits, Vocabulary
 from tp_plugin.parallel.mesh import require_mesh
@@ -26,6 +27,7 @@ def scores(
     scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    fetched: Fetched = contextlib.nullcontext,
 ) -> dict[str, torch.Tensor]:
     """Numbers of each token's distribution over a split vocabulary, (tokens,) each, in fp32. Collective over the group.
 
@@ -34,6 +36,7 @@ def scores(
         weight, bias: this rank's rows of the head, laid out by ``layout``.
         targets: one vocabulary entry per token.
         wanted: of ``entropy``, ``is_top1``, ``mean_logits`` and ``log_sum_sq_probs``; ``log_probs`` comes always.
+        fetched: what gathers the weight for the backward, where it is partitioned in between; now it is there.
 
     One all-gather of three numbers per token; two reductions more for the entropy, two for ``is_top1``, one for each of
     the others.
@@ -45,7 +48,9 @@ def scores(
     with torch.no_grad():
         own = F.linear(entered.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     vocabulary = Vocabulary(layout.shape[0], layout.local_shape(group.rank)[0])
-    logits = _transformed(deferred(entered, weight, bias, own, vocabulary).float(), scale, softcap, temperature)
+    logits = _transformed(
+        deferred(entered, weight, bias, own, vocabulary, fetched).float(), scale, softcap, temperature
+    )
 
     log_sum, entry, *total = Statistics.apply(logits, targets, "mean_logits" in wanted)
     found = {"log_probs": entry - log_sum}
