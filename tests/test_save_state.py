@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import itertools
 import os
@@ -53,14 +54,16 @@ def accelerated(tp: int) -> Iterator[None]:
 class Script:
     """What a training script sets up."""
 
-    def __init__(self, root: str, seed: int, automatic: bool = False, limit: int | None = None):
+    def __init__(self, root: str, seed: int, automatic: bool = False, limit: int | None = None, **further: bool):
         from accelerate import Accelerator
         from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 
         project = ProjectConfiguration(root, automatic_checkpoint_naming=automatic, total_limit=limit)
         # (without it Accelerate itself shuffles otherwise after load_state, on more than one process)
-        loading = DataLoaderConfiguration(use_seedable_sampler=True)
+        loading = DataLoaderConfiguration(use_seedable_sampler=True, use_stateful_dataloader="stateful" in further)
         self.accelerator = Accelerator(project_config=project, gradient_accumulation_steps=2, dataloader_config=loading)
+        if "scaled" in further:  # as with fp16, which Accelerate takes on a GPU only
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
         self.config = config_for("llama", **MODEL)
         model = build(self.config, seed=seed)
         set_seed(7)  # a seedable sampler begins with the seed of its run; Accelerate's files do not have it
@@ -84,7 +87,8 @@ class Script:
                 self.optimizer.step()
                 self.scheduler.step()
                 self.optimizer.zero_grad()
-            seen.append((batch.sum().item(), loss.item(), norm and float(norm), self.scheduler.get_last_lr()))
+            scale = self.accelerator.scaler and self.accelerator.scaler.get_scale()
+            seen.append((batch.sum().item(), loss.item(), norm and float(norm), self.scheduler.get_last_lr(), scale))
         return seen
 
 
@@ -103,7 +107,7 @@ def resumed(tp: int, root: str) -> tuple[Any, Any]:
     from accelerate import skip_first_batches
 
     with accelerated(tp):
-        script = Script(root, seed=0)
+        script = Script(root, seed=0, scaled=True)
         batches = iter(script.loader)
         script.train(batches, 2)
         script.accelerator.save_state(f"{root}/state")
@@ -112,7 +116,7 @@ def resumed(tp: int, root: str) -> tuple[Any, Any]:
         weights = {k: v.clone() for k, v in script.accelerator.get_state_dict(script.model).items()}
         del script
     with accelerated(tp):
-        script = Script(root, seed=3)
+        script = Script(root, seed=3, scaled=True)
         script.accelerator.load_state(f"{root}/state")
         again = draws(), script.train(iter(skip_first_batches(script.loader, 2)), 6)
         found = script.accelerator.get_state_dict(script.model)
@@ -123,13 +127,37 @@ def resumed(tp: int, root: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("tp, dp", [(2, 2), pytest.param(2, 1, marks=pytest.mark.full)])
 def test_resumed_to_the_last_bit(tp: int, dp: int, tmp_path: Path) -> None:
-    """Weights, generators, loader position, scheduler and the step of gradient accumulation."""
+    """Weights, generators, loader position, scheduler, scaler and the step of gradient accumulation."""
     found = run(tp * dp, resumed, tp, str(tmp_path))
+    assert len({scale for *_, scale in found[0][1][1]}) > 1, "the scale never grew"
     assert found[0][0] != found[-1][0] or dp == 1, "the replicas had the same batches"
     names = {path.name for path in (tmp_path / "state").iterdir()}
     assert {"model.safetensors", "optimizer.bin", "scheduler.bin", "tp_plugin_state.json"} <= names
     assert {name for name in names if name.startswith("random")} == {f"random_states_{i}.pkl" for i in range(dp)}
     assert ".unfinished" not in names
+
+
+def resumed_by_the_loader(tp: int, root: str) -> tuple[Any, ...]:
+    """The same with a StatefulDataLoader, which goes on by itself; a peer's is as far as its leader's."""
+    with accelerated(tp):
+        script = Script(root, seed=0, stateful=True)
+        batches = iter(script.loader)
+        script.train(batches, 2)
+        position = copy.deepcopy(script.loader.state_dict())  # each rank writes it, to one and the same file
+        script.accelerator.save_state(f"{root}/state")
+        on = [*script.train(batches, 6), *script.train(iter(script.loader), 2)]
+    with accelerated(tp):
+        script = Script(root, seed=3, stateful=True)
+        script.accelerator.load_state(f"{root}/state")
+        again = [*script.train(iter(script.loader), 6), *script.train(iter(script.loader), 2)]
+    return on, again, position
+
+
+def test_a_stateful_loader_goes_on(tmp_path: Path) -> None:
+    found = run(4, resumed_by_the_loader, 2, str(tmp_path))
+    for on, again, position in found:
+        assert on == again
+        assert position == found[0][2] and position["_num_yielded"] == 2
 
 
 def in_one_run(tp: int, root: str) -> dict[str, Any]:

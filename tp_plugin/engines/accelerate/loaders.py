@@ -36,6 +36,7 @@ class _Batch:
     end_of_dataloader: bool
     remainder: int
     generators: dict[str, Any] | None
+    state: dict[str, Any] | None
 
 
 @dataclass
@@ -75,7 +76,8 @@ def _lead(original: Any, loader: Any, mesh: Mesh) -> Iterator[Any]:
                 raise
             tensors: list[torch.Tensor] = []
             data = _detach_device_tensors(batch, tensors)
-            if _send(mesh, _Batch(data, loader.end_of_dataloader, loader.remainder, _changed(before))):
+            marks = loader.end_of_dataloader, loader.remainder, _changed(before), _position(loader)
+            if _send(mesh, _Batch(data, *marks)):
                 for tensor in tensors:
                     mesh.tp.broadcast(tensor.contiguous())
             yield batch
@@ -96,6 +98,8 @@ def _follow(loader: Any, mesh: Mesh) -> Iterator[Any]:
             return
         loader.end_of_dataloader = message.end_of_dataloader
         loader.remainder = message.remainder
+        if message.state is not None:  # `save_state` writes it on every rank
+            loader.dl_state_dict = message.state
         yield _receive_device_tensors(message.data, loader, mesh)
 
 
@@ -105,6 +109,11 @@ def _send(mesh: Mesh, message: Any) -> bool:
         return False
     mesh.control.broadcast_object(message)
     return True
+
+
+def _position(loader: Any) -> dict[str, Any] | None:
+    """Of a StatefulDataLoader: what it would go on from after this batch."""
+    return loader.dl_state_dict if getattr(loader, "use_stateful_dataloader", False) else None
 
 
 def _changed(before: int) -> dict[str, Any] | None:
