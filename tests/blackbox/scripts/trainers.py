@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from accelerate import PartialState
 from common import arguments
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -156,18 +156,31 @@ def fitting() -> dict:
     return log_of(one) | {"batch": one._train_batch_size, "saved": list(one.model.state_dict()["lm_head.weight"].shape)}
 
 
-def resumed() -> dict:
+def resumed(name: str = "through", adapted: bool = False) -> dict:
     """Stopped in the middle of an epoch and gone on with, and at another time through."""
-    through = trainer("through", save_strategy="steps", save_steps=2, max_steps=6, num_train_epochs=1)
+
+    def start(folder: str, seed: int, **given) -> Trainer:
+        set_seed(seed)
+        model = language_model()
+        if adapted:
+            lora = LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"], r=4)
+            model = get_peft_model(model, lora)
+        return trainer(folder, model, max_steps=6, **given)
+
+    through = start(name, 5, save_strategy="steps", save_steps=2, num_train_epochs=1)
     through.train()
-    shutil.copytree(OUT / "through" / "checkpoint-2", OUT / "again" / "checkpoint-2", dirs_exist_ok=True)
-    again = trainer("again", max_steps=6)
+    again = start(f"{name}_again", 6)
     again.accelerator.wait_for_everyone()
-    again.train(resume_from_checkpoint=str(OUT / "through" / "checkpoint-2"))
+    again.train(resume_from_checkpoint=str(OUT / name / "checkpoint-2"))
     losses = [[entry["loss"], entry["grad_norm"]] for entry in again.state.log_history if "loss" in entry]
     expected = [[entry["loss"], entry["grad_norm"]] for entry in through.state.log_history if "loss" in entry]
     return {"exact": losses == expected, "off": float(np.abs(np.array(losses) - np.array(expected)).max()),
             **log_of(again)}  # fmt: skip
+
+
+def resumed_adapter() -> dict:
+    """An adapter on every linear but the head, which is trained whole."""
+    return resumed("adapter", adapted=True)
 
 
 def classified() -> dict:
@@ -215,7 +228,7 @@ def half() -> dict:
     return {"losses": [entry["loss"] for entry in one.state.log_history if "loss" in entry]}
 
 
-CASES = (averaged, unaveraged, whole_metrics, fitting, resumed, classified, generated, half)
+CASES = (averaged, unaveraged, whole_metrics, fitting, resumed, resumed_adapter, classified, generated, half)
 report = {}
 for case in CASES:
     try:
