@@ -89,7 +89,7 @@ CASES = {
 }
 
 
-USUAL = ("sequence", "compiled by accelerate")
+USUAL = ("sequence",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in USUAL else pytest.mark.full) for n in CASES])

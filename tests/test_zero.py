@@ -258,9 +258,12 @@ SETTINGS = {
 }
 
 
+REST = [pytest.param("compiled", stage, marks=pytest.mark.full) for stage in (0, 1, 2)]
+
+
 @pytest.mark.parametrize(
     "name, stage", [("sequence", 1), ("sequence", 3), ("checkpointing", 3), ("sequence-checkpointing", 2),
-                    ("experts", 1), ("experts", 3), ("compiled", 0), ("compiled", 1), ("compiled", 2), ("compiled", 3)],
+                    ("experts", 1), ("experts", 3), ("compiled", 3), *REST],
 )  # fmt: skip
 def test_settings(name: str, stage: int) -> None:
     model = ("mixtral", {}) if name == "experts" else LLAMA

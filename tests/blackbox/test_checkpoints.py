@@ -11,7 +11,8 @@ def first_state(run) -> str:
     return str(run.out / "checkpoints" / "checkpoint_0")
 
 
-@pytest.mark.parametrize("tp, dp", [pytest.param(2, 1, marks=pytest.mark.full), (2, 2)])
+@pytest.mark.full  # test_trainers.py has more of it in the ordinary run
+@pytest.mark.parametrize("tp, dp", [(2, 1), (2, 2)])
 def test_trainer_logs_what_it_logs_on_dp_processes(bench, checkpoints, tp, dp):
     args = ("--model", str(checkpoints["llama"]))
     run, plain = bench.run("trainer", tp, dp, args), bench.run("trainer", 1, dp, args)
@@ -23,13 +24,13 @@ def test_trainer_logs_what_it_logs_on_dp_processes(bench, checkpoints, tp, dp):
     assert kept[0] == kept[1]
 
 
-def test_trainer_resumes_at_another_tp(bench, checkpoints):
+@pytest.mark.parametrize("tp, origin", [(4, 1), pytest.param(1, 2, marks=pytest.mark.full)])
+def test_trainer_resumes_at_another_tp(bench, checkpoints, tp, origin):
     args = ("--model", str(checkpoints["llama"]))
-    saved = {tp: str(bench.run("trainer", tp, 1, args).out / "trainer" / "checkpoint-8") for tp in (1, 2)}
+    saved = {tp: str(bench.run("trainer", tp, 1, args).out / "trainer" / "checkpoint-8") for tp in {1, origin}}
     plain = bench.run("trainer", 1, 1, (*args, "--resume", saved[1]))
-    for tp, origin in ((4, 1), (1, 2)):
-        run = bench.run("trainer", tp, 1, (*args, "--resume", saved[origin]))
-        close(run.report, plain.report, LOSS, f"resumed at tp {tp} from tp {origin}")
+    run = bench.run("trainer", tp, 1, (*args, "--resume", saved[origin]))
+    close(run.report, plain.report, LOSS, f"resumed at tp {tp} from tp {origin}")
 
 
 @pytest.mark.full  # tests/test_save_state.py has it in the ordinary run

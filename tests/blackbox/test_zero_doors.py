@@ -37,6 +37,7 @@ def test_keys_of_accelerate_only(bench, checkpoints, plain):
     checkpoints_equal(run.out / "pretrained", expected.out / "pretrained")
 
 
+@pytest.mark.full  # tests/test_zero_checkpoints.py has it in the ordinary run
 def test_trainer_resumes_at_another_tp(bench, checkpoints, tmp_path, plain, zero_launch):
     """torchrun, the key in the file that `--deepspeed` names; from a checkpoint of tp 2 on."""
     half = zero_launch(2, 1).of("trainer3").out / "trainer" / "checkpoint-8"  # of 12
