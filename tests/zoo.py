@@ -29,7 +29,8 @@ from tp_plugin.cli.target import build, typical_share
 from tp_plugin.options import OPTIONS
 from tp_plugin.policy import Attention, Experts, Plan, Policy, make_plan, policies, policy_for
 from tp_plugin.policy.hf_plan import PROVEN
-from tp_plugin.policy.plan import Planner, _matches
+from tp_plugin.policy.names import matches
+from tp_plugin.policy.planner import Planner
 
 PLAIN, FEW_KEYS, ODD_HEADS, WHOLE_EXPERTS = "plain", "kv heads < tp", "odd heads", "whole experts"
 
@@ -238,13 +239,13 @@ def found(policy: Policy, model: nn.Module) -> set[tuple[str, ...]]:
             if any(_has_attribute(planner.modules[path], name.removesuffix("?")) for path in paths):
                 names.add((own, "local", name))
     for kind, *rest in written(policy):
-        if kind in ("embedding", "head", "towers") and any(_matches(rest[0], path) for path in planner.modules):
+        if kind in ("embedding", "head", "towers") and any(matches(rest[0], path) for path in planner.modules):
             names.add((kind, rest[0]))
     planner.plan_all()
     for name in planner.rest:
         parts = name.split(".")
         prefixes = [".".join(parts[:k]) for k in range(1, len(parts) + 1)]
-        names |= {("replicated", p) for p in policy.replicated if any(_matches(p, prefix) for prefix in prefixes)}
+        names |= {("replicated", p) for p in policy.replicated if any(matches(p, prefix) for prefix in prefixes)}
     names |= {("side_by_side", policy.side_by_side)} if planner.plan.side_by_side else set()
     kinds = {type(module).__name__ for module in planner.modules.values()}
     return names | {("linears", name) for name in policy.linears if name in kinds}

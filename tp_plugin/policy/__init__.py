@@ -2,7 +2,8 @@
 
 from tp_plugin.policy.blocks import MLP, Attention, Block, Experts, Policy, Vocabulary
 from tp_plugin.policy.layout import ParamLayout, reshard
-from tp_plugin.policy.plan import BlockPlan, Plan, check_config, make_plan
+from tp_plugin.policy.plan import BlockPlan, Plan
+from tp_plugin.policy.planner import check_config, make_plan
 from tp_plugin.policy.registry import load, policies, policy_for, register
 from tp_plugin.policy.split import Blocks, HeadSplit, PerGroup, PerHead, aligned, aligned_pairs, even, kv, q, whole
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tp_plugin.policy.layout import ParamLayout, Parts
 
 if TYPE_CHECKING:
-    from tp_plugin.policy.plan import Planner
+    from tp_plugin.policy.planner import Planner
 
 
 def is_adapted(module: Any) -> bool:
