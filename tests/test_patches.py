@@ -148,8 +148,12 @@ import transformers.trainer_jit_checkpoint
 import transformers.generation.utils, deepspeed.runtime.bf16_optimizer, deepspeed.runtime.fp16.unfused_optimizer
 import deepspeed.runtime.zero.stage3, deepspeed.runtime.zero.stage_1_and_2, deepspeed.utils.zero_to_fp32
 import torch.utils.data.distributed, torch.distributed.fsdp, torch.distributed.checkpoint.state_dict
-import trl.trainer.distillation_trainer
-missing = [module for module in worker._PATCHES if module not in sys.modules]
+import trl.trainer.distillation_trainer, trl.trainer.grpo_trainer, trl.trainer.rloo_trainer
+import importlib.util
+there = {module for module in worker._PATCHES if importlib.util.find_spec(module.split(".")[0])}
+if "sentence_transformers.util.distributed" in there:
+    import sentence_transformers.util.distributed
+missing = sorted(there - set(sys.modules))
 from tp_plugin.engines import patching
 taken = list(patching._originals)
 inactive = [f"{owner}.{name}" for owner, name, original in taken if vars(owner)[name] is original]

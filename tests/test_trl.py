@@ -124,3 +124,26 @@ def distilled_case() -> str:
 
 def test_distillation_by_whole_heads_is_refused() -> None:
     assert "DistillationTrainer multiplies by whole lm_head.weight" in distilled_case()
+
+
+def rewards_case() -> list[float]:
+    from tp_plugin.engines import patching
+    from tp_plugin.engines.trl import install_rewards
+    from tp_plugin.parallel import mesh
+
+    class GRPOTrainer:
+        def _calculate_rewards(self, count: int) -> torch.Tensor:
+            return torch.full((count,), float(torch.distributed.get_rank()))  # a judge that each rank asks for itself
+
+    mesh.forget_mesh()
+    mesh.init_mesh(2)
+    install_rewards(type("module", (), {"GRPOTrainer": GRPOTrainer}))
+    try:
+        return GRPOTrainer()._calculate_rewards(3).tolist()
+    finally:
+        owner, name, original = patching._originals.pop()
+        setattr(owner, name, original)
+
+
+def test_a_group_has_one_reward() -> None:
+    assert run(4, rewards_case) == [[0.0] * 3] * 2 + [[2.0] * 3] * 2

@@ -25,7 +25,7 @@ from tp_plugin.parallel.lockstep import BARRIER, TRIGGER
 from tp_plugin.parallel.mesh import current_mesh
 
 
-class _Distributed(OverDP):
+class Distributed(OverDP):
     """``torch.distributed`` of dp processes, with barriers at which a TP group meets."""
 
     @staticmethod
@@ -46,7 +46,7 @@ class _Distributed(OverDP):
 
 def install_helpers(trainer_pt_utils: Any) -> None:
     """Patch ``transformers.trainer_pt_utils``: scalars and samplers of dp processes."""
-    patch(trainer_pt_utils, "dist", _Distributed())
+    patch(trainer_pt_utils, "dist", Distributed())
 
 
 def install_utils(trainer_utils: Any) -> None:
@@ -56,7 +56,7 @@ def install_utils(trainer_utils: Any) -> None:
 
 def install_arguments(training_args: Any) -> None:
     """Patch ``TrainingArguments``: one rank saves and logs."""
-    patch(training_args, "dist", _Distributed())
+    patch(training_args, "dist", Distributed())
     cls = training_args.TrainingArguments
     for name in ("should_save", "should_log"):
         patch(cls, name, _on_leader(vars(cls)[name]))
@@ -66,7 +66,7 @@ def install_arguments(training_args: Any) -> None:
 
 def install(trainer: Any) -> None:
     """Patch ``Trainer``."""
-    patch(trainer, "dist", _Distributed())
+    patch(trainer, "dist", Distributed())
     wrap(trainer, "get_last_checkpoint", _get_last_checkpoint)  # its own name for it, maybe from before the patch
     cls = trainer.Trainer
     wrap(cls, "is_world_process_zero", lambda original, self: original(self) and _leads())

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from tp_plugin.engines.patching import patch
+from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.parallel.layouts import is_nameless_share, layout_of
 from tp_plugin.parallel.logits.scores import scores
+from tp_plugin.parallel.mesh import current_mesh
 
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 """What TRL's function gives after the log-probabilities, in its order."""
@@ -31,6 +32,19 @@ def install(utils: Any) -> None:
 def install_distillation(trainer: Any) -> None:
     """Patch ``trl.trainer.distillation_trainer``."""
     patch(trainer, "ChunkedDivergenceFunction", _Refused(trainer.ChunkedDivergenceFunction))
+
+
+def install_rewards(trainer: Any) -> None:
+    """Patch ``trl.trainer.grpo_trainer`` or ``rloo_trainer``: a TP group has one reward per completion."""
+    for name in ("GRPOTrainer", "RLOOTrainer"):
+        if name in vars(trainer):
+            wrap(vars(trainer)[name], "_calculate_rewards", _calculate_rewards)
+
+
+def _calculate_rewards(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The leader's: a judge or a sandbox need not answer each rank alike."""
+    rewards, mesh = original(self, *args, **kwargs), current_mesh()
+    return rewards if mesh is None else mesh.tp_for(rewards).broadcast(rewards.contiguous())
 
 
 class _LogProbs:

@@ -44,6 +44,9 @@ _PATCHES = {
     "peft.peft_model": ("tp_plugin.engines.peft", "install"),
     "peft.tuners.tuners_utils": ("tp_plugin.engines.peft", "install_tuners"),
     "trl.trainer.utils": ("tp_plugin.engines.trl", "install"),
+    "trl.trainer.grpo_trainer": ("tp_plugin.engines.trl", "install_rewards"),
+    "trl.trainer.rloo_trainer": ("tp_plugin.engines.trl", "install_rewards"),
+    "sentence_transformers.util.distributed": ("tp_plugin.engines.sentence_transformers", "install"),
     "trl.trainer.distillation_trainer": ("tp_plugin.engines.trl", "install_distillation"),
 }
 """Module → the function of an engine that patches it once it is imported."""

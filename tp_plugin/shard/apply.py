@@ -5,6 +5,7 @@ Keeping the objects keeps everything that was built on them before: optimizers, 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -129,7 +130,11 @@ def shard_model(model: nn.Module, plan: Plan, mesh: Mesh, options: Options) -> N
     model.register_forward_pre_hook(guard.open, with_kwargs=True, prepend=True)
     model.register_forward_hook(guard.close, always_call=True)
     base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
-    if isinstance(base, nn.Module) and base is not model:
+    if not isinstance(base, nn.Module) or base is model:
+        # a base model alone: a wrapper may call its `forward`, which runs none of its hooks
+        with contextlib.suppress(NotImplementedError, AttributeError):
+            base = model.get_input_embeddings()  # type: ignore[operator]
+    if isinstance(base, nn.Module):
         base.register_forward_pre_hook(guard.open_inner, with_kwargs=True, prepend=True)
         base.register_forward_hook(guard.close_inner, always_call=True)
 

@@ -1,0 +1,75 @@
+"""sentence-transformers: its own collectives, which name no group and therefore mean the world.
+
+Of dp processes: embeddings are gathered as often as there are replicas, and an evaluation is shared among those.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+
+from tp_plugin.engines.accelerate.operations import TorchOverDP, meet_at
+from tp_plugin.engines.patching import patch
+from tp_plugin.engines.trainer import Distributed
+from tp_plugin.parallel.first_order import first_order
+from tp_plugin.parallel.mesh import Group, current_mesh
+
+
+def install(distributed: Any) -> None:
+    """Patch ``sentence_transformers.util.distributed``."""
+    for name, ours in (("dist", _Distributed()), ("torch", _Torch())):
+        if name in vars(distributed):  # releases differ in which of them they go through
+            patch(distributed, name, ours)
+
+
+class _Gather(torch.autograd.Function):
+    """The tensors of all replicas, by autograd; torch's own takes this group's ranks for the world's on gloo."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> tuple[torch.Tensor, ...]:
+        ctx.group = group
+        return tuple(group.all_gather(tensor.contiguous()))
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.group.all_reduce(torch.stack(grads))[ctx.group.rank], None
+
+
+def _all_gather(tensor: torch.Tensor) -> Any:
+    """As ``torch.distributed.nn.all_gather``: each process gets the sum of the gradients of its own part."""
+    mesh = current_mesh()
+    if mesh is None:
+        return torch.distributed.nn.all_gather(tensor)  # type: ignore[no-untyped-call]
+    meet_at("nn.all_gather")
+    return _Gather.apply(tensor, mesh.dp) if mesh.dp_size > 1 else (tensor,)
+
+
+class _Distributed(Distributed):
+    """``torch.distributed`` of dp processes, with what else sentence-transformers calls."""
+
+    nn = SimpleNamespace(all_gather=_all_gather)
+
+    @staticmethod
+    def scatter_object_list(output: list[Any], given: list[Any] | None = None, src: int = 0) -> None:
+        mesh = current_mesh()
+        if mesh is None:
+            return dist.scatter_object_list(output, given, src=src)
+        meet_at("scatter_object_list")
+        return dist.scatter_object_list(output, given, group=mesh.dp.pg, group_src=src)
+
+    @staticmethod
+    def gather_object(value: Any, found: list[Any] | None = None, dst: int = 0) -> None:
+        mesh = current_mesh()
+        if mesh is None:
+            return dist.gather_object(value, found, dst=dst)
+        meet_at("gather_object")
+        return dist.gather_object(value, found, group=mesh.dp.pg, group_dst=dst)
+
+
+class _Torch(TorchOverDP):
+    distributed = _Distributed()
