@@ -263,6 +263,37 @@ def test_different_collectives_of_accelerate_are_told_apart() -> None:
         assert "came to different collectives of Accelerate" in message
 
 
+def unequal_case() -> dict[str, Any]:
+    """What ranks get that give other values than their leader: chosen by ``is_main_process``, say, or drawn."""
+    from tp_plugin.engines.accelerate import operations
+
+    mesh = pair(2)[1].tp_record.mesh
+    over = operations.OverDP()
+    value = torch.tensor([float(rank()), 1.0])
+    gathered = [torch.zeros(2) for _ in range(mesh.dp_size)]
+    over.all_gather(gathered, value)
+    objects: list[Any] = [None] * mesh.dp_size
+    over.all_gather_object(objects, {"rank": rank()})
+    summed = value.clone()
+    over.all_reduce(summed)
+    return {
+        "gathered": torch.stack(gathered).tolist(), "objects": objects, "summed": summed.tolist(),
+        "mine": value.tolist(),
+        "shapes": expect("other shapes", lambda: over.all_gather(gathered, torch.zeros(2 + rank() % 2))),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_leaders_value_is_the_groups(ranks: int) -> None:
+    leaders = list(range(0, ranks, 2))
+    for number, found in enumerate(run(ranks, unequal_case)):
+        assert found["gathered"] == [[leader, 1.0] for leader in leaders]
+        assert found["objects"] == [{"rank": leader} for leader in leaders]
+        assert found["summed"] == [sum(leaders), len(leaders)]
+        assert found["mine"] == [number, 1.0], "the script's own tensor was changed"
+        assert "came to all_gather with values of different shapes" in found["shapes"]
+
+
 def audit_case() -> str:
     from tp_plugin.options import Options
 
@@ -383,7 +414,7 @@ def test_state_dicts_are_whole_and_go_back_in() -> None:
         assert found["moments"] <= 1e-6 and found["resumed"] == 0.0 and found["continued"] <= 3e-4
 
 
-def moved_on_case() -> str:
+def moved_on_case(counted: bool) -> str:
     from tp_plugin.parallel import exchange
 
     _, sharded = pair(2)
@@ -393,7 +424,8 @@ def moved_on_case() -> str:
             message = expect("a peer that changed its weights", sharded.state_dict)
         else:
             with torch.no_grad():
-                sharded.model.norm.weight.data.mul_(2)  # as an EMA swap does, while the leader saves
+                weight = sharded.model.norm.weight
+                (weight if counted else weight.data).mul_(2)  # as an EMA swap does, while the leader saves
             message = ""
         torch.distributed.barrier()
     finally:
@@ -401,9 +433,11 @@ def moved_on_case() -> str:
     return message
 
 
-def test_a_peer_that_moved_on_is_an_error_not_a_corrupt_checkpoint() -> None:
-    message, _ = run(2, moved_on_case)
-    assert "cannot read" in message and "another point of the program" in message
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_peer_that_moved_on_is_an_error_not_a_corrupt_checkpoint(counted: bool) -> None:
+    message, _ = run(2, moved_on_case, counted)
+    assert "cannot read" in message
+    assert ("another point of the program" if counted else "changed on one rank alone, or have drifted") in message
 
 
 def lagging_case() -> bool:

@@ -61,11 +61,17 @@ CHUNK = 1 << 20
 """Bytes that are sent at a time: a connection holds what it receives several times over."""
 
 
+ELSEWHERE = "its weights are at another point of the program"
+
+
 class Source(Protocol):
     """Something whose local tensors other ranks may read."""
 
     def fingerprint(self) -> object:
         """A value that is equal on two ranks exactly when their weights are at the same point of the program."""
+
+    def apart(self, theirs: object) -> str:
+        """What is the matter with these weights, if another rank's fingerprint is ``theirs``."""
 
     def local(self, key: str) -> torch.Tensor:
         """This rank's tensor of that name."""
@@ -413,7 +419,7 @@ class Exchange:
         deadline = time.monotonic() + PATIENCE
         while (source := self._sources.get(uid)) is None or source.fingerprint() != theirs:
             if time.monotonic() > deadline:
-                raise DivergenceError("its weights are at another point of the program" if source else "no such model")
+                raise DivergenceError(source.apart(theirs) if source else "no such model")
             time.sleep(0.005)
         tensor: torch.Tensor = source.local(key).detach().clone()
         if source.fingerprint() != theirs:

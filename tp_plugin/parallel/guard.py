@@ -115,7 +115,7 @@ class Guard:
 
 def digests(args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Shape, dtype and checksum of every tensor among the arguments of a call, by name."""
-    return {name: _digest(tensor) for name, tensor in _tensors(args, kwargs).items()}
+    return {name: digest(tensor) for name, tensor in _tensors(args, kwargs).items()}
 
 
 def _tensors(args: Any, kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -137,7 +137,8 @@ def _tensors(args: Any, kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _digest(tensor: torch.Tensor) -> tuple[tuple[int, ...], str, int]:
+def digest(tensor: torch.Tensor) -> tuple[tuple[int, ...], str, int]:
+    """Shape, dtype and checksum; of a large tensor on a device, that of its sum and a sample."""
     data = tensor.detach()
     total = 0.0
     if data.device.type != "cpu" and data.numel() > _SAMPLE:

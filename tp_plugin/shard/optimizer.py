@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tp_plugin.errors import TPError
-from tp_plugin.parallel.exchange import exchange
+from tp_plugin.parallel.exchange import ELSEWHERE, exchange
 from tp_plugin.parallel.layouts import layout_of
 from tp_plugin.parallel.mesh import require_mesh
 from tp_plugin.parallel.rows import is_split
@@ -98,6 +98,10 @@ class OptimizerStates:
         values = [v for p in self._parameters for v in self._state.get(p, {}).values() if isinstance(v, torch.Tensor)]
         steps = [float(s["step"]) for p in self._parameters if "step" in (s := self._state.get(p, {}))]
         return sum(steps), len(values)
+
+    def apart(self, theirs: object) -> str:
+        """Why a rank whose fingerprint is ``theirs`` cannot read here."""
+        return ELSEWHERE
 
     def local(self, key: str) -> torch.Tensor:
         """This rank's state tensor."""

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tp_plugin.errors import DivergenceError
-from tp_plugin.parallel.exchange import Exchange
+from tp_plugin.parallel.exchange import ELSEWHERE, Exchange
 from tp_plugin.parallel.mesh import Mesh
 from tp_plugin.parallel.rows import held, joined
 from tp_plugin.policy import ParamLayout, Plan
@@ -120,7 +120,7 @@ class ShardRecord:
         """Take the parameters' present versions as zero: ranks may have come here by different in-place copies."""
         self._versions = {name: p._version for name, p in self.parameters().items()}
 
-    def fingerprint(self) -> object:
+    def fingerprint(self) -> tuple[object, ...]:
         """Equal on two ranks when all parameters saw as many in-place updates and replicated ones are equal."""
         moved, content, counted = 0, 0, 0
         for name, parameter in self.parameters().items():
@@ -129,6 +129,16 @@ class ShardRecord:
                 counted += 1
                 content = checksum(parameter, content)
         return moved, content, self.progress()
+
+    def apart(self, theirs: object) -> str:
+        """Why a rank whose fingerprint is ``theirs`` cannot read here."""
+        moved, _, progress = self.fingerprint()
+        if isinstance(theirs, tuple) and (moved, progress) == (theirs[0], theirs[2]):
+            return (
+                "its replicated parameters hold other values after as many updates: they were changed on one rank "
+                "alone, or have drifted apart (`tp_plugin: {audit_every: 1}` says when and which)"
+            )
+        return ELSEWHERE
 
     def local(self, key: str) -> torch.Tensor:
         """This rank's tensor named ``key`` (a parameter's first name in the model)."""

@@ -1,13 +1,14 @@
 """Accelerate's collectives, which name no group and therefore mean the world.
 
-Each TP rank gathers and reduces over its own DP group: all TP ranks hold the same values, so all get the same result,
-and nothing is counted tp times. A broadcast goes from the leader of its source process to the whole world, because the
-value may exist on that one rank only (``if accelerator.is_main_process``).
+Each TP rank gathers and reduces over its own DP group, so that nothing is counted tp times. All TP ranks hold the same
+value, or take their leader's: a script may have chosen it by ``is_main_process``, or drawn it. A broadcast goes from
+the leader of its source process to the whole world, because the value may exist on that one rank only.
 """
 
 from __future__ import annotations
 
 import contextlib
+import pickle
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +19,9 @@ import torch.distributed as dist
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import DivergenceError
 from tp_plugin.parallel.exchange import exchange
+from tp_plugin.parallel.guard import digest
 from tp_plugin.parallel.lockstep import COLLECTIVE
+from tp_plugin.parallel.logits import Logits
 from tp_plugin.parallel.mesh import current_mesh
 
 _leaders_only = False
@@ -35,21 +38,51 @@ def leaders_only() -> Iterator[None]:
         _leaders_only = before
 
 
-def meet_at(operation: str) -> None:
+def meet_at(operation: str, value: Any = None) -> Any:
     """The ranks of a TP group come to Accelerate's collectives together, or are told that they do not.
 
+    Returns:
+        What the group gives to the collective: ``value``, a tensor or an object, as the leader has it.
+
     Raises:
-        DivergenceError: they are at different collectives, or not all at one.
+        DivergenceError: they are at different collectives, or not all at one, or their tensors differ in shape.
     """
     mesh = current_mesh()
     if mesh is None or _leaders_only:
-        return
-    link = exchange(mesh).lockstep
-    if len({values[0] for values in link.meet(COLLECTIVE, [zlib.crc32(operation.encode())])}) > 1:
+        return value
+    if isinstance(value, Logits):
+        value = value.gathered()
+    kind, content = _digest(value)
+    met = exchange(mesh).lockstep.meet(COLLECTIVE, [zlib.crc32(operation.encode()), kind, content])
+    if len({values[0] for values in met}) > 1:
         raise DivergenceError(
             f"the ranks {list(mesh.tp.ranks)} of a TP group came to different collectives of Accelerate (this one to "
             f"{operation}); they are one process and must make the same calls"
         )
+    if len({values[1] for values in met}) > 1:
+        found = (
+            f"a tensor of {tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else f"{value!r:.80}"
+        )
+        raise DivergenceError(
+            f"the ranks {list(mesh.tp.ranks)} of a TP group came to {operation} with values of different shapes (this "
+            f"one with {found}); they are one process and must give the same. If only the main process has the value, "
+            "use broadcast, or pad_across_processes before"
+        )
+    if len({values[2] for values in met}) == 1:
+        return value
+    if isinstance(value, torch.Tensor):
+        return mesh.tp_for(value).broadcast(value.detach().clone(memory_format=torch.contiguous_format))
+    return mesh.control.broadcast_object(value)
+
+
+def _digest(value: Any) -> tuple[int, int]:
+    """Checksums of what must be equal within a group, and of what is the leader's else."""
+    if value is None:
+        return 0, 0
+    if isinstance(value, torch.Tensor):
+        shape, dtype, content = digest(value)
+        return zlib.crc32(repr((shape, dtype)).encode()), content
+    return 1, zlib.crc32(pickle.dumps(value))
 
 
 class OverDP:
@@ -72,9 +105,15 @@ class OverDP:
             return function
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            meet_at(name)
             if name.startswith("broadcast"):
+                meet_at(name)
                 return self._broadcast(function, *args, **kwargs)
+            if name == "all_reduce":
+                given = meet_at(name, args[0])
+                if given is not args[0]:
+                    args[0].copy_(given)
+            else:
+                args = (args[0], meet_at(name, args[1]), *args[2:])
             if mesh.dp_size == 1:
                 return _alone(name, *args)
             return function(*args, group=mesh.dp.pg, **kwargs)
