@@ -180,3 +180,36 @@ def alone_case() -> list[list[Any]]:
 def test_the_main_process_alone_brings_its_streamer_and_its_assistant() -> None:
     (whole, sharded), _ = run(2, alone_case)
     assert sharded == whole
+
+
+def encoder_decoder_alone_case(model_type: str) -> list[Any]:
+    """The leader alone: a forward, beams; then all of them train."""
+    from tp_plugin.parallel.exchange import exchange
+    from tp_plugin.parallel.lockstep import BARRIER
+    from tp_plugin.parallel.mesh import forget_mesh, require_mesh
+    from tp_plugin.shard import parallelize
+
+    forget_mesh()
+    whole = build(config_for(model_type), auto="AutoModelForSeq2SeqLM").eval()
+    sharded = parallelize(copy.deepcopy(whole), 2)
+    lockstep = exchange(require_mesh()).lockstep
+    lockstep.meet(BARRIER)
+    found: list[Any] = []
+    with generation():
+        if rank() == 0:
+            for model in (whole, sharded):
+                with torch.no_grad():
+                    loss = model(input_ids=PROMPT, attention_mask=MASK, labels=PROMPT.flip(1)).loss.item()
+                found.append([loss, tokens(model), tokens(model, num_beams=3)])
+        lockstep.meet(BARRIER)
+    for model in (whole, sharded):
+        model.train()
+        found.append(model(input_ids=PROMPT, attention_mask=MASK, labels=PROMPT.flip(1)).loss.item())
+    return found
+
+
+@pytest.mark.parametrize("model_type", ["t5", pytest.param("bart", marks=pytest.mark.full)])
+def test_the_main_process_alone_with_an_encoder_and_a_decoder(model_type: str) -> None:
+    leader, peer = run(2, encoder_decoder_alone_case, model_type)
+    equal(leader[1], leader[0], "alone")
+    equal([leader[3], peer[1]], [leader[2], peer[0]], "then all")

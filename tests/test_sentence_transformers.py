@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,6 +49,14 @@ def test_replicas_are_the_processes() -> None:
         assert seen["grad"] == [2.0 if process == 0 else 20.0] * 2  # the sum over both replicas' losses
         assert seen["shard"] == "ab"[process]
         assert seen["found"] == (["a", "b"] if process == 0 else None)
+
+
+def test_a_release_that_is_not_known_is_refused() -> None:
+    from tp_plugin.engines.sentence_transformers import install
+    from tp_plugin.errors import TPError
+
+    with pytest.raises(TPError, match="has neither `dist` nor `torch`"):
+        install(ModuleType("sentence_transformers.util.distributed"))
 
 
 def forward_case(same: bool, gradients: bool) -> str:

@@ -36,7 +36,7 @@ BUILDERS = {
 }
 
 
-def _randomize(model: torch.nn.Module) -> None:
+def randomize(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(1234)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -51,11 +51,11 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
     for name, build in BUILDERS.items():
         model = build()
-        _randomize(model)
+        randomize(model)
         model.save_pretrained(root / name)
     with torch.no_grad():  # two rows so small that their gradients are huge: see scripts/scaler.py
         model = BUILDERS["llama"]()
-        _randomize(model)
+        randomize(model)
         rows = model.get_input_embeddings().weight
         rows[[0, -1]] *= 1e-7 / rows[[0, -1]].abs().amax(1, keepdim=True)
         model.save_pretrained(root / "llama_tiny_rows")

@@ -15,15 +15,25 @@ import torch.distributed.nn
 from tp_plugin.engines.accelerate.operations import TorchOverDP, meet_at
 from tp_plugin.engines.patching import patch
 from tp_plugin.engines.trainer import Distributed
+from tp_plugin.errors import TPError
 from tp_plugin.parallel.first_order import first_order
 from tp_plugin.parallel.mesh import Group, current_mesh
 
 
 def install(distributed: Any) -> None:
-    """Patch ``sentence_transformers.util.distributed``."""
-    for name, ours in (("dist", _Distributed()), ("torch", _Torch())):
-        if name in vars(distributed):  # releases differ in which of them they go through
-            patch(distributed, name, ours)
+    """Patch ``sentence_transformers.util.distributed``.
+
+    Raises:
+        TPError: neither of the modules by which releases reach their collectives is there.
+    """
+    ways = {name: ours for name, ours in (("dist", _Distributed()), ("torch", _Torch())) if name in vars(distributed)}
+    if not ways:
+        raise TPError(
+            f"{distributed.__name__} has neither `dist` nor `torch`, so its collectives cannot be told of TP groups; "
+            "known is sentence-transformers 5 and 6: install one of these, or set tp_size: 1"
+        )
+    for name, ours in ways.items():
+        patch(distributed, name, ours)
 
 
 class _Gather(torch.autograd.Function):
