@@ -109,15 +109,17 @@ class Bench:
         names = [scripts] if isinstance(scripts, str) else list(scripts)
         key = (tuple(names), tp, dp, tuple(args), entry, json.dumps(config, sort_keys=True))
         if key not in self.runs:
-            program = [str(SCRIPTS / f"{names[0]}.py")]
+            program, flag = [str(SCRIPTS / f"{names[0]}.py")], "--out"
             if not isinstance(scripts, str):
                 program = [str(SCRIPTS / "chain.py"), "--scripts", ",".join(names)]
-            make = _zero_command if entry.startswith("zero") else _fsdp2_command if entry == "fsdp2" else _command
+            make = MAKERS.get(entry.split()[0], _command)
+            if make is _trl_command:  # its scripts are TRL's own
+                program, entry, flag = [], f"trl {names[0]}", "--output_dir"
             for attempt in ("", "-again"):
                 out = self.root / f"{len(self.runs):02d}-{'+'.join(names)}-tp{tp}dp{dp}{attempt}"
                 out.mkdir(parents=True)
                 command, env = make(out, tp, dp, entry, config or {})
-                whole = [*command, *program, "--out", str(out), *args]
+                whole = [*command, *program, flag, str(out), *args]
                 self.runs[key] = _execute(whole, env, out, Layout(tp, dp), timeout)
                 if tp > 1 or self.runs[key].code == 0 or GLOO_ABORT not in self.runs[key].output:
                     break
@@ -201,6 +203,17 @@ def _fsdp2_command(out: Path, tp: int, dp: int, entry: str, extra: dict) -> tupl
     (out / "config.yaml").write_text(yaml.safe_dump(config))
     helper = [str(PLAIN_FSDP2)] if tp == 1 else []
     return [str(BIN / "accelerate"), "launch", "--config_file", str(out / "config.yaml"), *helper], env
+
+
+def _trl_command(out: Path, tp: int, dp: int, entry: str, extra: dict) -> tuple[list[str], dict[str, str]]:
+    """The same by TRL's command line, which starts `accelerate launch`; `entry` is "trl" and the name of its script."""
+    _, env = _command(out, tp, dp, "yaml", extra)
+    env["PYTHONPATH"] = os.pathsep.join([str(SCRIPTS), *filter(None, [env.get("PYTHONPATH")])])  # for its rewards
+    return [str(BIN / "trl"), entry.split()[1], "--accelerate_config", str(out / "config.yaml")], env
+
+
+MAKERS = {"zero": _zero_command, "fsdp2": _fsdp2_command, "trl": _trl_command}
+"""By the first word of an entry; `_command` for the others."""
 
 
 def _free_port() -> int:

@@ -32,7 +32,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_data(root: Path) -> None:
-    """Folders `chat`, `preference`, `completion`, each with train.jsonl and test.jsonl."""
+    """Folders `chat`, `preference`, `completion`, `judged`, each with train.jsonl and test.jsonl."""
     chance = random.Random(0)
 
     def words(least: int, most: int) -> str:
@@ -48,7 +48,10 @@ def write_data(root: Path) -> None:
     def completion() -> dict:
         return {"prompt": words(2, 5), "completion": " " + words(2, 7)}
 
-    for make in (chat, preference, completion):
+    def judged() -> dict:
+        return completion() | {"label": chance.random() < 0.5}
+
+    for make in (chat, preference, completion, judged):
         for split, count in (("train", 24), ("test", 7)):
             path = root / make.__name__ / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)

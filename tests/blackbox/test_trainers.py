@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from .compare import LOSS, close
+from .compare import LOSS, WEIGHTS, close, tensors_close, tensors_in
 from .instruct import write_data, write_tokenizer
 from .zero import accelerate, write_config
 
@@ -24,6 +25,17 @@ TRAINERS = (
     "generated",
 )
 TUNERS = ("sft", "sft_packed", "sft_lora", "dpo", "dpo_before", "dpo_lora")
+CLOCKED = ("runtime", "per_second", "_time")
+SAMPLED = "--num_generations 2 --max_completion_length 8 --reward_funcs judges.moody"
+COMMANDS = {
+    "sft": "--dataset_name {root}/chat --assistant_only_loss true",
+    "dpo": "--dataset_name {root}/preference --beta 0.2",
+    "kto": "--dataset_name {root}/judged --beta 0.2",
+    "reward": "--dataset_name {root}/preference",
+    "grpo": "--dataset_name {root}/preference " + SAMPLED,
+    "rloo": "--dataset_name {root}/preference " + SAMPLED,
+}
+"""TRL's scripts, by its command line. The judge of a TP group's other ranks says the opposite of the first's."""
 LAYOUTS = [(2, 2), pytest.param(2, 1, marks=pytest.mark.full)]
 
 
@@ -101,6 +113,31 @@ def test_trl_under_zero(start, folder, case, stage):
     path = write_config(folder / f"zero{stage}.json", accelerate(stage, gradient_clipping="auto"), 2)
     config = {"deepspeed_config": {"deepspeed_config_file": path, "zero3_init_flag": False}}
     assert_tuned(start("tuners", 2, 2, "zero accelerate", config)[case], start("tuners", 1, 2)[case], case)
+
+
+@pytest.mark.parametrize("method, tp, dp", [
+    ("sft", 2, 1),
+    *(pytest.param(method, 2, 2, marks=pytest.mark.full) for method in COMMANDS),
+])  # fmt: skip
+def test_trl_by_its_command_line(bench, folder, method, tp, dp):
+    options = (
+        f"--model_name_or_path {folder / 'model'} --dtype float32 --max_steps 4 --per_device_train_batch_size 4 "
+        "--logging_steps 1 --learning_rate 1e-3 --report_to none --use_cpu true --bf16 false --seed 3 --max_grad_norm 1"
+        " --gradient_checkpointing false --disable_tqdm true --save_steps 4 --adam_epsilon 1e-6 "
+    ) + COMMANDS[method].format(root=folder)  # fmt: skip
+    runs = [bench.run(method, t, dp, tuple(options.split()), entry="trl", timeout=280) for t in (tp, 1)]
+    logs = [log_of(run) for run in runs]
+    assert len(logs[1]) == 4
+    for at, (entry, other) in enumerate(zip(*logs, strict=True)):
+        rewards_close(entry, other, f"{method}[{at}]")
+        assert entry == pytest.approx(other, rel=LOSS, abs=LOSS)  # some are means around 0: KL, KTO's logits
+    tensors_close(*(tensors_in(run.out / "model.safetensors") for run in runs), WEIGHTS, method)
+
+
+def log_of(run) -> list[dict]:
+    """What a trainer logged, less what a clock says."""
+    log = json.loads((run.out / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    return [{k: v for k, v in entry.items() if not any(word in k for word in CLOCKED)} for entry in log]
 
 
 def assert_tuned(got: dict | str, expected: dict | str, case: str) -> None:
