@@ -294,6 +294,21 @@ def test_the_leaders_value_is_the_groups(ranks: int) -> None:
         assert "came to all_gather with values of different shapes" in found["shapes"]
 
 
+def audit_beside_case() -> str:
+    """A home-made head around a sharded model."""
+    from tp_plugin.options import Options
+    from tp_plugin.shard import parallelize
+
+    whole, _ = pair(2, **GQA)
+    model = parallelize(
+        torch.nn.ModuleDict({"body": whole, "score": torch.nn.Linear(3, 1)}), 2, options=Options(2, audit_every=1)
+    )
+    model["body"](**batch(97, 0))
+    with torch.no_grad():
+        model["score"].bias += rank()
+    return expect("a drifted head", lambda: model["body"](**batch(97, 0)))
+
+
 def audit_case() -> str:
     from tp_plugin.options import Options
 
@@ -309,6 +324,8 @@ def audit_case() -> str:
 def test_audit_names_the_first_parameter_that_drifted() -> None:
     for message in run(2, audit_case):
         assert "'model.layers.1.self_attn.k_proj.weight' has drifted apart" in message
+    for message in run(2, audit_beside_case):
+        assert "'score.bias' has drifted apart" in message
 
 
 # --- one model on all ranks -----------------------------------------------------------------------------------------

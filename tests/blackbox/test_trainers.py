@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from .compare import LOSS, WEIGHTS, close, tensors_close, tensors_in
 from .instruct import write_data, write_tokenizer
+from .scripts.common import unclocked
 from .zero import accelerate, write_config
 
 BETA = 0.2  # the larger of those in scripts/tuners.py
@@ -25,7 +26,6 @@ TRAINERS = (
     "generated",
 )
 TUNERS = ("sft", "sft_packed", "sft_lora", "dpo", "dpo_before", "dpo_lora")
-CLOCKED = ("runtime", "per_second", "_time")
 SAMPLED = "--num_generations 2 --max_completion_length 8 --reward_funcs judges.moody"
 COMMANDS = {
     "sft": "--dataset_name {root}/chat --assistant_only_loss true",
@@ -137,7 +137,7 @@ def test_trl_by_its_command_line(bench, folder, method, tp, dp):
 def log_of(run) -> list[dict]:
     """What a trainer logged, less what a clock says."""
     log = json.loads((run.out / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
-    return [{k: v for k, v in entry.items() if not any(word in k for word in CLOCKED)} for entry in log]
+    return [unclocked(entry) for entry in log]
 
 
 def assert_tuned(got: dict | str, expected: dict | str, case: str) -> None:

@@ -1,18 +1,24 @@
-"""PEFT: an adapter is saved by one rank of each TP group, and merged by all."""
+"""PEFT: an adapter is saved by one rank of each TP group, and merged by all; a prefix is divided by heads."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from tp_plugin.engines.patching import wrap
+from tp_plugin.errors import TPError
+from tp_plugin.parallel.collectives import enter
 from tp_plugin.parallel.exchange import exchange
 from tp_plugin.parallel.mesh import current_mesh
+from tp_plugin.policy.layout import Range
 from tp_plugin.shard import is_sharded, models_in
 
 
 def install(peft_model: Any) -> None:
     """Patch ``PeftModel``."""
     wrap(peft_model.PeftModel, "save_pretrained", _save_pretrained)
+    wrap(peft_model.PeftModel, "get_prompt", _get_prompt)
 
 
 def install_tuners(tuners_utils: Any) -> None:
@@ -40,3 +46,45 @@ def _save_pretrained(original: Any, self: Any, save_directory: Any, *args: Any, 
         return original(self, save_directory, *args, **kwargs)
     with exchange(mesh).together("PeftModel.save_pretrained"):
         return original(self, save_directory, *args, **kwargs) if mesh.is_leader else None
+
+
+def _get_prompt(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of keys and values that are learned (prefix tuning, cartridges), each rank has those of its heads.
+
+    What they are made from is whole on every rank; its gradient, of which each rank computes a part, is summed.
+    """
+    model: Any = next((model for _, model in models_in(self) if is_sharded(model)), None)
+    if model is None or self.active_peft_config.peft_type not in ("PREFIX_TUNING", "CARTRIDGE"):
+        return original(self, *args, **kwargs)
+    tp = model.tp_record.mesh.tp
+    hook = self.prompt_encoder[self.active_adapter].register_forward_hook(lambda _, given, made: enter(made, tp))
+    try:
+        prompt = original(self, *args, **kwargs)
+    finally:
+        hook.remove()
+    heads = _key_heads(model)
+    for index, layer in enumerate(getattr(prompt, "self_attention_cache", prompt).layers):
+        if index in heads and layer.is_initialized:
+            first, last = heads[index][tp.rank]
+            count = max(end for _, end in heads[index])
+            if layer.keys.shape[1] != count:
+                raise TPError(
+                    f"the prefix has {layer.keys.shape[1]} heads, but layer {index} of {type(model).__name__} has "
+                    f"{count} key/value heads; set num_attention_heads={count} in its PEFT config"
+                )
+            layer.keys, layer.values = layer.keys[:, first:last], layer.values[:, first:last]
+    return prompt
+
+
+def _key_heads(model: Any) -> dict[int, tuple[Range, ...]]:
+    """Of each layer that has a cache, by its index there: which key/value heads each rank has."""
+    found: dict[int, tuple[Range, ...]] = {}
+    for path, block in model.tp_record.plan.blocks.items():
+        inside: list[nn.Module] = list(model.get_submodule(path).modules())
+        index = next((m.layer_idx for m in inside if getattr(m, "layer_idx", None) is not None), None)
+        if block.heads is not None and index is not None and found.setdefault(index, block.heads.kv) != block.heads.kv:
+            raise TPError(
+                f"{path} has other key/value heads than another attention of layer {index}; prefix tuning of such a "
+                "model is not supported with a tp_size"
+            )
+    return found

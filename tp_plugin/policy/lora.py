@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from tp_plugin.policy.layout import ParamLayout, Parts
 
 if TYPE_CHECKING:
@@ -53,8 +55,9 @@ def plan_vocabulary_adapters(planner: Planner, path: str, module: Any, base: Par
 
 
 def _refuse_variants(planner: Planner, path: str, module: Any) -> None:
-    if not hasattr(module, "lora_A"):
-        planner.fail(f"{path} is wrapped by {type(module).__name__}; of PEFT's methods only LoRA can be sharded")
+    if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):  # AdaLoRA's holds bare parameters
+        found = f"{type(module).__module__}.{type(module).__name__}"
+        planner.fail(f"{path} is wrapped by {found}; of PEFT's methods that change a linear only LoRA can be sharded")
     variants = [type(v).__name__ for v in getattr(module, "lora_variant", {}).values()]
     if variants or len(getattr(module, "lora_magnitude_vector", ())):
         found = ", ".join(variants) or "a DoRA adapter"

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,9 +22,10 @@ from tp_plugin.options import Options
 from tp_plugin.parallel import columns, layers
 from tp_plugin.parallel.columns import Beginning
 from tp_plugin.parallel.exchange import exchange
+from tp_plugin.parallel.graphs import trace_once
 from tp_plugin.parallel.guard import Guard
 from tp_plugin.parallel.layouts import attach
-from tp_plugin.parallel.logits import VocabularyColumns, trace_once
+from tp_plugin.parallel.logits import VocabularyColumns
 from tp_plugin.parallel.mesh import Mesh, init_mesh
 from tp_plugin.parallel.sequence import LayerRegion, Stack
 from tp_plugin.parallel.side_by_side import SideBySide
@@ -75,6 +77,8 @@ def parallelize(
         agree_on_weights(model, mesh, settled={id(p) for root in sharded for p in root.parameters()})
     for root, plan in plans:
         shard_model(root, plan, mesh, options)
+    if plans and plans[0][0] is not model:
+        plans[0][0].tp_record.wrapper = weakref.ref(model)  # type: ignore[union-attr]
     return model
 
 

@@ -48,6 +48,8 @@ class ShardRecord:
         self.number = number
         self.uid = f"model{number}"
         self.model = weakref.ref(model)
+        self.wrapper: Callable[[], nn.Module | None] = lambda: None
+        """What the model was given in, of which one record watches what is in no sharded model."""
         self._wholes: weakref.WeakValueDictionary[tuple[str, int, int], torch.Tensor] = weakref.WeakValueDictionary()
         self._promises: weakref.WeakValueDictionary[str, Promise] = weakref.WeakValueDictionary()
         self._versions: dict[str, int] = {}
@@ -101,6 +103,16 @@ class ShardRecord:
         if model is not None:
             self._parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         return self._parameters
+
+    def _beside(self) -> dict[str, torch.Tensor]:
+        """Trained parameters of the wrapper that are in none of its sharded models: whole, and equal on all ranks."""
+        wrapper = self.wrapper()
+        if wrapper is None:
+            return {}
+        sharded = [module for module in wrapper.modules() if getattr(module, "tp_record", None) is not None]
+        inside = {id(parameter) for module in sharded for parameter in module.parameters()}
+        named = wrapper.named_parameters()
+        return {plain_name(name): p for name, p in named if p.requires_grad and id(p) not in inside}
 
     def rename(self) -> None:
         """Follow modules that moved in the model since :meth:`parameters` was last called (PEFT unloads adapters)."""
@@ -176,7 +188,7 @@ class ShardRecord:
         return next(name for name, parameter in self.parameters().items() if parameter is tensor)
 
     def audit(self) -> None:
-        """Compare replicated parameters, and replicas of shards, across the TP group.
+        """Compare replicated parameters, and replicas of shards, across the TP group; also those beside the model.
 
         Raises:
             DivergenceError: on every rank, naming the first parameter that differs.
@@ -195,6 +207,9 @@ class ShardRecord:
                 whole = joined(parameter.detach())
                 parts = [whole.narrow(layout.dim, a, b - a) for a, b in ranges]
                 checksums.append(checksum(torch.cat(parts, layout.dim)) if parts else 0)
+        for name, parameter in self._beside().items():
+            names.append((name, tuple(range(tp.size))))
+            checksums.append(checksum(parameter))
         everyone = torch.stack(self.mesh.control.all_gather(torch.tensor(checksums, dtype=torch.int64)))
         for column, (name, ranks) in enumerate(names):
             seen = everyone[list(ranks), column].tolist()

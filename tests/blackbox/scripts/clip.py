@@ -8,8 +8,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm  # 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from common import Sentences, arguments, collate, write, write_rank
-from safetensors.torch import save_file
+from common import Sentences, arguments, collate, save_whole, write, write_rank
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -159,11 +158,7 @@ def train(args, name, precision="no", cases=CASES):
         optimizer.step()
         optimizer.zero_grad()
         found["losses"].append(loss.item())
-    state = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        folder = args.out / "states"
-        folder.mkdir(exist_ok=True)
-        save_file({key: value.clone() for key, value in state.items()}, folder / f"{name}.safetensors")
+    save_whole(accelerator, model, args.out / "states", name)
     accelerator.free_memory()
     return found
 

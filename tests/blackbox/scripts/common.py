@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 
@@ -61,6 +62,37 @@ def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
         batch["attention_mask"][row, :length] = 1
         batch["labels"][row, :length] = sample["tokens"]
     return batch | {"ids": torch.tensor([s["id"] for s in samples])}
+
+
+def samples(count: int, vocabulary: int, seed: int) -> list[dict]:
+    """Random sequences of one length with labels, for a Trainer."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocabulary, (count, 12), generator=generator)
+    return [{"input_ids": row, "labels": row.clone(), "attention_mask": torch.ones_like(row)} for row in ids]
+
+
+def metrics(prediction) -> dict[str, float]:
+    """Token accuracy and the number of samples, for a Trainer."""
+    hits = prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]
+    return {"accuracy": float(hits.mean()), "seen": len(prediction.predictions)}
+
+
+def unclocked(entry: dict) -> dict:
+    """An entry of a trainer's log without what a clock says."""
+    return {k: v for k, v in entry.items() if not any(word in k for word in ("runtime", "per_second", "_time"))}
+
+
+def logged(trainer) -> list[dict]:
+    """What a trainer logged, so far as two runs may have it in common."""
+    return [unclocked(entry) for entry in trainer.state.log_history]
+
+
+def save_whole(accelerator, model, folder: Path, name: str) -> None:
+    """Write the weights as the script gets them."""
+    state = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        folder.mkdir(exist_ok=True)
+        save_file({key: value.clone() for key, value in state.items()}, folder / f"{name}.safetensors")
 
 
 def start_plain() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from accelerate import PartialState
-from common import arguments, write
+from common import arguments, logged, write
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
@@ -15,7 +15,6 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 
-UNLIKE = ("runtime", "per_second")  # what a clock says
 LOSSES = {
     "cosine": lambda model: CosineSimilarityLoss(model),
     "ranking": lambda model: MultipleNegativesRankingLoss(model),
@@ -51,12 +50,15 @@ def tuned(args, name: str) -> dict:
         loss=LOSSES[name](model), evaluator=evaluator,
     )  # fmt: skip
     trainer.train()
-    log = [{k: v for k, v in entry.items() if not any(u in k for u in UNLIKE)} for entry in trainer.state.log_history]
     embedded = model.encode(["w1 w2 w3", "w4 w5"]).tolist()
     model.save_pretrained(str(args.out / name / "final"))
     PartialState().wait_for_everyone()
     reloaded = SentenceTransformer(str(args.out / name / "final")) if PartialState().is_main_process else None
-    return {"log": log, "embedded": embedded, "reloaded": reloaded and reloaded.encode(["w6 w7", "w8"]).tolist()}
+    return {
+        "log": logged(trainer),
+        "embedded": embedded,
+        "reloaded": reloaded and reloaded.encode(["w6 w7", "w8"]).tolist(),
+    }
 
 
 def main():

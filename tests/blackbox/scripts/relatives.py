@@ -7,7 +7,7 @@ import traceback
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
-from common import Sentences, arguments, collate, write_rank
+from common import Sentences, arguments, collate, save_whole, write_rank
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -53,11 +53,7 @@ def train(args, name, accelerator, model, optimizer, loader, loss_of, scheduler=
             found["lr"] += scheduler.get_last_lr()
         optimizer.zero_grad()
         found["losses"].append(loss.item())
-    state = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        folder = args.out / "states"
-        folder.mkdir(exist_ok=True)
-        save_file({key: value.clone() for key, value in state.items()}, folder / f"{name}.safetensors")
+    save_whole(accelerator, model, args.out / "states", name)
     return found
 
 

@@ -6,21 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
+from common import logged, metrics, samples
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-
-UNLIKE = ("runtime", "per_second")  # what a clock says
-
-
-def samples(count: int, vocabulary: int, seed: int) -> list[dict]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, vocabulary, (count, 12), generator=generator)
-    return [{"input_ids": row, "labels": row.clone(), "attention_mask": torch.ones_like(row)} for row in ids]
-
-
-def metrics(prediction) -> dict[str, float]:
-    hits = prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]
-    return {"accuracy": float(hits.mean()), "seen": len(prediction.predictions)}
 
 
 def main() -> None:
@@ -57,10 +44,7 @@ def main() -> None:
     # a script of one process reads what it has just written, with no barrier between
     AutoModelForCausalLM.from_pretrained(args.out / "final")
     if trainer.is_world_process_zero():
-        log = [
-            {k: v for k, v in entry.items() if not any(w in k for w in UNLIKE)} for entry in trainer.state.log_history
-        ]
-        report = {"log": log, "world": settings.world_size, "predicted": list(predicted.predictions.shape)}
+        report = {"log": logged(trainer), "world": settings.world_size, "predicted": list(predicted.predictions.shape)}
         (args.out / "report.json").write_text(json.dumps(report))
 
 

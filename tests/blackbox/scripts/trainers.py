@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from common import arguments
+from common import arguments, logged, unclocked
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -30,7 +30,6 @@ from transformers import (
     set_seed,
 )
 
-UNLIKE = ("runtime", "per_second")  # what a clock says
 arguments_given = arguments().parse_args()
 OUT, MODEL = arguments_given.out, arguments_given.models / arguments_given.model
 TOKENIZER = PreTrainedTokenizerFast.from_pretrained(MODEL)
@@ -68,8 +67,7 @@ def trainer(name: str, model=None, cls=Trainer, args=TrainingArguments, **given)
 
 
 def log_of(one: Trainer) -> dict:
-    log = [{k: v for k, v in entry.items() if not any(w in k for w in UNLIKE)} for entry in one.state.log_history]
-    return {"log": log, "flos": one.state.total_flos, "step": one.state.global_step,
+    return {"log": logged(one), "flos": one.state.total_flos, "step": one.state.global_step,
             "tokens": int(one.state.num_input_tokens_seen)}  # fmt: skip
 
 
@@ -85,7 +83,7 @@ def averaged() -> dict:
                   include_num_input_tokens_seen="non_padding", train_sampling_strategy="group_by_length",
                   eval_strategy="steps", eval_steps=3)  # fmt: skip
     result = one.train()
-    metrics = {key: value for key, value in result.metrics.items() if not any(word in key for word in UNLIKE)}
+    metrics = unclocked(result.metrics)
     seconds = result.metrics["train_runtime"]
     # what the clock cannot change: samples and steps by its own seconds
     samples = round(result.metrics["train_samples_per_second"] * seconds)

@@ -8,13 +8,12 @@ import traceback
 
 import torch
 from accelerate import PartialState
-from common import arguments
+from common import arguments, logged
 from datasets import load_dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer, SFTTrainer, get_peft_config
 
-UNLIKE = ("runtime", "per_second", "_time")  # what a clock says
 given = arguments().parse_args()
 MODEL = given.models / given.model
 COMMON = (
@@ -51,8 +50,7 @@ def run(name: str, words: str) -> dict:
     )
     trainer.train()
     trainer.save_model(str(out / "final"))
-    log = [{k: v for k, v in entry.items() if not any(w in k for w in UNLIKE)} for entry in trainer.state.log_history]
-    found = {"log": log}
+    found = {"log": logged(trainer)}
     if "lora" in name:  # by plain PEFT and transformers, in the process that saved it
         reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL), out / "final")
         ids = torch.arange(6, 26).unsqueeze(0)

@@ -6,11 +6,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from common import start_plain
+from common import logged, metrics, samples, start_plain
 from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments
-
-UNLIKE = ("runtime", "per_second")  # what a clock says
 
 
 @dataclass
@@ -19,17 +16,6 @@ class Script:
     models: Path = field()
     model: str = "llama"
     resume: str | None = None
-
-
-def samples(count: int, vocabulary: int, seed: int) -> list[dict]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, vocabulary, (count, 12), generator=generator)
-    return [{"input_ids": row, "labels": row.clone(), "attention_mask": torch.ones_like(row)} for row in ids]
-
-
-def metrics(prediction) -> dict[str, float]:
-    hits = prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]
-    return {"accuracy": float(hits.mean()), "seen": len(prediction.predictions)}
 
 
 def main() -> None:
@@ -56,9 +42,7 @@ def main() -> None:
     trainer.save_model(str(script.out / "final"))
     predicted = trainer.predict(samples(5, vocabulary, 2))
     if trainer.is_world_process_zero():
-        report["log"] = [
-            {k: v for k, v in entry.items() if not any(w in k for w in UNLIKE)} for entry in trainer.state.log_history
-        ]
+        report["log"] = logged(trainer)
         report["predicted"] = list(predicted.predictions.shape)
         report["kept"] = sorted(p.name for p in Path(settings.output_dir).iterdir())
         script.out.mkdir(exist_ok=True)

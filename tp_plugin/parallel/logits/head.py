@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C._dynamo.eval_frame import set_eval_frame
-from torch._dynamo.decorators import skip
-from torch._dynamo.eval_frame import skip_code
 
 from tp_plugin.parallel import collectives
 from tp_plugin.parallel.first_order import first_order
+from tp_plugin.parallel.graphs import end_graph, skip
 from tp_plugin.parallel.logits.expr import ALL, Expr, Local, Values, pad
 from tp_plugin.parallel.logits.reading import Held, desk
 from tp_plugin.parallel.logits.reductions import pieces
@@ -32,7 +30,7 @@ class VocabularyColumns:
     @skip
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """``f`` at the head's input. A graph ends here: torch.compile cannot trace deferred logits."""
-        set_eval_frame(None)  # what the model's forward does with them; the compiled call sets it back when it returns
+        end_graph()  # before what the model's forward does with them
         return (collectives.enter(args[0], require_mesh().tp), *args[1:])
 
     def after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -45,16 +43,6 @@ class VocabularyColumns:
             return deferred(args[0], module.weight, module.bias, output, self.vocabulary)  # type: ignore[arg-type]
         result: torch.Tensor = Output.apply(output, _held(output), self.vocabulary)
         return result
-
-
-def trace_once(forward: Any) -> None:
-    """Have torch.compile begin at a model's own forward, below its decorators.
-
-    A graph that ends at the head ends each function around it, too: it would trace all of them, one after the other.
-    """
-    while hasattr(forward, "__wrapped__"):
-        skip_code(forward.__code__)
-        forward = forward.__wrapped__
 
 
 def deferred(
