@@ -249,6 +249,25 @@ def build(config: Any, seed: int = 0, auto: str = "AutoModelForCausalLM") -> nn.
     return model
 
 
+def adapted(model: nn.Module, method: str) -> nn.Module:
+    """``model`` in PEFT's LoRA on every linear ("lora"), or trained together with a prefix ("prefix")."""
+    import peft
+
+    from tp_plugin.engines import peft as engine
+
+    if not hasattr(peft.PeftModel.get_prompt, "tp_patched"):
+        engine.install(peft.peft_model)  # which does nothing to a model that is not sharded
+    torch.manual_seed(0)
+    if method == "lora":
+        given: Any = peft.LoraConfig(target_modules="all-linear", lora_alpha=16, init_lora_weights=False)
+    else:
+        given = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    found = peft.get_peft_model(model, given)
+    if method == "prefix":  # alone it has too small a gradient for clipping
+        found.requires_grad_(True)
+    return found
+
+
 def batch(vocabulary: int, seed: int, size: int = 2, length: int = 11) -> dict[str, torch.Tensor]:
     """Token ids, labels (some ignored) and a mask with right padding."""
     generator = torch.Generator().manual_seed(seed)

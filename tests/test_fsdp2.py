@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import batch, build, config_for
+from models import adapted, batch, build, config_for
 from workers import run
 
 STEPS, MICRO = 6, 2
@@ -49,11 +49,8 @@ def make(tp: int, model_type: str, overrides: dict[str, Any], **settings: Any) -
     _install()
     config = config_for(model_type, **overrides)
     model = build(config, seed=settings.pop("seed", 0))
-    if settings.pop("lora", False):
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(0)
-        model = get_peft_model(model, LoraConfig(target_modules="all-linear", lora_alpha=16, init_lora_weights=False))
+    if adapter := settings.pop("adapter", ""):
+        model = adapted(model, adapter)
     options = {name: settings.pop(name) for name in OPTIONS_OF_OURS & settings.keys()}
     compiled = settings.pop("compiled", "")
     if tp > 1:
@@ -222,7 +219,11 @@ def test_settings(name: str) -> None:
 
 @pytest.mark.parametrize("tp, dp", [(2, 2), pytest.param(4, 1, marks=FULL)])
 def test_lora(tp: int, dp: int) -> None:
-    compare(tp, dp, *LLAMA, {"lora": True}, False)
+    compare(tp, dp, *LLAMA, {"adapter": "lora"}, False)
+
+
+def test_prefix() -> None:
+    compare(2, 2, *REPLICATED_KV, {"adapter": "prefix"}, False)
 
 
 def head_case() -> list[bool]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import batch, build, config_for
+from models import adapted, batch, build, config_for
 from workers import run
 
 from tp_plugin.options import OPTIONS
@@ -51,7 +51,7 @@ def train(
     model_type: str,
     overrides: dict[str, Any],
     config: dict[str, Any],
-    lora: bool = False,
+    adapter: str = "",
     seeds: bool = False,
     checkpointing: bool = False,
     compiled: bool = False,
@@ -67,11 +67,8 @@ def train(
     settings = config_for(model_type, **overrides)
     # every rank another model: the leader's of the first TP group is what is trained
     model = build(settings, seed=torch.distributed.get_rank() if seeds and tp > 1 else 0)
-    if lora:
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(0)
-        model = get_peft_model(model, LoraConfig(target_modules="all-linear", lora_alpha=16, init_lora_weights=False))
+    if adapter:
+        model = adapted(model, adapter)
     if tp > 1:
         import tp_plugin
 
@@ -237,15 +234,21 @@ def test_architectures(stage: int, model: Any) -> None:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_lora(stage: int) -> None:
-    compare(2, 2, *LLAMA, ds_config(stage), True)
-    compare(4, 1, *REPLICATED_KV, ds_config(stage), True)
+    compare(2, 2, *LLAMA, ds_config(stage), "lora")
+    compare(4, 1, *REPLICATED_KV, ds_config(stage), "lora")
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.full), 3])
+def test_prefix(stage: int) -> None:
+    """The prefix stands beside the sharded model, and is partitioned with it."""
+    compare(2, 2, *REPLICATED_KV, ds_config(stage), "prefix")
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_ranks_start_equal(stage: int) -> None:
     """Whatever each rank's seed: one model in a TP group, and one in all of them."""
     expected = plain(2, *LLAMA, ds_config(stage))
-    for rank, result in enumerate(run(4, train, 2, *LLAMA, ds_config(stage), False, True)):
+    for rank, result in enumerate(run(4, train, 2, *LLAMA, ds_config(stage), "", True)):
         assert result["losses"] == pytest.approx(expected[rank // 2]["losses"], rel=1e-5)
 
 
