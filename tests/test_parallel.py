@@ -167,6 +167,23 @@ def test_guard_sees_another_shape_before_any_collective_mismatches() -> None:
         assert "rank 0: torch.int64 [2, 8]" in message and "rank 1: torch.int64 [2, 9]" in message
 
 
+def learned_mask_case() -> str:
+    from tp_plugin.errors import TPError
+
+    _, sharded = pair(2)
+    data = batch(97, 0)
+    bias = torch.zeros(2, 1, 11, 11, requires_grad=True)
+    with pytest.raises(TPError) as raised:
+        sharded(**data | {"attention_mask": bias})
+    assert sharded(**data | {"attention_mask": bias.detach()}).loss.isfinite()
+    return str(raised.value)
+
+
+def test_a_learned_mask_is_refused() -> None:
+    for message in run(2, learned_mask_case):
+        assert message.startswith("'attention_mask' requires a gradient")
+
+
 def other_place_case() -> str:
     from tp_plugin.parallel.exchange import exchange
     from tp_plugin.parallel.lockstep import BARRIER

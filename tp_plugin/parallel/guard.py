@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_plugin.errors import DivergenceError
+from tp_plugin.errors import DivergenceError, TPError
 from tp_plugin.parallel import mesh, rng
 from tp_plugin.parallel.exchange import Exchange
 from tp_plugin.parallel.lockstep import FORWARD, GRADIENTS, Request
@@ -52,6 +52,7 @@ class Guard:
         if self._depth > 1 or self.lockstep.helping:
             return
         self._outermost = module
+        _refuse_learned_masks(kwargs)
         mesh.in_training = module.training and torch.is_grad_enabled()
         self._check(module, args, kwargs)
         if mesh.in_training:
@@ -111,6 +112,15 @@ class Guard:
             "group are one process and must see one batch: pass the loader through accelerator.prepare, or shard the "
             "data by accelerator.process_index / num_processes instead of RANK or LOCAL_RANK"
         )
+
+
+def _refuse_learned_masks(kwargs: Mapping[str, Any]) -> None:
+    for name, value in kwargs.items():
+        if "mask" in name and isinstance(value, torch.Tensor) and value.requires_grad:
+            raise TPError(
+                f"{name!r} requires a gradient, of which each rank of a TP group would compute its own attention heads' "
+                "part only; pass it with .detach(), or set tp_size: 1"
+            )
 
 
 def digests(args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
