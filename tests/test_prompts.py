@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -17,6 +16,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "cartridge": {"peft_type": "CARTRIDGE"},
     "prompt": {"peft_type": "PROMPT_TUNING"},
     "p-tuning": {"peft_type": "P_TUNING", "encoder_hidden_size": 20},
+    "context": {  # its loss is made from the logits
+        "peft_type": "CPT",
+        "cpt_token_ids": [5, 60, 9, 33],
+        "cpt_tokens_type_mask": [1, 2, 3, 4],
+        "opt_weighted_loss_type": "decay",
+        "opt_loss_decay_factor": 0.7,
+    },
 }
 CASES = [
     (2, "llama", {}, "prefix"),
@@ -26,6 +32,7 @@ CASES = [
     (2, "llama", {}, "cartridge"),
     (2, "llama", {}, "prompt"),
     (2, "llama", {}, "p-tuning"),
+    (2, "llama", {}, "context"),
     *(
         pytest.param(*case, marks=pytest.mark.full)
         for case in [(4, "llama", {"num_attention_heads": 6, "num_key_value_heads": 2}, "prefix"),
@@ -55,15 +62,17 @@ def prompt_case(tp: int, model_type: str, overrides: dict[str, Any], kind: str) 
     try:
         auto, task = KIND_OF_MODEL.get(model_type, ("AutoModelForCausalLM", "CAUSAL_LM"))
         plain = build(config_for(model_type, **overrides), auto=auto)
-        given = {"task_type": task, "num_virtual_tokens": 3, **KINDS[kind]}
+        given = {"task_type": task, "num_virtual_tokens": 4 if kind == "context" else 3, **KINDS[kind]}
         if model_type == "t5":  # whose heads have a width of their own
             given["token_dim"] = plain.config.num_heads * plain.config.d_kv
         settings = peft.get_peft_config(given)
         whole = peft.get_peft_model(plain, settings)
+        sharded = peft.get_peft_model(build(plain.config, auto=auto), settings)  # a copy would lose CPT's hooks
         with torch.no_grad():
-            for parameter in whole.prompt_encoder.parameters():
-                parameter.normal_(0, 0.2)
-        sharded = copy.deepcopy(whole)
+            for model in (whole, sharded):
+                torch.manual_seed(0)
+                for parameter in model.prompt_encoder.parameters():
+                    parameter.normal_(0, 0.2)
         parallelize(sharded, tp)
         found: dict[str, Any] = {"losses": [], "norms": [], "grads": [], "weights": [], "tokens": [], "counts": []}
         for model in (whole, sharded):

@@ -118,8 +118,8 @@ def _refuse_learned_masks(kwargs: Mapping[str, Any]) -> None:
     for name, value in kwargs.items():
         if "mask" in name and isinstance(value, torch.Tensor) and value.requires_grad:
             raise TPError(
-                f"{name!r} requires a gradient, of which each rank of a TP group would compute its own attention heads' "
-                "part only; pass it with .detach(), or set tp_size: 1"
+                f"{name!r} requires a gradient, of which each rank of a TP group would compute only the part of its "
+                "attention heads; pass it with .detach(), or set tp_size: 1"
             )
 
 
