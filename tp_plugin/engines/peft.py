@@ -11,7 +11,8 @@ from tp_plugin.errors import TPError
 from tp_plugin.parallel.collectives import enter
 from tp_plugin.parallel.exchange import exchange
 from tp_plugin.parallel.mesh import current_mesh
-from tp_plugin.policy.layout import Range
+from tp_plugin.policy import Plan
+from tp_plugin.policy.layout import Parts
 from tp_plugin.shard import is_sharded, models_in
 
 
@@ -65,24 +66,28 @@ def _get_prompt(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     heads = _key_heads(model)
     for index, layer in enumerate(getattr(prompt, "self_attention_cache", prompt).layers):
         if index in heads and layer.is_initialized:
-            first, last = heads[index][tp.rank]
-            count = max(end for _, end in heads[index])
+            count = max(end for part in heads[index] for _, end in part)
             if layer.keys.shape[1] != count:
                 raise TPError(
                     f"the prefix has {layer.keys.shape[1]} heads, but layer {index} of {type(model).__name__} has "
                     f"{count} key/value heads; set num_attention_heads={count} in its PEFT config"
                 )
-            layer.keys, layer.values = layer.keys[:, first:last], layer.values[:, first:last]
+            mine = [head for a, b in heads[index][tp.rank] for head in range(a, b)]
+            layer.keys, layer.values = layer.keys[:, mine], layer.values[:, mine]
     return prompt
 
 
-def _key_heads(model: Any) -> dict[int, tuple[Range, ...]]:
+def _key_heads(model: Any) -> dict[int, Parts]:
     """Of each layer that has a cache, by its index there: which key/value heads each rank has."""
-    found: dict[int, tuple[Range, ...]] = {}
-    for path, block in model.tp_record.plan.blocks.items():
+    found: dict[int, Parts] = {}
+    plan: Plan = model.tp_record.plan
+    for path, block in plan.blocks.items():
         inside: list[nn.Module] = list(model.get_submodule(path).modules())
         index = next((m.layer_idx for m in inside if getattr(m, "layer_idx", None) is not None), None)
-        if block.heads is not None and index is not None and found.setdefault(index, block.heads.kv) != block.heads.kv:
+        if block.heads is None or index is None:
+            continue
+        heads = plan.key_heads(path)
+        if found.setdefault(index, heads) != heads:
             raise TPError(
                 f"{path} has other key/value heads than another attention of layer {index}; prefix tuning of such a "
                 "model is not supported with a tp_size"

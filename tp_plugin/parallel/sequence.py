@@ -30,18 +30,19 @@ SEQUENCE = 1
 class Stack:
     """One stack of layers that run one after the other on the same hidden states.
 
-    ``length`` is the sequence's length in the forward that runs, or whose layers are recomputed for the backward.
+    ``length`` is the sequence's length in the forward that runs, or whose layers are recomputed for the backward;
+    ``ran`` says whether the last forward split it.
     """
 
     def __init__(self, path: str):
         self.path = path
         self.length = 0
-        self.active = False
+        self.active = self.ran = False
 
     def split(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Forward pre-hook (with kwargs) of the first layer."""
         if not _in_backward():
-            self.active = torch.is_grad_enabled()
+            self.active = self.ran = torch.is_grad_enabled()
         if not self.runs:
             return args, kwargs
         recompute = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tp_plugin.policy.layout import ParamLayout, Range
+from tp_plugin.policy.layout import ParamLayout, Parts, Range
 from tp_plugin.policy.split import HeadSplit
 
 
@@ -72,6 +72,23 @@ class Plan:
     heads: list[str] = field(default_factory=list)
     adapted_embeddings: list[tuple[str, str]] = field(default_factory=list)
     dropouts: dict[str, str] = field(default_factory=dict)
+
+    def query_heads(self, path: str) -> Parts:
+        """Each rank's query heads of the attention at ``path``, as ranges in the order of the whole model's."""
+        block = self.blocks[path]
+        assert block.heads is not None
+        if not block.rows:
+            return tuple((held,) for held in block.heads.q)
+        layout = self.layouts[f"{block.rows[0]}.weight"]  # its input is the heads' outputs, one behind the other
+        assert layout.dim is not None
+        width = layout.shape[layout.dim] // block.heads.q_heads
+        return tuple(tuple((a // width, b // width) for a, b in part) for part in layout.parts)
+
+    def key_heads(self, path: str) -> Parts:
+        """The same for key/value heads, of which ranks may share one."""
+        heads = self.blocks[path].heads
+        assert heads is not None
+        return self.query_heads(path) if heads.q_heads == heads.kv_heads else tuple((held,) for held in heads.kv)
 
     def sharded_share(self, parameters: Mapping[str, torch.Tensor]) -> float:
         """Share of the parameters' elements that is really split (0…1)."""

@@ -27,6 +27,7 @@ from tp_plugin.parallel.guard import Guard
 from tp_plugin.parallel.layouts import attach
 from tp_plugin.parallel.logits import VocabularyColumns
 from tp_plugin.parallel.mesh import Mesh, init_mesh
+from tp_plugin.parallel.outputs import LayerOutputs
 from tp_plugin.parallel.sequence import LayerRegion, Stack
 from tp_plugin.parallel.side_by_side import SideBySide
 from tp_plugin.policy import ParamLayout, Plan, Policy, load, make_plan, policy_for
@@ -122,7 +123,8 @@ def shard_model(model: nn.Module, plan: Plan, mesh: Mesh, options: Options) -> N
     _fit_modules(model, plan, mesh.tp.rank)
     parallels = _hook_blocks(model, plan, mesh.tp.rank)
     _begin_together(model, plan, parallels, options)
-    _hook_stacks(model, found, parallels, mesh.tp.rank)
+    made = _hook_stacks(model, found, parallels, mesh.tp.rank)
+    _hook_outputs(model, plan, made)
     _hook_vocabulary(model, plan, mesh.tp.rank)
 
     record = ShardRecord(model, plan, mesh, link)
@@ -292,9 +294,10 @@ def _begin_together(
 
 def _hook_stacks(
     model: nn.Module, found: Mapping[str, list[str]], parallels: Mapping[str, layers.ParallelBlock], rank: int
-) -> None:
+) -> dict[str, Stack]:
+    made = {path: Stack(path) for path in found}
     for path, members in found.items():
-        stack = Stack(path)
+        stack = made[path]
         modules = [model.get_submodule(member) for member in members]
         modules[0].register_forward_pre_hook(stack.split, with_kwargs=True, prepend=True)
         for member, layer in zip(members, modules, strict=True):
@@ -308,6 +311,26 @@ def _hook_stacks(
                     if parallel.beside is not None:
                         parallel.beside.stack = stack
         modules[-1].register_forward_hook(stack.join)
+    return made
+
+
+def _hook_outputs(model: nn.Module, plan: Plan, made: Mapping[str, Stack]) -> None:
+    """Make whole what the nearest model around the layers returns of them."""
+    from transformers import PreTrainedModel
+
+    around: list[str] = [
+        path for path, module in model.named_modules() if not path or isinstance(module, PreTrainedModel)
+    ]
+
+    def nearest(path: str) -> str:
+        return max((a for a in around if f"{path}.".startswith(f"{a}." if a else "")), key=len)
+
+    for owner in around:
+        attentions = [path for path, block in plan.blocks.items() if block.heads is not None and nearest(path) == owner]
+        heads = [plan.query_heads(path) for path in attentions]
+        parted = [stack for path, stack in made.items() if nearest(path) == owner]
+        if heads or parted:
+            model.get_submodule(owner).register_forward_hook(LayerOutputs(heads, parted), prepend=True)
 
 
 def _hook_vocabulary(model: nn.Module, plan: Plan, rank: int) -> None:
