@@ -167,6 +167,21 @@ def test_guard_sees_another_shape_before_any_collective_mismatches() -> None:
         assert "rank 0: torch.int64 [2, 8]" in message and "rank 1: torch.int64 [2, 9]" in message
 
 
+def other_loss_case() -> str:
+    """A penalty on all weights, of which each rank sees its share."""
+    _, sharded = pair(2)
+    for seed in range(2):
+        sharded(**batch(97, seed)).loss.backward()
+    loss = sharded(**batch(97, 2)).loss
+    (loss + 0.1 * sum(p.pow(2).sum() for p in sharded.parameters())).backward()
+    return expect("another loss", lambda: sharded(**batch(97, 3)))
+
+
+def test_a_loss_that_is_not_one_number_is_an_error() -> None:
+    for message in run(2, other_loss_case):
+        assert "called backward() on different losses (rank 0: " in message
+
+
 def learned_mask_case() -> str:
     from tp_plugin.errors import TPError
 

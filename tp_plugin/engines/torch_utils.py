@@ -1,4 +1,4 @@
-"""torch's own helpers that look at all gradients, or count processes: norms, clipping, skipped steps, samplers."""
+"""torch's own that looks at all gradients, or counts processes: backward, norms, clipping, skipped steps, samplers."""
 
 from __future__ import annotations
 
@@ -45,6 +45,14 @@ def install() -> None:
     patch(torch.nn.utils, "get_total_norm", get_total_norm)
     wrap(torch.amp.GradScaler, "_unscale_grads_", _unscale_grads)
     patch(torch.utils.data.distributed, "dist", _Replicas())
+    wrap(torch.Tensor, "backward", _backward)
+
+
+def _backward(original: Any, self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    guard = sys.modules.get("tp_plugin.parallel.guard")
+    if guard is not None:
+        guard.backward_from(self)
+    return original(self, *args, **kwargs)
 
 
 def _like(norm: torch.Tensor, tensors: list[Any]) -> torch.Tensor:

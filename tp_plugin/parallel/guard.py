@@ -1,11 +1,14 @@
 """Before each top-level forward: are the ranks of the TP group still one process?
 
-One all-gather of 48 bytes on the control group compares the call, the batch and the generators. Another batch is an
-error on every rank; unequal generators are set to the leader's, as the group is one process and has one.
+One all-gather of 72 bytes on the control group compares the call, the batch, the generators, and the loss at which the
+last backward began. Another batch or another loss is an error on every rank; unequal generators are set to those of the
+leader, as the group is one process and has one.
 """
 
 from __future__ import annotations
 
+import math
+import struct
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +26,24 @@ _SAMPLE = 1 << 16
 """Elements of a device tensor that are copied to the host for hashing; larger ones are sampled and summed."""
 
 
+APART = 1e-2
+"""Relative difference of losses, and size of a loss, above which they are not one number that was rounded."""
+
 _training_forwards = 0
+_loss: torch.Tensor | None = None
+
+
+def backward_from(tensor: torch.Tensor) -> None:
+    """A backward begins at ``tensor``; if that is a loss, the ranks compare it at the next forward."""
+    global _loss
+    _loss = tensor.detach() if tensor.numel() == 1 else None
+
+
+def _taken_loss() -> float:
+    """The loss of the last backward, NaN if there is none to compare."""
+    global _loss
+    loss, _loss = _loss, None
+    return math.nan if loss is None else float(loss)
 
 
 def training_forwards() -> int:
@@ -86,14 +106,28 @@ class Guard:
         batch = zlib.crc32(repr(sorted(seen.items())).encode())
         mode = GRADIENTS * torch.is_grad_enabled() + 2 * module.training
         record: Any = getattr(module, "tp_record", None)  # an inner model called by itself has none
-        mine = [mode, record.number if record else -1, batch, rng.fingerprint()]
+        mine = [mode, record.number if record else -1, batch, rng.fingerprint(), _bits(_taken_loss())]
         everyone = self.lockstep.meet(FORWARD, mine, lambda: record and Request.of("__call__", module, args, kwargs))
         self.lockstep.apart = len(everyone) < self.mesh.tp_size
         if any(values[:3] != mine[:3] for values in everyone):
             self._depth, self._outermost = 0, None
             self._explain(module, seen, mode)
+        self._compare_losses([_number(values[4]) for values in everyone])
         if any(values[3] != mine[3] for values in everyone):
             rng.synchronize(self.mesh.control)
+
+    def _compare_losses(self, losses: list[float]) -> None:
+        size = max(map(abs, losses))
+        if not all(map(math.isfinite, losses)) or size <= APART or max(losses) - min(losses) <= APART * size:
+            return
+        self._depth, self._outermost = 0, None
+        seen = ", ".join(f"rank {rank}: {loss:.6g}" for rank, loss in zip(self.mesh.tp.ranks, losses, strict=True))
+        raise DivergenceError(
+            f"the ranks of a TP group called backward() on different losses ({seen}), which must be one number. "
+            "Something in the loss comes from one rank's share (a sum over model.parameters(), the weight of lm_head) "
+            "or is drawn or looked up by each rank for itself. Penalties on weights belong into the optimizer "
+            "(weight_decay); use outputs.logits, and values that accelerator.gather or broadcast has made equal"
+        )
 
     def _explain(self, module: nn.Module, mine: dict[str, Any], mode: int) -> None:
         phase = f"{'training' if mode & 2 else 'evaluation'}, gradients {'on' if mode & GRADIENTS else 'off'}"
@@ -112,6 +146,16 @@ class Guard:
             "group are one process and must see one batch: pass the loader through accelerator.prepare, or shard the "
             "data by accelerator.process_index / num_processes instead of RANK or LOCAL_RANK"
         )
+
+
+def _bits(number: float) -> int:
+    found: int = struct.unpack("<q", struct.pack("<d", number))[0]
+    return found
+
+
+def _number(bits: int) -> float:
+    found: float = struct.unpack("<d", struct.pack("<q", bits))[0]
+    return found
 
 
 def _refuse_learned_masks(kwargs: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ PLACES = (
 )
 FORWARD, GENERATE, BARRIER, BATCH, TRIGGER, COLLECTIVE, END = range(len(PLACES))
 
-_WIDTH = 4
+_WIDTH = 5
 """Values in a header that belong to its place."""
 
 Census = tuple[int, int]
@@ -129,7 +129,7 @@ class Lockstep:
 
         Args:
             place: one of the constants of this module.
-            values: up to four integers; for a forward or generate (mode bits, model number, digest of the arguments).
+            values: up to five integers; for a forward or generate (mode bits, model number, digest of the arguments).
             request: for a forward or generate, gives what a helper needs (:meth:`Request.of`).
 
         Raises:
