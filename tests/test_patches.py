@@ -227,6 +227,10 @@ def test_fsdp2_makes_its_parameters_where_we_think() -> None:
         assert list(inspect.signature(getattr(_fsdp_collectives, name).__call__).parameters)[1:3] == [
             "output_tensor", "input_tensor"
         ]  # fmt: skip
+    from transformers.modeling_utils import PreTrainedModel
+
+    left = inspect.getsource(PreTrainedModel._move_missing_keys_from_meta_to_device)
+    assert "if is_fsdp_enabled() and not is_local_dist_rank_0()" in left, "who makes up what a checkpoint lacks?"
     prepare = inspect.getsource(fsdp_utils.fsdp2_prepare_model)
     assert "from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard" in prepare
     assert "cpu_ram_efficient_loading" in prepare and "fsdp2_prepare_model(self, model)" in inspect.getsource(

@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from test_launch import launch, seen
 
+from tp_plugin.engines.deepspeed import batch
+from tp_plugin.engines.deepspeed.batch import multiplied_by_world
 from tp_plugin.engines.deepspeed.config import REFUSED, options_of, refuse, without_our_keys
 from tp_plugin.engines.deepspeed.initialize import _refuse_arguments
 from tp_plugin.errors import TPError
@@ -197,3 +200,37 @@ def test_a_dict_in_the_scripts_own_code(tmp_path: Path, library: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert seen(result) == ["SEES 1 0 False", "SEES 1 0 True"]
     assert not any(name.startswith("deepspeed") for name in os.listdir("/dev/shm"))
+
+
+@pytest.mark.parametrize(
+    "line, by_world",
+    [
+        ("ds['train_batch_size'] = args.micro * torch.distributed.get_world_size() * args.steps", True),
+        ("ds = {'train_batch_size': 2 * int(os.environ['WORLD_SIZE'])}", True),
+        ("n = dist.get_world_size()\nds['train_batch_size'] = 4 * n", True),
+        ("ds['train_batch_size'] = args.total\nprint(dist.get_world_size())", False),
+        ("ds = {'train_batch_size': 32, 'world_size': 4}", False),
+        ("no python", False),
+    ],
+)
+def test_whether_a_script_multiplies_by_its_processes(line: str, by_world: bool) -> None:
+    assert multiplied_by_world(line) is by_world
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 2}, (12, 3)),
+        ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}, (12, 3)),
+        # of replicas already
+        ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 6}, (24, 6)),
+        ({"train_batch_size": 12, "train_micro_batch_size_per_gpu": 2}, (12, None)),
+        ({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 2}, ("auto", None)),
+    ],
+)
+def test_batch_sizes_that_a_script_computes(
+    monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], expected: tuple[Any, Any]
+) -> None:
+    monkeypatch.setattr(batch, "_script", lambda: "ds['train_batch_size'] = micro * world_size")
+    batch.count_replicas(config, SimpleNamespace(tp_size=2, dp_size=2, is_leader=False))  # type: ignore[arg-type]
+    assert (config["train_batch_size"], config.get("gradient_accumulation_steps")) == expected

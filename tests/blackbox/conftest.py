@@ -59,6 +59,10 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
         rows = model.get_input_embeddings().weight
         rows[[0, -1]] *= 1e-7 / rows[[0, -1]].abs().amax(1, keepdim=True)
         model.save_pretrained(root / "llama_tiny_rows")
+    model = BUILDERS["llama"]()
+    randomize(model)
+    weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    model.save_pretrained(root / "llama_headless", state_dict=weights)
     return {path.name: path for path in root.iterdir()}
 
 

@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import torch
+from torch import nn
 
 from tp_plugin.engines.patching import patch
 from tp_plugin.options import Options
@@ -23,10 +24,30 @@ def install(modeling_utils: Any) -> None:
         if state_dict is None and _is_plain(modeling_utils, self, checkpoint_files, load_config):
             state_dict = _mapped(self, checkpoint_files, load_config)
         loaded = original(self, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        if Options.from_environment().tp_size > 1:
+            _make_room(modeling_utils, self)
         read_at_forward(self)
         return loaded
 
     patch(model, "_load_pretrained_model", staticmethod(load))
+
+
+def _make_room(modeling_utils: Any, model: nn.Module) -> None:
+    """With FSDP, local rank 0 alone makes up what the checkpoint lacks, for all; the others get room for it."""
+    if not modeling_utils.is_fsdp_enabled() or modeling_utils.is_local_dist_rank_0():
+        return
+    made: dict[int, torch.Tensor] = {}
+    for module in list(model.modules()):
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in made:  # tied ones stay tied
+                    room = torch.zeros_like(tensor, device="cpu")
+                    learns = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(room, tensor.requires_grad) if learns else room
+                    made[id(tensor)]._is_hf_initialized = True  # type: ignore[attr-defined]
+                tensors[name] = made[id(tensor)]  # type: ignore[assignment]
 
 
 def _is_plain(modeling_utils: Any, model: Any, files: Any, load_config: Any) -> bool:

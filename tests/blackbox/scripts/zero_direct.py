@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import deepspeed
 import torch
@@ -30,7 +31,11 @@ def main():
     if args.code:
         args.deepspeed_config = None
         with open(args.code) as file:
-            named["config"] = json.load(file)
+            config = named["config"] = json.load(file)
+        # as DeepSpeed-Chat counts, which leaves the steps to DeepSpeed
+        processes = int(os.environ["WORLD_SIZE"])
+        steps = config.pop("gradient_accumulation_steps")
+        config["train_batch_size"] = config["train_micro_batch_size_per_gpu"] * processes * steps
     engine, optimizer, loader, scheduler = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), training_data=data, collate_fn=collate, **named
     )

@@ -12,6 +12,7 @@ from torch import nn
 
 from tp_plugin.engines import torch_utils
 from tp_plugin.engines.deepspeed import checkpoint, norms
+from tp_plugin.engines.deepspeed.batch import count_replicas
 from tp_plugin.engines.deepspeed.config import options_of, refuse, without_our_keys
 from tp_plugin.engines.deepspeed.groups import Mpu
 from tp_plugin.engines.patching import wrap
@@ -77,6 +78,7 @@ def _zero_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 def _initialize(original: Any, *args: Any, **kwargs: Any) -> Any:
     call = inspect.signature(original).bind(*args, **kwargs)
     given = call.arguments
+    by_code = isinstance(given.get("config", given.get("config_params")), dict)
     config = _take_config(given)
     if config is None:
         return original(*args, **kwargs)  # DeepSpeed says what is wrong
@@ -89,6 +91,8 @@ def _initialize(original: Any, *args: Any, **kwargs: Any) -> Any:
     refuse(config, options.tp_size)
     _refuse_arguments(given, options)
     mesh = _join(options)
+    if by_code:
+        count_replicas(config, mesh)
     model: nn.Module = given["model"]
     if type(model).__name__ in options.leave_whole:
         agree_on_weights(model, mesh)
