@@ -298,6 +298,45 @@ def test_generate(stage: int) -> None:
     assert expected[0] != expected[1]
 
 
+def gathered_case() -> list[str]:
+    """A script that reads weights under ZeRO-3 one by one, as DeepSpeed-Chat does to save them."""
+    import warnings
+
+    import deepspeed
+    from deepspeed.runtime.zero import partition_parameters
+
+    import tp_plugin
+    from tp_plugin.engines import patching
+    from tp_plugin.engines.deepspeed import shares
+
+    plain_again()
+    before = len(patching._originals)
+    shares.install(partition_parameters)
+    try:
+        model = tp_plugin.parallelize(build(config_for(LLAMA[0], **LLAMA[1])), tp_size=2)
+        optimizer = torch.optim.AdamW(model.parameters())
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(3))
+        found = []
+        for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight"):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                with deepspeed.zero.GatheredParameters([model.get_parameter(name)]):
+                    pass
+            found.append(" ".join(str(warning.message) for warning in caught))
+        engine.destroy()
+        return found
+    finally:
+        for owner, name, original in reversed(patching._originals[before:]):
+            setattr(owner, name, original)
+        del patching._originals[before:]
+
+
+def test_a_script_that_gathers_shares_is_warned() -> None:
+    for whole, shared in run(2, gathered_case):
+        assert not whole
+        assert "a weight is this rank's share, (24, 48) of (48, 48)" in shared
+
+
 def flattened_norm(tp: int) -> tuple[float, float, float]:
     """DeepSpeed's norm of a flat gradient with our mask, our own norm, and its norm without a mask."""
     from deepspeed.runtime.utils import get_flattened_grad_norm

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tp_plugin.engines import torch_utils
-from tp_plugin.engines.deepspeed import checkpoint, norms
+from tp_plugin.engines.deepspeed import checkpoint, norms, shares
 from tp_plugin.engines.deepspeed.batch import count_replicas
 from tp_plugin.engines.deepspeed.config import options_of, refuse, without_our_keys
 from tp_plugin.engines.deepspeed.groups import Mpu
@@ -51,8 +51,9 @@ def install_hf_config(hf_config: Any) -> None:
 
 
 def install_zero_init(partition_parameters: Any) -> None:
-    """Patch ``zero.Init``: the model is built whole, sharded by ``initialize``, and only then partitioned."""
+    """Patch ``zero``: a model is built whole, sharded by ``initialize``, and only then partitioned; readers are told."""
     wrap(partition_parameters.Init, "__init__", _zero_init)
+    shares.install(partition_parameters)
 
 
 def _config(original: Any, self: Any, config: Any, mpu: Any = None, *args: Any, **kwargs: Any) -> None:
