@@ -51,7 +51,7 @@ def install_hf_config(hf_config: Any) -> None:
 
 
 def install_zero_init(partition_parameters: Any) -> None:
-    """Patch ``zero``: a model is built whole, sharded by ``initialize``, only then partitioned; who reads it is told."""
+    """Patch ``zero``: a model is built whole, sharded, and only then partitioned; who reads its weights is told."""
     wrap(partition_parameters.Init, "__init__", _zero_init)
     shares.install(partition_parameters)
 
