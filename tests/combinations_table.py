@@ -46,6 +46,12 @@ COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
     ),
     "optimizer on the CPU": ("", "", "test_zero.py::test_offloaded", FSDP2_SETTINGS),
     "LoRA": ("test_lora.py::test_lora_on_every_linear", TRL, "test_zero.py::test_lora", f"{FSDP2}::test_lora"),
+    "prefix tuning": (
+        "test_prompts.py::test_the_numbers_are_those_of_one_process",
+        DDP,
+        "test_zero.py::test_prefix",
+        f"{FSDP2}::test_prefix",
+    ),
     "Adafactor, Muon": (
         "test_whole_step.py::test_steps_with_whole_parameters",
         TRAINERS,

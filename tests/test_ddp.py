@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import batch, build, config_for
+from models import adapted, batch, build, config_for
 from test_save_state import accelerated
 from workers import run
 
@@ -22,8 +22,15 @@ def train(tp: int, model_type: str, overrides: dict[str, Any], options: dict[str
     """What this rank saw, and its weights; ``how`` it is compiled: by Accelerate, or before or after ``prepare``."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    options, adapter = dict(options), options.get("adapter")
+    options.pop("adapter", None)
+
+    def make() -> Any:
+        model = build(config_for(model_type, **overrides))
+        return (adapted(model, adapter) if adapter else model).train()
+
     if tp == 1:
-        return _train(tp, build(config_for(model_type, **overrides)).train(), None, "")
+        return _train(tp, make(), None, "")
     os.environ[OPTIONS] = json.dumps(options)
     try:
         with accelerated(tp):
@@ -33,7 +40,7 @@ def train(tp: int, model_type: str, overrides: dict[str, Any], options: dict[str
             plugin = TorchDynamoPlugin(backend="aot_eager", use_regional_compilation=how == "regions")
             given = {"dynamo_plugin": plugin} if how in ("accelerate", "regions") else {}
             accelerator = Accelerator(gradient_accumulation_steps=MICRO, **given)
-            model = build(config_for(model_type, **overrides)).train()
+            model = make()
             if how == "before":
                 model = torch.compile(model, backend="aot_eager")
             return _train(tp, model, accelerator, how)
@@ -82,6 +89,7 @@ CASES = {
     "sequence": ("llama", LLAMA, {"sequence_parallel": True}, ""),
     "experts": ("mixtral", {}, {"expert_parallel": True}, ""),
     "overlap": ("llama", {**LLAMA, "attention_bias": False, "mlp_bias": False}, {"overlap": True, "fuse": True}, ""),
+    "prefix": ("llama", {"num_key_value_heads": 1}, {"adapter": "prefix"}, ""),
     "compiled by accelerate": ("llama", LLAMA, {}, "accelerate"),
     "compiled by regions": ("llama", LLAMA, {}, "regions"),
     "compiled before": ("llama", LLAMA, {}, "before"),

@@ -30,20 +30,20 @@ APART = 1e-2
 """Relative difference of losses, and size of a loss, above which they are not one number that was rounded."""
 
 _training_forwards = 0
-_loss: torch.Tensor | None = None
+_loss: tuple[torch.Tensor, Mesh | None] | None = None
 
 
 def backward_from(tensor: torch.Tensor) -> None:
     """A backward begins at ``tensor``; if that is a loss, the ranks compare it at the next forward."""
     global _loss
-    _loss = tensor.detach() if tensor.numel() == 1 else None
+    _loss = (tensor.detach(), mesh.current_mesh()) if tensor.numel() == 1 else None
 
 
-def _taken_loss() -> float:
-    """The loss of the last backward, NaN if there is none to compare."""
+def _taken_loss(groups: Mesh) -> float:
+    """The loss of the last backward in these groups, NaN if there is none to compare."""
     global _loss
-    loss, _loss = _loss, None
-    return math.nan if loss is None else float(loss)
+    taken, _loss = _loss, None
+    return float(taken[0]) if taken is not None and taken[1] is groups else math.nan
 
 
 def training_forwards() -> int:
@@ -106,7 +106,7 @@ class Guard:
         batch = zlib.crc32(repr(sorted(seen.items())).encode())
         mode = GRADIENTS * torch.is_grad_enabled() + 2 * module.training
         record: Any = getattr(module, "tp_record", None)  # an inner model called by itself has none
-        mine = [mode, record.number if record else -1, batch, rng.fingerprint(), _bits(_taken_loss())]
+        mine = [mode, record.number if record else -1, batch, rng.fingerprint(), _bits(_taken_loss(self.mesh))]
         everyone = self.lockstep.meet(FORWARD, mine, lambda: record and Request.of("__call__", module, args, kwargs))
         self.lockstep.apart = len(everyone) < self.mesh.tp_size
         if any(values[:3] != mine[:3] for values in everyone):
