@@ -14,6 +14,7 @@ from tp_plugin.parallel.layouts import layout_of
 from tp_plugin.parallel.mesh import require_mesh
 from tp_plugin.parallel.rows import is_split
 from tp_plugin.shard import whole_step
+from tp_plugin.shard.elementwise import fault
 from tp_plugin.shard.record import read_whole
 from tp_plugin.shard.state_dict import gives_local
 
@@ -53,6 +54,8 @@ def shard_optimizer(optimizer: torch.optim.Optimizer) -> None:
             "tensor parallelism; its numbers would be others. Use an elementwise one such as AdamW, or Adafactor of "
             "transformers or torch, or tp_size: 1"
         )
+    if why := fault(optimizer):
+        raise TPError(why)
     rank = require_mesh().tp.rank
     for parameter in parameters:
         layout = layout_of(parameter)
