@@ -74,15 +74,14 @@ def test_without_the_key_nothing_is_imported_or_patched() -> None:
     assert owners == ["torch.nn.utils.clip_grad", "accelerate.accelerator", "accelerate.state", True]
 
 
-def test_the_hook_costs_under_five_milliseconds() -> None:
-    """What the hook adds to ``import torch``: its module and its call, the best of seven fresh interpreters."""
-    code = (
-        "import sys, time, os, importlib.metadata\n"  # torch imports these itself
-        "start = time.perf_counter()\nimport tp_plugin.launch.autoload as hook\nhook.activate()\n"
-        "print(time.perf_counter() - start)"
+def test_the_hook_needs_next_to_nothing() -> None:
+    """What it costs ``import torch`` is what it imports (ci/bench/idle.py takes the time)."""
+    result = python(
+        "import sys, os, importlib.metadata\n"  # torch imports these itself
+        "before = set(sys.modules)\nimport tp_plugin.launch.autoload as hook\nhook.activate()\n"
+        "print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
     )
-    costs = [float(python(code).stdout) for _ in range(7)]
-    assert min(costs) < 0.005, costs
+    assert result.stdout.split() == ["_json", "json", "tp_plugin"], "it imports more than it did"
 
 
 @pytest.mark.parametrize(
