@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import adapted, batch, build, config_for
 from test_save_state import accelerated
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from workers import run
 
 from tp_plugin.options import OPTIONS
@@ -30,7 +31,7 @@ def train(tp: int, model_type: str, overrides: dict[str, Any], options: dict[str
         return (adapted(model, adapter) if adapter else model).train()
 
     if tp == 1:
-        return _train(tp, make(), None, "")
+        return _train(tp, make(), None, how if how == "hook" else "")
     os.environ[OPTIONS] = json.dumps(options)
     try:
         with accelerated(tp):
@@ -60,6 +61,9 @@ def _train(tp: int, model: Any, accelerator: Any, how: str) -> dict[str, Any]:
         model, optimizer = accelerator.prepare(model, optimizer)
         if how == "after":
             model = torch.compile(model, backend="aot_eager")
+    if how == "hook":
+        model.register_comm_hook(None, default_hooks.allreduce_hook)
+        how = ""
     losses, norms = [], []
     for step in range(STEPS):
         for micro in range(MICRO):
@@ -89,6 +93,7 @@ CASES = {
     "sequence": ("llama", LLAMA, {"sequence_parallel": True}, ""),
     "experts": ("mixtral", {}, {"expert_parallel": True}, ""),
     "overlap": ("llama", {**LLAMA, "attention_bias": False, "mlp_bias": False}, {"overlap": True, "fuse": True}, ""),
+    "communication hook": ("llama", LLAMA, {}, "hook"),
     "prefix": ("llama", {"num_key_value_heads": 1}, {"adapter": "prefix"}, ""),
     "compiled by accelerate": ("llama", LLAMA, {}, "accelerate"),
     "compiled by regions": ("llama", LLAMA, {}, "regions"),
@@ -97,7 +102,7 @@ CASES = {
 }
 
 
-USUAL = ("sequence",)
+USUAL = ("sequence", "communication hook")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in USUAL else pytest.mark.full) for n in CASES])
@@ -114,3 +119,59 @@ def test_numbers_of_plain_ddp(name: str) -> None:
             layout, whole = found["layouts"][key], want["weights"][key]
             local = layout.shard(whole, rank % 2) if layout is not None else whole
             torch.testing.assert_close(tensor, local, rtol=0, atol=3e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def by_hand_case(tp: int) -> list[float]:
+    """A script without Accelerate: ``parallelize``, then torch's own wrapper."""
+    import tp_plugin
+    from tp_plugin.engines import torch_utils
+    from tp_plugin.parallel.mesh import forget_mesh
+
+    forget_mesh()
+    torch_utils.install()
+    model = build(config_for("llama", **LLAMA)).train()
+    if tp > 1:
+        model = tp_plugin.parallelize(model, tp_size=tp)
+    model = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
+    seen = []
+    for step in range(3):
+        loss = model(**batch(97, 10 * step + torch.distributed.get_rank() // tp)).loss
+        loss.backward()
+        seen += [loss.item(), torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item()]
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_a_model_that_a_script_wraps_itself(dp: int) -> None:
+    expected = run(dp, by_hand_case, 1)
+    for rank, seen in enumerate(run(2 * dp, by_hand_case, 2)):
+        assert seen == pytest.approx(expected[rank // 2], rel=1e-5)
+
+
+def hooks_case() -> list[str]:
+    """What is said of hooks that may average shards of different weights."""
+    from tp_plugin.errors import TPError
+
+    def own(state: Any, bucket: torch.distributed.GradBucket) -> Any:
+        return torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
+
+    with accelerated(2):
+        from accelerate import Accelerator
+
+        model = Accelerator().prepare(build(config_for("llama", **LLAMA)))
+        found = []
+        state = powerSGD_hook.PowerSGDState(None)
+        for given, hook in ((state, powerSGD_hook.powerSGD_hook), (None, own)):
+            with pytest.raises(TPError) as raised:
+                model.register_comm_hook(given, hook)
+            found.append(str(raised.value))
+        return found
+
+
+def test_other_communication_hooks_are_refused() -> None:
+    for power, own in run(4, hooks_case):
+        assert power.startswith("the DDP communication hook powerSGD_hook does not go with tp_size")
+        assert "hooks_case.<locals>.own does not go with tp_size" in own

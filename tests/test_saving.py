@@ -153,3 +153,45 @@ def promise_case() -> bool:
 
 def test_a_promise_is_the_whole_tensor() -> None:
     assert run(2, promise_case) == [True, True]
+
+
+def mixed_case(folder: str, alone: bool) -> list[str]:
+    """A library's object around a sharded model, which saves both."""
+    import torch.distributed as dist
+    from huggingface_hub import ModelHubMixin, hub_mixin
+    from test_parallel import pair, rank
+
+    from tp_plugin.engines import patching, saving
+    from tp_plugin.parallel.exchange import exchange
+    from tp_plugin.parallel.lockstep import BARRIER
+    from tp_plugin.parallel.mesh import require_mesh
+
+    _, sharded = pair(2)
+
+    class Around(ModelHubMixin):
+        def _save_pretrained(self, save_directory: Path) -> None:
+            sharded.save_pretrained(save_directory)
+            (save_directory / "head.json").write_text("{}")
+
+    before = len(patching._originals)
+    import transformers.modeling_utils
+
+    saving.install(transformers.modeling_utils)
+    saving.install_hub_mixin(hub_mixin)
+    try:
+        if not alone or rank() == 0:
+            Around().save_pretrained(folder)
+        exchange(require_mesh()).lockstep.meet(BARRIER)
+        dist.barrier()
+        config = json.loads((Path(folder) / "config.json").read_text())
+        return [config["model_type"], *sorted(path.name for path in Path(folder).iterdir())]
+    finally:
+        for owner, name, original in reversed(patching._originals[before:]):
+            setattr(owner, name, original)
+        del patching._originals[before:]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_a_library_saves_around_a_model(tmp_path: Path, alone: bool) -> None:
+    wanted = ["llama", "README.md", "config.json", "generation_config.json", "head.json", "model.safetensors"]
+    assert run(2, mixed_case, str(tmp_path / "saved"), alone) == [wanted] * 2

@@ -27,6 +27,11 @@ def install_accelerate(other: Any) -> None:
     wrap(other, "safe_save_file", _save_file)
 
 
+def install_hub_mixin(hub_mixin: Any) -> None:
+    """Patch ``ModelHubMixin``, by which libraries save what is no transformers model (SetFit)."""
+    wrap(hub_mixin.ModelHubMixin, "save_pretrained", _save_mixed)
+
+
 _unnamed: list[tuple[str, str]] | None = None
 """Complete files of the call in progress: where they are, and their names."""
 
@@ -56,6 +61,15 @@ def _save_pretrained(original: Any, self: Any, save_directory: Any, *args: Any, 
             return None  # one rank of the TP group writes; the others return when the files are there
         with promises(), all_or_nothing():
             return original(self, save_directory, *args, **kwargs)
+
+
+def _save_mixed(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """It deletes and writes a config of its own around what it saves: one rank does, with the others' help."""
+    mesh = current_mesh()
+    if mesh is None:
+        return original(self, *args, **kwargs)
+    with exchange(mesh).together(f"{type(self).__name__}.save_pretrained"):
+        return original(self, *args, **kwargs) if mesh.is_leader else None
 
 
 def save_model(original: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:

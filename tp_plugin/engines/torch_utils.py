@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.utils.data.distributed
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.utils import clip_grad
 
 from tp_plugin.engines.patching import patch, wrap
+from tp_plugin.errors import TPError
 from tp_plugin.options import Options
 from tp_plugin.parallel.rows import is_split
 
@@ -46,6 +49,40 @@ def install() -> None:
     wrap(torch.amp.GradScaler, "_unscale_grads_", _unscale_grads)
     patch(torch.utils.data.distributed, "dist", _Replicas())
     wrap(torch.Tensor, "backward", _backward)
+    wrap(torch.nn.parallel.DistributedDataParallel, "__init__", _data_parallel)
+    wrap(torch.nn.parallel.DistributedDataParallel, "register_comm_hook", _register_comm_hook)
+
+
+def _data_parallel(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """A sharded model that a script wraps itself is averaged over the replicas, not over all ranks."""
+    call = inspect.signature(original).bind(self, *args, **kwargs)
+    if _tp_size() > 1 and call.arguments.get("process_group") is None:
+        from tp_plugin.parallel.mesh import alone, require_mesh
+        from tp_plugin.shard import is_sharded, models_in
+
+        if any(is_sharded(root) for _, root in models_in(call.arguments["module"])):
+            mesh = require_mesh()
+            call.arguments["process_group"] = mesh.dp.pg if mesh.dp_size > 1 else alone()
+    original(*call.args, **call.kwargs)
+
+
+def _register_comm_hook(original: Any, self: Any, state: Any, hook: Any) -> Any:
+    """Hooks that are given no group average over the world, and would mix shards of different weights.
+
+    Raises:
+        TPError: the hook is not one of torch's that average each element.
+    """
+    if self.process_group in (None, dist.group.WORLD) or _tp_size() == 1:
+        return original(self, state, hook)
+    elementwise = getattr(hook, "__module__", "") == default_hooks.__name__
+    if not elementwise or not (state is None or isinstance(state, dist.ProcessGroup)):
+        name = getattr(hook, "__qualname__", repr(hook))
+        raise TPError(
+            f"the DDP communication hook {name} does not go with tp_size: it may communicate over all ranks, which "
+            "hold different shards, or look at whole gradients (PowerSGD); known are allreduce, fp16 and bf16 "
+            "(torch.distributed.algorithms.ddp_comm_hooks.default_hooks)"
+        )
+    return original(self, self.process_group if state is None else state, hook)
 
 
 def _backward(original: Any, self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ _PATCHES = {
     "accelerate.utils.operations": ("tp_plugin.engines.accelerate.operations", "install_operations"),
     "accelerate.utils.random": ("tp_plugin.engines.accelerate.operations", "install_random"),
     "accelerate.utils.other": ("tp_plugin.engines.saving", "install_accelerate"),
+    "huggingface_hub.hub_mixin": ("tp_plugin.engines.saving", "install_hub_mixin"),
     "accelerate.data_loader": ("tp_plugin.engines.accelerate.loaders", "install"),
     "accelerate.checkpointing": ("tp_plugin.engines.accelerate.prepare", "install_checkpointing"),
     "accelerate.accelerator": ("tp_plugin.engines.accelerate.prepare", "install"),
