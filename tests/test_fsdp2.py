@@ -226,6 +226,32 @@ def test_prefix() -> None:
     compare(2, 2, *REPLICATED_KV, {"adapter": "prefix"}, False)
 
 
+def saved_case(folder: str) -> float:
+    """``save_pretrained`` on every rank and without a state dict, as transformers' no_trainer scripts end."""
+    from transformers import AutoModelForCausalLM
+
+    from tp_plugin.engines.saving import _save_pretrained
+
+    model, config = make(2, *LLAMA)
+    _save_pretrained(_unpatched_save(), model, folder, is_main_process=torch.distributed.get_rank() == 0)
+    torch.distributed.barrier()
+    reloaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    whole = build(config).state_dict()
+    return max((tensor - whole[name]).abs().max().item() for name, tensor in reloaded.state_dict().items())
+
+
+def _unpatched_save() -> Any:
+    import transformers.modeling_utils as modeling
+
+    found = modeling.PreTrainedModel.save_pretrained
+    return getattr(found, "__wrapped__", found) if getattr(found, "tp_patched", False) else found
+
+
+def test_save_pretrained_joins_the_rows(tmp_path: Path) -> None:
+    assert run(4, saved_case, str(tmp_path / "saved")) == [0.0] * 4
+
+
 def head_case() -> list[bool]:
     """Whether a head that was gathered by ``full_tensor``, as TRL does, still says which rows of the model's it has."""
     from torch.distributed.tensor import DTensor

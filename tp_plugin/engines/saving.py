@@ -6,6 +6,7 @@ The files of one call get their names together, when the last is complete: until
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from tp_plugin.engines.patching import wrap
 from tp_plugin.parallel.exchange import exchange
 from tp_plugin.parallel.mesh import current_mesh
+from tp_plugin.parallel.rows import is_split
 from tp_plugin.shard import fulfil, has_promise, is_sharded, models_in, promises
 
 
@@ -56,11 +58,21 @@ def _save_pretrained(original: Any, self: Any, save_directory: Any, *args: Any, 
     if not is_sharded(self):
         return original(self, save_directory, *args, **kwargs)
     record = self.tp_record
+    call = inspect.signature(original).bind(self, save_directory, *args, **kwargs)
+    if call.arguments.get("state_dict") is None and any(map(is_split, self.parameters())):
+        call.arguments["state_dict"] = _joined(self)
     with record.exchange.together(f"{record.uid} save"):
-        if not record.mesh.is_leader:
+        if not (record.mesh.is_leader and call.arguments.get("state_dict") != {}):
             return None  # one rank of the TP group writes; the others return when the files are there
         with promises(), all_or_nothing():
-            return original(self, save_directory, *args, **kwargs)
+            return original(*call.args, **call.kwargs)
+
+
+def _joined(model: Any) -> dict[str, Any]:
+    """The whole model of what FSDP2 has split as well, on the main process; a call of all ranks."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def _save_mixed(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
