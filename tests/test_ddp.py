@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from typing import Any
@@ -175,3 +176,35 @@ def test_other_communication_hooks_are_refused() -> None:
     for power, own in run(4, hooks_case):
         assert power.startswith("the DDP communication hook powerSGD_hook does not go with tp_size")
         assert "hooks_case.<locals>.own does not go with tp_size" in own
+
+
+def beside_case(tp: int) -> list[float]:
+    """A distiller's projection, which is prepared beside (and before) its model, and stays whole."""
+    torch.manual_seed(0)
+    model = build(config_for("llama", **LLAMA)).train()
+    project = torch.nn.Linear(48, 5)
+    optimizer = torch.optim.AdamW([*project.parameters(), *model.parameters()], lr=1e-3, eps=1e-6)
+    with accelerated(tp) if tp > 1 else contextlib.nullcontext():
+        if tp > 1:
+            from accelerate import Accelerator
+
+            project.weight.data += torch.distributed.get_rank()  # the leader's counts
+            project, model, optimizer = Accelerator().prepare(project, model, optimizer)
+            assert project.weight.shape == (5, 48)
+        seen = []
+        for step in range(3):
+            states = model(**batch(97, step), output_hidden_states=True).hidden_states[-1]
+            loss = project(states).pow(2).mean()
+            loss.backward()
+            both = [*project.parameters(), *model.parameters()]
+            seen += [loss.item(), torch.nn.utils.clip_grad_norm_(both, 0.1).item()]
+            optimizer.step()
+            optimizer.zero_grad()
+        return [*seen, *project.weight.flatten().tolist()]
+
+
+def test_a_module_beside_the_model_stays_whole() -> None:
+    expected = run(1, beside_case, 1)[0]
+    for seen in run(2, beside_case, 2):
+        assert seen[:6] == pytest.approx(expected[:6], rel=1e-5)
+        assert seen[6:] == pytest.approx(expected[6:], abs=3e-4)

@@ -151,8 +151,10 @@ import torch.utils.data.distributed, torch.distributed.fsdp, torch.distributed.c
 import trl.trainer.distillation_trainer, trl.trainer.grpo_trainer, trl.trainer.rloo_trainer
 import importlib.util
 there = {module for module in worker._PATCHES if importlib.util.find_spec(module.split(".")[0])}
-if "sentence_transformers.util.distributed" in there:
-    import sentence_transformers.util.distributed
+import huggingface_hub.hub_mixin
+for optional in ("sentence_transformers.util.distributed", "pylate.utils.distributed"):
+    if optional in there:
+        importlib.import_module(optional)
 missing = sorted(there - set(sys.modules))
 from tp_plugin.engines import patching
 taken = list(patching._originals)

@@ -1,4 +1,4 @@
-"""sentence-transformers: its own collectives, which name no group and therefore mean the world.
+"""sentence-transformers and PyLate: their own collectives, which name no group and therefore mean the world.
 
 Of dp processes: embeddings are gathered as often as there are replicas, and an evaluation is shared among those.
 """
@@ -21,7 +21,7 @@ from tp_plugin.parallel.mesh import Group, current_mesh
 
 
 def install(distributed: Any) -> None:
-    """Patch ``sentence_transformers.util.distributed``.
+    """Patch ``sentence_transformers.util.distributed`` or ``pylate.utils.distributed``.
 
     Raises:
         TPError: neither of the modules by which releases reach their collectives is there.

@@ -48,6 +48,7 @@ _PATCHES = {
     "trl.trainer.grpo_trainer": ("tp_plugin.engines.trl", "install_rewards"),
     "trl.trainer.rloo_trainer": ("tp_plugin.engines.trl", "install_rewards"),
     "sentence_transformers.util.distributed": ("tp_plugin.engines.sentence_transformers", "install"),
+    "pylate.utils.distributed": ("tp_plugin.engines.sentence_transformers", "install"),
     "trl.trainer.distillation_trainer": ("tp_plugin.engines.trl", "install_distillation"),
 }
 """Module → the function of an engine that patches it once it is imported."""

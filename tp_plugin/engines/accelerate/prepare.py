@@ -17,7 +17,8 @@ from tp_plugin.options import Options
 from tp_plugin.parallel.exchange import exchange
 from tp_plugin.parallel.lockstep import TRIGGER
 from tp_plugin.parallel.mesh import Mesh, current_mesh
-from tp_plugin.shard import agree_on_weights, parallelize, settle_whole, shard_optimizer
+from tp_plugin.shard import agree_on_weights, models_in, parallelize, settle_whole, shard_optimizer
+from tp_plugin.shard.record import totals
 
 
 def install(accelerator: Any) -> None:
@@ -73,9 +74,9 @@ def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 
 def _prepare(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     # models first: an optimizer given before its model in the argument list is built on the same parameters
-    for item in args:
-        if isinstance(item, nn.Module):
-            _shard(self, item)
+    modules = [item for item in args if isinstance(item, nn.Module)]
+    for item in sorted(modules, key=_is_beside):
+        _shard(self, item)
     for item in args:
         if isinstance(item, torch.optim.Optimizer):
             shard_optimizer(_bare(item))
@@ -110,13 +111,18 @@ def _shard(accelerator: Any, model: nn.Module) -> None:
     options = Options.from_environment()
     if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
         fsdp2.spread_what_was_loaded(model, mesh)
-    if type(model).__name__ in options.leave_whole:
+    if type(model).__name__ in options.leave_whole or (_is_beside(model) and totals()["parameter_bytes"]):
         agree_on_weights(model, mesh)
         settle_whole(model)
         return
     parallelize(model, options.tp_size, options=options)
     for optimizer in accelerator._optimizers:  # prepared before its model
         shard_optimizer(_bare(optimizer))
+
+
+def _is_beside(module: nn.Module) -> bool:
+    """Whether there is no model in ``module``: a projection or a head that the script prepares beside its model."""
+    return next(models_in(module), None) is None
 
 
 def _bare(optimizer: Any) -> torch.optim.Optimizer:
