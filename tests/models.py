@@ -249,14 +249,26 @@ def build(config: Any, seed: int = 0, auto: str = "AutoModelForCausalLM") -> nn.
     return model
 
 
-def adapted(model: nn.Module, method: str) -> nn.Module:
-    """``model`` in PEFT's LoRA on every linear ("lora"), or trained together with a prefix ("prefix")."""
+def install_peft() -> None:
+    """Patch PEFT as a worker with a ``tp_size`` does, once; the patches do nothing to a model that is not sharded."""
     import peft
 
     from tp_plugin.engines import peft as engine
 
     if not hasattr(peft.PeftModel.get_prompt, "tp_patched"):
-        engine.install(peft.peft_model)  # which does nothing to a model that is not sharded
+        engine.install(peft.peft_model)
+
+
+def unpatched(function: Any) -> Any:
+    """What a patched function was."""
+    return function.__wrapped__ if hasattr(function, "tp_patched") else function
+
+
+def adapted(model: nn.Module, method: str) -> nn.Module:
+    """``model`` in PEFT's LoRA on every linear ("lora"), or trained together with a prefix ("prefix")."""
+    import peft
+
+    install_peft()
     torch.manual_seed(0)
     if method == "lora":
         given: Any = peft.LoraConfig(target_modules="all-linear", lora_alpha=16, init_lora_weights=False)

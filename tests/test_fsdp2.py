@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import adapted, batch, build, config_for
+from models import adapted, batch, build, config_for, unpatched
 from workers import run
 
 STEPS, MICRO = 6, 2
@@ -233,19 +233,14 @@ def saved_case(folder: str) -> float:
     from tp_plugin.engines.saving import _save_pretrained
 
     model, config = make(2, *LLAMA)
-    _save_pretrained(_unpatched_save(), model, folder, is_main_process=torch.distributed.get_rank() == 0)
+    _save_pretrained(
+        unpatched(type(model).save_pretrained), model, folder, is_main_process=torch.distributed.get_rank() == 0
+    )
     torch.distributed.barrier()
     reloaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     whole = build(config).state_dict()
     return max((tensor - whole[name]).abs().max().item() for name, tensor in reloaded.state_dict().items())
-
-
-def _unpatched_save() -> Any:
-    import transformers.modeling_utils as modeling
-
-    found = modeling.PreTrainedModel.save_pretrained
-    return getattr(found, "__wrapped__", found) if getattr(found, "tp_patched", False) else found
 
 
 def test_save_pretrained_joins_the_rows(tmp_path: Path) -> None:

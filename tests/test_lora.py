@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import batch, build, config_for
+from models import batch, build, config_for, unpatched
 from test_parallel import GQA, rank
 from workers import run
 
@@ -70,7 +70,7 @@ def lora_case(model_type: str, overrides: dict[str, Any], dropout: float, **own:
     adapter = {k: v for k, v in sharded.state_dict().items() if "lora_" in k}
     plain = whole.state_dict()
     with tempfile.TemporaryDirectory() as folder:
-        engine._save_pretrained(peft.PeftModel.save_pretrained, sharded, folder)
+        engine._save_pretrained(unpatched(peft.PeftModel.save_pretrained), sharded, folder)
         reloaded = None
         if rank() == 0:
             reloaded = peft.PeftModel.from_pretrained(build(config_for(model_type, **overrides)), folder)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import batch, build, config_for
+from models import batch, build, config_for, install_peft
 from workers import run
 from zoo import fresh
 
@@ -55,70 +55,63 @@ def prompt_case(tp: int, model_type: str, overrides: dict[str, Any], kind: str) 
     """Three clipped steps of two micro-batches, then some tokens; beside plain PEFT."""
     import peft
 
-    from tp_plugin.engines import patching, torch_utils
-    from tp_plugin.engines import peft as engine
+    from tp_plugin.engines import torch_utils
     from tp_plugin.parallel import mesh
     from tp_plugin.shard import parallelize
 
     fresh()
     torch_utils.install()
-    before = len(patching._originals)
-    engine.install(peft.peft_model)
-    try:
-        auto, task = KIND_OF_MODEL.get(model_type, ("AutoModelForCausalLM", "CAUSAL_LM"))
-        plain = build(config_for(model_type, **overrides), auto=auto)
-        given = {"task_type": task, "num_virtual_tokens": 4 if kind == "context" else 3, **KINDS[kind]}
-        if model_type == "t5":  # whose heads have a width of their own
-            given["token_dim"] = plain.config.num_heads * plain.config.d_kv
-        settings = peft.get_peft_config(given)
-        whole = peft.get_peft_model(plain, settings)
-        sharded = peft.get_peft_model(build(plain.config, auto=auto), settings)  # a copy would lose CPT's hooks
-        with torch.no_grad():
-            for model in (whole, sharded):
-                torch.manual_seed(0)
-                for parameter in model.prompt_encoder.parameters():
-                    parameter.normal_(0, 0.2)
-        parallelize(sharded, tp)
-        found: dict[str, Any] = {"losses": [], "norms": [], "grads": [], "weights": [], "tokens": [], "counts": []}
+    install_peft()
+    auto, task = KIND_OF_MODEL.get(model_type, ("AutoModelForCausalLM", "CAUSAL_LM"))
+    plain = build(config_for(model_type, **overrides), auto=auto)
+    given = {"task_type": task, "num_virtual_tokens": 4 if kind == "context" else 3, **KINDS[kind]}
+    if model_type == "t5":  # whose heads have a width of their own
+        given["token_dim"] = plain.config.num_heads * plain.config.d_kv
+    settings = peft.get_peft_config(given)
+    whole = peft.get_peft_model(plain, settings)
+    sharded = peft.get_peft_model(build(plain.config, auto=auto), settings)  # a copy would lose CPT's hooks
+    with torch.no_grad():
         for model in (whole, sharded):
-            model.train()
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=1e-6)
-            for step in range(3):
-                for micro in range(2):
-                    data = batch(97, 2 * step + micro)
-                    if task == "SEQ_CLS":
-                        data["labels"] = torch.tensor([0, 1])
-                    loss = model(**data).loss
-                    before_backward = mesh.ledger["count"].copy()
-                    loss.backward()
-                    found["losses"].append(loss.item())
-                trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-                if step == 0:
-                    found["grads"].append({name: p.grad.clone() for name, p in trained.items()})
-                    found["counts"].append(dict(mesh.ledger["count"] - before_backward))
-                found["norms"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1).item())
-                optimizer.step()
-                optimizer.zero_grad()
-            found["weights"].append({name: p.detach().clone() for name, p in trained.items()})
-            model.eval()
-            if task != "SEQ_CLS":
-                ids = batch(97, 9)["input_ids"][1:]
-                mask = torch.ones_like(ids)
-                found["tokens"].append(
-                    model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, pad_token_id=0).tolist()
-                )
-        grads, weights = found["grads"], found["weights"]
-        return {
-            "names": [sorted(part) for part in (*grads, *weights)],
-            "losses": found["losses"], "norms": found["norms"], "tokens": found["tokens"],
-            "counts": found["counts"],
-            "grad": max(((grads[1][n] - g).norm() / g.norm()).item() for n, g in grads[0].items()),
-            "weight": max((weights[1][n] - w).abs().max().item() for n, w in weights[0].items()),
-        }  # fmt: skip
-    finally:
-        for owner, name, original in reversed(patching._originals[before:]):
-            setattr(owner, name, original)
-        del patching._originals[before:]
+            torch.manual_seed(0)
+            for parameter in model.prompt_encoder.parameters():
+                parameter.normal_(0, 0.2)
+    parallelize(sharded, tp)
+    found: dict[str, Any] = {"losses": [], "norms": [], "grads": [], "weights": [], "tokens": [], "counts": []}
+    for model in (whole, sharded):
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=1e-6)
+        for step in range(3):
+            for micro in range(2):
+                data = batch(97, 2 * step + micro)
+                if task == "SEQ_CLS":
+                    data["labels"] = torch.tensor([0, 1])
+                loss = model(**data).loss
+                before_backward = mesh.ledger["count"].copy()
+                loss.backward()
+                found["losses"].append(loss.item())
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            if step == 0:
+                found["grads"].append({name: p.grad.clone() for name, p in trained.items()})
+                found["counts"].append(dict(mesh.ledger["count"] - before_backward))
+            found["norms"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1).item())
+            optimizer.step()
+            optimizer.zero_grad()
+        found["weights"].append({name: p.detach().clone() for name, p in trained.items()})
+        model.eval()
+        if task != "SEQ_CLS":
+            ids = batch(97, 9)["input_ids"][1:]
+            mask = torch.ones_like(ids)
+            found["tokens"].append(
+                model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, pad_token_id=0).tolist()
+            )
+    grads, weights = found["grads"], found["weights"]
+    return {
+        "names": [sorted(part) for part in (*grads, *weights)],
+        "losses": found["losses"], "norms": found["norms"], "tokens": found["tokens"],
+        "counts": found["counts"],
+        "grad": max(((grads[1][n] - g).norm() / g.norm()).item() for n, g in grads[0].items()),
+        "weight": max((weights[1][n] - w).abs().max().item() for n, w in weights[0].items()),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("tp, model_type, overrides, kind", CASES)
