@@ -33,7 +33,7 @@ class Events(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def __enter__(self) -> Any:
-        from tp_plugin.parallel.mesh import Pending
+        from tp_plugin.mesh.groups import Pending
 
         self.kept = Pending.__init__, Pending.wait
 
@@ -49,7 +49,7 @@ class Events(TorchDispatchMode):
         return super().__enter__()
 
     def __exit__(self, *args: Any) -> None:
-        from tp_plugin.parallel.mesh import Pending
+        from tp_plugin.mesh.groups import Pending
 
         Pending.__init__, Pending.wait = self.kept  # type: ignore[method-assign]
         super().__exit__(*args)
@@ -92,7 +92,7 @@ def change_model(model: Any, change: str) -> Any:
 
 def step(model: Any, change: str, vocabulary: int) -> dict[str, Any]:
     """Two micro-batches of a training step: what it computed, and how."""
-    from tp_plugin.parallel.mesh import ledger
+    from tp_plugin.mesh.groups import ledger
 
     record = getattr(model, "tp_record", None) or getattr(getattr(model, "base_model", None), "tp_record", None)
     for book in ledger.values():

@@ -43,7 +43,7 @@ def case(
 ) -> dict[str, Any]:
     """Run on every rank: two steps of the whole model in eager mode, of the sharded one in eager mode and compiled."""
     import tp_plugin
-    from tp_plugin.parallel.mesh import ledger
+    from tp_plugin.mesh.groups import ledger
 
     fresh(**options)
     torch._dynamo.reset()
@@ -187,7 +187,7 @@ def test_dropout_inside_the_blocks(sequence_parallel: bool) -> None:
 
 def masks_case() -> list[list[bool]]:
     """Run on every rank: which entries two dropouts of a region drop, and one outside it."""
-    from tp_plugin.parallel.rng import ShardedRegion
+    from tp_plugin.tensor.rng import ShardedRegion
 
     rank = torch.distributed.get_rank()
     region = ShardedRegion("layers.0.mlp", rank)
@@ -213,7 +213,7 @@ def test_masks() -> None:
 
 def attention_case() -> list[float]:
     """Run on one rank: attention with dropout by seed, against autograd through torch's own with the same mask."""
-    from tp_plugin.parallel.seeded import _Seeded, attend, attention
+    from tp_plugin.tensor.compiled_dropout import _Seeded, attend, attention
 
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)

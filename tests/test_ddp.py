@@ -14,7 +14,7 @@ from test_save_state import accelerated
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from workers import run
 
-from tp_plugin.options import OPTIONS
+from tp_plugin.config.run_config import OPTIONS
 
 STEPS, MICRO = 3, 2
 LLAMA = {"tie_word_embeddings": False, "use_cache": False}
@@ -51,8 +51,8 @@ def train(tp: int, model_type: str, overrides: dict[str, Any], options: dict[str
 
 
 def _train(tp: int, model: Any, accelerator: Any, how: str) -> dict[str, Any]:
-    from tp_plugin.parallel.layouts import layout_of
-    from tp_plugin.shard.whole import plain_name
+    from tp_plugin.tensor.grad_norm import layout_of
+    from tp_plugin.shard.full_tensor import plain_name
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
     vocabulary = model.config.vocab_size
@@ -126,7 +126,7 @@ def by_hand_case(tp: int) -> list[float]:
     """A script without Accelerate: ``parallelize``, then torch's own wrapper."""
     import tp_plugin
     from tp_plugin.engines import torch_utils
-    from tp_plugin.parallel.mesh import forget_mesh
+    from tp_plugin.mesh.groups import forget_mesh
 
     forget_mesh()
     torch_utils.install()

@@ -94,7 +94,7 @@ def test_killed_in_a_step(model_folder: str, tmp_path: Path) -> None:
 
 
 def killed_in_loading(folder: str) -> None:
-    from tp_plugin.shard import mapped
+    from tp_plugin.shard import lazy_load as mapped
 
     if rank() == 1:
         mapped.take = die
@@ -138,7 +138,7 @@ def test_a_collective_on_one_rank_only(model_folder: str, tmp_path: Path) -> Non
 
 
 def stopped(folder: str) -> None:
-    from tp_plugin.parallel import exchange
+    from tp_plugin.runtime import transport as exchange
 
     exchange.UNANSWERED = 2.0
     everything = begin(folder, patience=15)

@@ -41,8 +41,8 @@ def make(tp: int, model_type: str, overrides: dict[str, Any], **settings: Any) -
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     import tp_plugin
-    from tp_plugin.options import OPTIONS
-    from tp_plugin.parallel.mesh import forget_mesh
+    from tp_plugin.config.run_config import OPTIONS
+    from tp_plugin.mesh.groups import forget_mesh
     from tp_plugin.shard import local_states
 
     forget_mesh()
@@ -84,8 +84,8 @@ def make(tp: int, model_type: str, overrides: dict[str, Any], **settings: Any) -
 
 def step(model: Any, optimizer: Any, vocabulary: int, tp: int, number: int, sync_each: bool) -> dict[str, Any]:
     """One optimizer step of MICRO micro-batches; what this rank saw."""
-    from tp_plugin.parallel.rows import joined
-    from tp_plugin.shard.whole import plain_name
+    from tp_plugin.mesh.dtensor_utils import joined
+    from tp_plugin.shard.full_tensor import plain_name
 
     dp_rank = torch.distributed.get_rank() // tp
     losses = []
@@ -111,10 +111,10 @@ def new_optimizer(model: Any) -> torch.optim.Optimizer:
 
 
 def train(tp: int, model_type: str, overrides: dict[str, Any], settings: dict[str, Any], sync_each: bool) -> Any:
-    from tp_plugin.parallel.layouts import layout_of
-    from tp_plugin.parallel.mesh import ledger
-    from tp_plugin.parallel.rows import held, joined
-    from tp_plugin.shard.whole import plain_name
+    from tp_plugin.tensor.grad_norm import layout_of
+    from tp_plugin.mesh.groups import ledger
+    from tp_plugin.mesh.dtensor_utils import held, joined
+    from tp_plugin.shard.full_tensor import plain_name
 
     settings = dict(settings)
     steps = settings.pop("steps", STEPS)
@@ -252,8 +252,8 @@ def head_case() -> list[bool]:
     from torch.distributed.tensor import DTensor
 
     from tp_plugin.engines.fsdp2 import wrapping
-    from tp_plugin.parallel.layouts import layout_of
-    from tp_plugin.parallel.rows import joined
+    from tp_plugin.tensor.grad_norm import layout_of
+    from tp_plugin.mesh.dtensor_utils import joined
 
     model, _ = make(2, *LLAMA)
     head = model.lm_head.weight
@@ -337,8 +337,8 @@ def ddp_counts(sequence: bool) -> dict[str, int]:
 def count_without(sequence: bool) -> dict[str, int]:
     import tp_plugin
     from tp_plugin.engines import torch_utils
-    from tp_plugin.options import OPTIONS
-    from tp_plugin.parallel.mesh import forget_mesh, ledger
+    from tp_plugin.config.run_config import OPTIONS
+    from tp_plugin.mesh.groups import forget_mesh, ledger
 
     forget_mesh()
     torch_utils.install()
@@ -442,7 +442,7 @@ def refusals(tp: int) -> list[str]:
     from torch.distributed.device_mesh import init_device_mesh
 
     from tp_plugin import TPError, parallelize
-    from tp_plugin.parallel.mesh import forget_mesh
+    from tp_plugin.mesh.groups import forget_mesh
 
     forget_mesh()
     _install()

@@ -155,9 +155,9 @@ def test_assisted(assistant: str) -> None:
 
 def alone_case() -> list[list[Any]]:
     """The leader generates alone, with what cannot simply be sent to its peer, which waits at a barrier."""
-    from tp_plugin.parallel.exchange import exchange
-    from tp_plugin.parallel.lockstep import BARRIER
-    from tp_plugin.parallel.mesh import require_mesh
+    from tp_plugin.runtime.transport import exchange
+    from tp_plugin.runtime.sync_points import BARRIER
+    from tp_plugin.mesh.groups import require_mesh
     from tp_plugin.shard import parallelize
 
     whole, sharded = pair(2)
@@ -184,9 +184,9 @@ def test_the_main_process_alone_brings_its_streamer_and_its_assistant() -> None:
 
 def encoder_decoder_alone_case(model_type: str) -> list[Any]:
     """The leader alone: a forward, beams; then all of them train."""
-    from tp_plugin.parallel.exchange import exchange
-    from tp_plugin.parallel.lockstep import BARRIER
-    from tp_plugin.parallel.mesh import forget_mesh, require_mesh
+    from tp_plugin.runtime.transport import exchange
+    from tp_plugin.runtime.sync_points import BARRIER
+    from tp_plugin.mesh.groups import forget_mesh, require_mesh
     from tp_plugin.shard import parallelize
 
     forget_mesh()

@@ -41,7 +41,7 @@ USUAL = ("cwm", "afmoe", "exaone_moe", "minicpm3", "aria_text", "olmo_hybrid")
 
 def imported(model_type: str, tp: int) -> Result:
     """Run on every rank."""
-    from tp_plugin.parallel.mesh import forget_mesh
+    from tp_plugin.mesh.groups import forget_mesh
 
     warnings.filterwarnings("ignore")
     forget_mesh()

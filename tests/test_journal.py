@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tp_plugin.engines import journal
+from tp_plugin.checkpoint import atomic_dir as journal
 from tp_plugin.errors import TPError
 
 NAMES = ("model.safetensors", "optimizer.bin", "pytorch_model/shard.pt", "random_states_0.pkl")

@@ -84,7 +84,7 @@ def pair(folder: str, dtype: torch.dtype | None = None, **kwargs: Any) -> tuple[
 
 def unread(model: nn.Module) -> int:
     """How many bytes of the model's parameters nobody has read yet."""
-    from tp_plugin.shard.mapped import FromFile, is_mapped, pages_read
+    from tp_plugin.shard.lazy_load import FromFile, is_mapped, pages_read
 
     return sum(p.nbytes for p in model.parameters() if isinstance(p, FromFile) or (is_mapped(p) and pages_read(p) == 0))
 
@@ -333,7 +333,7 @@ def test_a_model_outlives_its_files_and_may_be_saved_over_them(folders: dict[str
 
 def test_a_model_left_whole_is_read_whole(folders: dict[str, str]) -> None:
     from tp_plugin.shard import settle_whole
-    from tp_plugin.shard.mapped import is_mapped
+    from tp_plugin.shard.lazy_load import is_mapped
 
     for dtype in DTYPES:
         plain, lazy = pair(folders["llama"], dtype)
@@ -345,7 +345,7 @@ def test_a_model_left_whole_is_read_whole(folders: dict[str, str]) -> None:
 
 
 def test_mappings_go_with_their_models(folders: dict[str, str]) -> None:
-    from tp_plugin.shard import mapped
+    from tp_plugin.shard import lazy_load as mapped
 
     before = len(mapped._mappings)
     for dtype in DTYPES:
@@ -356,7 +356,7 @@ def test_mappings_go_with_their_models(folders: dict[str, str]) -> None:
 
 
 def test_only_the_kernel_knows_who_wrote(folders: dict[str, str]) -> None:
-    from tp_plugin.shard.mapped import identity
+    from tp_plugin.shard.lazy_load import identity
 
     _, lazy = pair(folders["llama"])
     weight, other = lazy.lm_head.weight, lazy.model.embed_tokens.weight
@@ -373,7 +373,7 @@ def test_a_row_split_touches_no_foreign_page(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     from tp_plugin.policy import ParamLayout
-    from tp_plugin.shard import mapped
+    from tp_plugin.shard import lazy_load as mapped
 
     rows = 4096  # of 1 KB
     save_file({"w": torch.arange(rows * 256, dtype=torch.float32).view(rows, 256)}, tmp_path / "x.safetensors")
@@ -401,8 +401,9 @@ def _read_so_far() -> int:
 
 
 def sharded_case(folder: str, dtype: torch.dtype | None, optimizer_first: bool) -> dict[str, Any]:
-    from tp_plugin.parallel.mesh import forget_mesh
-    from tp_plugin.shard import mapped, parallelize
+    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.shard import lazy_load as mapped
+    from tp_plugin.shard import parallelize
 
     forget_mesh()
     plain = load(folder, dtype)
@@ -447,7 +448,7 @@ def test_each_rank_reads_its_share(folders: dict[str, str], name: str, dtype: to
 
 def changed_case(folder: str, dtype: torch.dtype | None) -> bool:
     """One rank changed a weight before prepare: the leader's count, as ever."""
-    from tp_plugin.parallel.mesh import forget_mesh
+    from tp_plugin.mesh.groups import forget_mesh
     from tp_plugin.shard import parallelize
 
     forget_mesh()
@@ -474,7 +475,7 @@ def test_ranks_agree_also_when_one_has_written(folders: dict[str, str], dtype: t
 
 def copies_case(folder: str, other: str) -> bool:
     """Each rank has files of its own (as on two hosts), and they differ."""
-    from tp_plugin.parallel.mesh import forget_mesh
+    from tp_plugin.mesh.groups import forget_mesh
     from tp_plugin.shard import parallelize
 
     forget_mesh()
@@ -498,8 +499,9 @@ def test_files_that_differ_between_hosts_are_noticed(folders: dict[str, str], tm
 
 
 def memory_case(folder: str, dtype: torch.dtype | None) -> dict[str, int]:
-    from tp_plugin.parallel.mesh import forget_mesh
-    from tp_plugin.shard import mapped, parallelize
+    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.shard import lazy_load as mapped
+    from tp_plugin.shard import parallelize
 
     forget_mesh()
     with patched():

@@ -27,7 +27,7 @@ def lora_case(model_type: str, overrides: dict[str, Any], dropout: float, **own:
 
     from tp_plugin.engines import peft as engine
     from tp_plugin.engines import torch_utils
-    from tp_plugin.parallel.mesh import forget_mesh, require_mesh
+    from tp_plugin.mesh.groups import forget_mesh, require_mesh
     from tp_plugin.shard import parallelize
 
     forget_mesh()

@@ -42,8 +42,8 @@ def asked(model: torch.nn.Module, **how: Any) -> tuple[dict[str, torch.Tensor], 
 
 def returned_case(tp: int, model_type: str, overrides: dict[str, Any], how: dict[str, Any], **options: bool) -> Any:
     from tp_plugin.cli.target import build
-    from tp_plugin.options import Options
-    from tp_plugin.parallel.mesh import require_mesh
+    from tp_plugin.config.run_config import Options
+    from tp_plugin.mesh.groups import require_mesh
     from tp_plugin.shard import parallelize
 
     fresh()
@@ -113,7 +113,7 @@ def after_training_case() -> list[list[int]]:
     """A short input without gradients, as long as a rank's part of the input before."""
     from test_parallel import pair
 
-    from tp_plugin.options import Options
+    from tp_plugin.config.run_config import Options
 
     _, sharded = pair(2, options=Options(2, sequence_parallel=True))
     ids = torch.arange(3, 15).unsqueeze(0)

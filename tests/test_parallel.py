@@ -19,7 +19,7 @@ GQA = {"num_attention_heads": 4, "num_key_value_heads": 1}
 def pair(tp: int, model_type: str = "llama", seed: int = 0, options: Any = None, **overrides: Any) -> tuple[Any, Any]:
     """A plain model and its sharded copy, on a fresh mesh."""
     from tp_plugin.engines import torch_utils
-    from tp_plugin.parallel.mesh import forget_mesh
+    from tp_plugin.mesh.groups import forget_mesh
     from tp_plugin.shard import parallelize
 
     forget_mesh()
@@ -200,9 +200,9 @@ def test_a_learned_mask_is_refused() -> None:
 
 
 def other_place_case() -> str:
-    from tp_plugin.parallel.exchange import exchange
-    from tp_plugin.parallel.lockstep import BARRIER
-    from tp_plugin.parallel.mesh import require_mesh
+    from tp_plugin.runtime.transport import exchange
+    from tp_plugin.runtime.sync_points import BARRIER
+    from tp_plugin.mesh.groups import require_mesh
 
     _, sharded = pair(2)
     if rank() == 0:
@@ -222,9 +222,9 @@ def main_only_case() -> dict[str, Any] | None:
     from transformers import GenerationMixin
 
     from tp_plugin.engines.transformers import _generate
-    from tp_plugin.parallel.exchange import exchange
-    from tp_plugin.parallel.lockstep import BARRIER
-    from tp_plugin.parallel.mesh import require_mesh
+    from tp_plugin.runtime.transport import exchange
+    from tp_plugin.runtime.sync_points import BARRIER
+    from tp_plugin.mesh.groups import require_mesh
 
     whole, sharded = pair(2, **GQA)
     lockstep = exchange(require_mesh()).lockstep
@@ -262,9 +262,9 @@ def loader_on_main_case() -> list[list[int]]:
     from accelerate.state import PartialState
 
     from tp_plugin.engines.accelerate import loaders
-    from tp_plugin.parallel.exchange import exchange
-    from tp_plugin.parallel.lockstep import BARRIER
-    from tp_plugin.parallel.mesh import require_mesh
+    from tp_plugin.runtime.transport import exchange
+    from tp_plugin.runtime.sync_points import BARRIER
+    from tp_plugin.mesh.groups import require_mesh
 
     pair(2)
     loader = data_loader.DataLoaderShard(list(range(5)), batch_size=2)
@@ -328,7 +328,7 @@ def test_the_leaders_value_is_the_groups(ranks: int) -> None:
 
 def audit_beside_case() -> str:
     """A home-made head around a sharded model."""
-    from tp_plugin.options import Options
+    from tp_plugin.config.run_config import Options
     from tp_plugin.shard import parallelize
 
     whole, _ = pair(2, **GQA)
@@ -342,7 +342,7 @@ def audit_beside_case() -> str:
 
 
 def audit_case() -> str:
-    from tp_plugin.options import Options
+    from tp_plugin.config.run_config import Options
 
     _, sharded = pair(2, options=Options(2, audit_every=2), **GQA)
     sharded(**batch(97, 0))
@@ -464,7 +464,7 @@ def test_state_dicts_are_whole_and_go_back_in() -> None:
 
 
 def moved_on_case(counted: bool) -> str:
-    from tp_plugin.parallel import exchange
+    from tp_plugin.runtime import transport as exchange
 
     _, sharded = pair(2)
     exchange.PATIENCE = 1.0

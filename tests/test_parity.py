@@ -92,7 +92,7 @@ def side_by_side_case(change: str) -> tuple[int, int, float]:
     import copy
 
     import tp_plugin
-    from tp_plugin.parallel.mesh import forget_mesh, ledger
+    from tp_plugin.mesh.groups import forget_mesh, ledger
 
     forget_mesh()
     whole = build(config_for("gptj"))
@@ -168,7 +168,7 @@ def shared_dropout_case() -> list[float]:
     import tp_plugin
     from tp_plugin.cli.inputs import loss_of
     from tp_plugin.cli.target import build
-    from tp_plugin.parallel.mesh import forget_mesh
+    from tp_plugin.mesh.groups import forget_mesh
 
     forget_mesh()
     whole = build(config_for("deberta-v2", hidden_dropout_prob=0.3), meta=False).train()

@@ -56,7 +56,7 @@ def prompt_case(tp: int, model_type: str, overrides: dict[str, Any], kind: str) 
     import peft
 
     from tp_plugin.engines import torch_utils
-    from tp_plugin.parallel import mesh
+    from tp_plugin.mesh import groups as mesh
     from tp_plugin.shard import parallelize
 
     fresh()

@@ -27,7 +27,7 @@ def accelerated(tp: int) -> Iterator[None]:
     """A worker of Accelerate with ``tp_size``, for one case."""
     from tp_plugin.engines import patching, torch_utils
     from tp_plugin.launch.worker import _PATCHES
-    from tp_plugin.parallel.mesh import forget_mesh
+    from tp_plugin.mesh.groups import forget_mesh
 
     names = [name for name in _PATCHES if name.startswith("accelerate.") and "deepspeed" not in name]
     modules = {name: importlib.import_module(name) for name in names}
@@ -94,7 +94,7 @@ class Script:
 
 def draws() -> tuple[float, ...]:
     """What each generator would give next."""
-    from tp_plugin.parallel import rng
+    from tp_plugin.tensor import rng
 
     before = rng.snapshot()
     found = torch.rand(1).item(), random.random(), float(np.random.rand())
@@ -164,7 +164,7 @@ def in_one_run(tp: int, root: str) -> dict[str, Any]:
     """Several things that may happen to a state, in one run; what this rank saw of them."""
     from accelerate.utils import other
 
-    from tp_plugin.engines import journal
+    from tp_plugin.checkpoint import atomic_dir as journal
 
     seen: dict[str, Any] = {}
     with accelerated(tp):

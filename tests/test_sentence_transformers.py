@@ -14,7 +14,7 @@ from zoo import fresh
 
 def collectives_case() -> dict[str, Any]:
     from tp_plugin.engines import patching, sentence_transformers
-    from tp_plugin.parallel import mesh
+    from tp_plugin.mesh import groups as mesh
 
     mesh.forget_mesh()
     process = mesh.init_mesh(2).dp.rank
@@ -63,7 +63,7 @@ def forward_case(same: bool, gradients: bool) -> str:
     from transformers import AutoModel
 
     import tp_plugin
-    from tp_plugin.parallel.mesh import require_mesh
+    from tp_plugin.mesh.groups import require_mesh
 
     fresh()
     whole = build(config_for("bert"))

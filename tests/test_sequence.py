@@ -69,8 +69,8 @@ def test_collectives() -> None:
 def kept(tp: int, sequence_parallel: bool) -> float:
     """Run on every rank: bytes that autograd keeps of a layer: a third of what five layers keep beyond two."""
     import tp_plugin
-    from tp_plugin.options import OPTIONS
-    from tp_plugin.parallel.mesh import forget_mesh
+    from tp_plugin.config.run_config import OPTIONS
+    from tp_plugin.mesh.groups import forget_mesh
 
     forget_mesh()
     os.environ[OPTIONS] = json.dumps({"sequence_parallel": sequence_parallel})
@@ -103,8 +103,8 @@ def test_activations_of_a_layer(tp: int) -> None:
 def trained(change: str) -> tuple[list[float], list[tuple[int, ...]], float]:
     """Run on every rank: losses of two steps, the shapes that norms saw, the distance to the whole model's weights."""
     import tp_plugin
-    from tp_plugin.options import OPTIONS
-    from tp_plugin.parallel.mesh import forget_mesh
+    from tp_plugin.config.run_config import OPTIONS
+    from tp_plugin.mesh.groups import forget_mesh
 
     forget_mesh()
     os.environ[OPTIONS] = json.dumps({"sequence_parallel": True})

@@ -43,7 +43,8 @@ def scores_case(kind: str) -> dict[str, Any]:
     from trl.kernels import ChunkedLogProbFunction
 
     from tp_plugin.engines.trl import OPTIONAL, _LogProbs
-    from tp_plugin.parallel import layouts, mesh
+    from tp_plugin.tensor import grad_norm as layouts
+    from tp_plugin.mesh import groups as mesh
     from tp_plugin.policy import ParamLayout
     from tp_plugin.policy.split import vocabulary_rows
 
@@ -95,7 +96,7 @@ def test_scores_are_those_of_the_whole_vocabulary(kind: str) -> None:
 def copied_case() -> str:
     from tp_plugin.engines.trl import _LogProbs
     from tp_plugin.errors import TPError
-    from tp_plugin.parallel import layouts
+    from tp_plugin.tensor import grad_norm as layouts
     from tp_plugin.policy import ParamLayout
 
     weight = torch.nn.Parameter(torch.zeros(2, 3))
@@ -112,7 +113,7 @@ def test_a_copy_of_a_share_is_not_taken_for_the_whole() -> None:
 def distilled_case() -> str:
     from tp_plugin.engines.trl import _Refused
     from tp_plugin.errors import TPError
-    from tp_plugin.parallel import layouts
+    from tp_plugin.tensor import grad_norm as layouts
     from tp_plugin.policy import ParamLayout
 
     weight = torch.nn.Parameter(torch.zeros(2, 3))
@@ -129,7 +130,7 @@ def test_distillation_by_whole_heads_is_refused() -> None:
 def rewards_case() -> list[float]:
     from tp_plugin.engines import patching
     from tp_plugin.engines.trl import install_rewards
-    from tp_plugin.parallel import mesh
+    from tp_plugin.mesh import groups as mesh
 
     class GRPOTrainer:
         def _calculate_rewards(self, count: int) -> torch.Tensor:

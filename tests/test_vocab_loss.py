@@ -23,9 +23,9 @@ class Pair:
     """A plain head, and the same one split over the ranks as the plugin does it."""
 
     def __init__(self, tp: int, vocabulary: int, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN):
-        from tp_plugin.parallel.exchange import exchange
-        from tp_plugin.parallel.logits import VocabularyColumns
-        from tp_plugin.parallel.mesh import forget_mesh, init_mesh
+        from tp_plugin.runtime.transport import exchange
+        from tp_plugin.tensor.vocab import VocabularyColumns
+        from tp_plugin.mesh.groups import forget_mesh, init_mesh
 
         forget_mesh()
         mesh = init_mesh(tp)
@@ -52,7 +52,7 @@ class Pair:
 
     def apart(self, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """Relative deviations of the loss and of the gradients, and the bytes that the split head sent."""
-        from tp_plugin.parallel.mesh import ledger
+        from tp_plugin.mesh.groups import ledger
 
         ledger["bytes"].clear()
         found = self._run(self.split, loss_of)
@@ -98,7 +98,7 @@ def test_numbers(tp: int, vocabulary: int) -> None:
 
 
 def bytes_case(tp: int) -> dict[str, dict[str, int]]:
-    from tp_plugin.parallel.mesh import ledger
+    from tp_plugin.mesh.groups import ledger
 
     pair, found = Pair(tp, 97), {}
     for loss_of in (losses.causal, losses.smoothed, losses.accuracy, losses.log_probabilities, losses.sorted_columns):
@@ -236,7 +236,7 @@ def test_reading(tp: int) -> None:
 
 def _models() -> tuple[Any, nn.Module, nn.Module]:
     import tp_plugin
-    from tp_plugin.parallel.mesh import forget_mesh
+    from tp_plugin.mesh.groups import forget_mesh
     from tp_plugin.policy import policy_for
 
     forget_mesh()
@@ -340,7 +340,7 @@ def test_some_ranks_read_more() -> None:
 
 def barrier_case() -> float:
     """The others wait in a barrier of torch itself, of which the plugin knows nothing."""
-    from tp_plugin.parallel.logits import reading
+    from tp_plugin.runtime import remote_logits as reading
 
     config, sharded, plain = _models()
     before, reading.PATIENCE = reading.PATIENCE, 60
@@ -360,7 +360,7 @@ def test_others_wait_elsewhere() -> None:
 
 def slow_case() -> list[bool]:
     """A rank that comes too late to an operation finds the others gone on, and does it alone as well."""
-    from tp_plugin.parallel.logits import reading
+    from tp_plugin.runtime import remote_logits as reading
 
     config, sharded, plain = _models()
     before, reading.PATIENCE = reading.PATIENCE, 0.1
@@ -442,7 +442,7 @@ def test_others_have_left_the_function() -> None:
 
 def kept_memory_case() -> tuple[int, int]:
     """Logits that a script drops are held for slower peers only until the ranks have met."""
-    from tp_plugin.parallel.mesh import shelf
+    from tp_plugin.mesh.groups import shelf
 
     config, sharded, _ = _models()
     outputs = _forward(sharded.train(), config, 0)

@@ -25,8 +25,8 @@ def _transformers(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def _same_gradients(model: torch.nn.Module) -> None:
-    from tp_plugin.parallel.layouts import layout_of
-    from tp_plugin.parallel.mesh import require_mesh
+    from tp_plugin.tensor.grad_norm import layout_of
+    from tp_plugin.mesh.groups import require_mesh
 
     for parameter in model.parameters():
         layout = layout_of(parameter)
@@ -37,8 +37,8 @@ def _same_gradients(model: torch.nn.Module) -> None:
 
 def whole_step_case(kind: str) -> dict[str, Any]:
     from tp_plugin.engines import torch_utils
-    from tp_plugin.parallel import mesh
-    from tp_plugin.parallel.mesh import forget_mesh
+    from tp_plugin.mesh import groups as mesh
+    from tp_plugin.mesh.groups import forget_mesh
     from tp_plugin.shard import parallelize, shard_optimizer
 
     forget_mesh()
@@ -101,7 +101,7 @@ class AdamW8bit(torch.optim.SGD):
 
 def blockwise_case() -> str:
     from tp_plugin.errors import TPError
-    from tp_plugin.parallel.mesh import forget_mesh
+    from tp_plugin.mesh.groups import forget_mesh
     from tp_plugin.shard import parallelize, shard_optimizer
 
     forget_mesh()

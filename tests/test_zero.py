@@ -12,7 +12,7 @@ import torch
 from models import adapted, batch, build, config_for
 from workers import run
 
-from tp_plugin.options import OPTIONS
+from tp_plugin.config.run_config import OPTIONS
 
 STEPS, MICRO = 3, 2
 
@@ -39,7 +39,7 @@ def plain_again() -> None:
     import deepspeed
     from deepspeed.utils import groups
 
-    from tp_plugin.parallel.mesh import forget_mesh
+    from tp_plugin.mesh.groups import forget_mesh
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # no compile, no buffers in /dev/shm
     forget_mesh()
@@ -83,7 +83,7 @@ def train(
         engine.compile(backend="aot_eager")
     dp_rank = torch.distributed.get_rank() // tp
     losses, norms = [], []
-    from tp_plugin.parallel.mesh import ledger
+    from tp_plugin.mesh.groups import ledger
 
     before = {key: (ledger["count"][key], ledger["bytes"][key]) for key in ledger["count"]}
     for step in range(STEPS):
@@ -105,7 +105,7 @@ def train(
         weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
     layouts = {}
     if tp > 1:
-        from tp_plugin.parallel.layouts import layout_of
+        from tp_plugin.tensor.grad_norm import layout_of
 
         layouts = {name: layout_of(p) for name, p in model.named_parameters()}
     engine.destroy()
@@ -307,7 +307,7 @@ def gathered_case() -> list[str]:
 
     import tp_plugin
     from tp_plugin.engines import patching
-    from tp_plugin.engines.deepspeed import shares
+    from tp_plugin.engines.deepspeed import zero3_share_warning as shares
 
     plain_again()
     before = len(patching._originals)
@@ -344,8 +344,8 @@ def flattened_norm(tp: int) -> tuple[float, float, float]:
     import tp_plugin
     from tp_plugin.engines.deepspeed.groups import Mpu
     from tp_plugin.engines.deepspeed.norms import _norm_mask
-    from tp_plugin.parallel.layouts import total_norm
-    from tp_plugin.parallel.mesh import require_mesh
+    from tp_plugin.tensor.grad_norm import total_norm
+    from tp_plugin.mesh.groups import require_mesh
 
     plain_again()
     settings = config_for(*REPLICATED_KV[:1], **REPLICATED_KV[1])

@@ -20,7 +20,7 @@ from tp_plugin.engines.deepspeed.config import REFUSED, options_of, refuse, with
 from tp_plugin.engines.deepspeed.initialize import _refuse_arguments
 from tp_plugin.errors import TPError
 from tp_plugin.launch import deepspeed_config
-from tp_plugin.options import Options
+from tp_plugin.config.run_config import Options
 
 CONFIG = """\
 compute_environment: LOCAL_MACHINE

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from tp_plugin.cli.dropout import Dropout, dropouts, prove_dropout
 from tp_plugin.cli.parity import Result, compare
 from tp_plugin.cli.target import build, typical_share
-from tp_plugin.options import OPTIONS
+from tp_plugin.config.run_config import OPTIONS
 from tp_plugin.policy import Attention, Experts, Plan, Policy, make_plan, policies, policy_for
 from tp_plugin.policy.hf_plan import PROVEN
 from tp_plugin.policy.names import matches
@@ -295,7 +295,7 @@ def model_types() -> list[str]:
 
 def fresh(**options: Any) -> None:
     """Every case begins alike: no mesh of an earlier one, its own options, generators equal on all ranks."""
-    from tp_plugin.parallel.mesh import forget_mesh
+    from tp_plugin.mesh.groups import forget_mesh
 
     forget_mesh()
     os.environ[OPTIONS] = json.dumps(options)

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tp_plugin.parallel import mesh
-from tp_plugin.parallel.mesh import Group, Mesh
+from tp_plugin.mesh import groups as mesh
+from tp_plugin.mesh.groups import Group, Mesh
 
 
 class _Echo(Group):

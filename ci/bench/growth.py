@@ -62,8 +62,8 @@ def measure(tp: int, tokens: int, sequence_parallel: bool = False, **size: int) 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import tp_plugin
-    from tp_plugin.options import OPTIONS
-    from tp_plugin.parallel.mesh import ledger
+    from tp_plugin.config.run_config import OPTIONS
+    from tp_plugin.mesh.groups import ledger
 
     torch.set_num_threads(1)
     os.environ[OPTIONS] = json.dumps({"sequence_parallel": sequence_parallel})

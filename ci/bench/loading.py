@@ -90,7 +90,7 @@ def rank_main(folder: str, how: str, dtype: str, out: str) -> None:
     from transformers import modeling_utils
 
     from tp_plugin.engines import loading, saving
-    from tp_plugin.parallel.mesh import init_mesh
+    from tp_plugin.mesh.groups import init_mesh
     from tp_plugin.shard import parallelize
 
     torch.set_num_threads(1)

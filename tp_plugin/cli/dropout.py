@@ -21,9 +21,9 @@ from tp_plugin.cli.inputs import loss_of
 from tp_plugin.cli.parity import LIMITS, on_one_rank
 from tp_plugin.cli.target import build
 from tp_plugin.errors import DivergenceError
-from tp_plugin.parallel.mesh import require_mesh
+from tp_plugin.mesh.groups import require_mesh
 from tp_plugin.policy import Policy
-from tp_plugin.shard.record import checksum
+from tp_plugin.shard.model_state import checksum
 
 PROBABILITY = 0.25
 SEED = 5

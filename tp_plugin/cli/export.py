@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tp_plugin.cli import sources
-from tp_plugin.cli.folders import complete_or_absent
+from tp_plugin.checkpoint import sources
+from tp_plugin.checkpoint.folders import complete_or_absent
 from tp_plugin.errors import TPError
 
 BESIDE = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")

@@ -29,7 +29,7 @@ from tp_plugin.cli import hints
 from tp_plugin.cli.inputs import loss_of, prompt
 from tp_plugin.cli.target import build, named_policy
 from tp_plugin.errors import TPError
-from tp_plugin.parallel.mesh import Mesh, ledger, require_mesh
+from tp_plugin.mesh.groups import Mesh, ledger, require_mesh
 from tp_plugin.policy import Plan, Policy, policy_for
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from tp_plugin.cli import sources
-from tp_plugin.cli.folders import complete_or_absent
-from tp_plugin.engines import journal
-from tp_plugin.engines.deepspeed import files
+from tp_plugin.checkpoint import sources
+from tp_plugin.checkpoint.folders import complete_or_absent
+from tp_plugin.checkpoint import atomic_dir as journal
+from tp_plugin.checkpoint import deepspeed_files as files
 from tp_plugin.errors import TPError
 from tp_plugin.policy import ParamLayout, make_plan, policy_for
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from tp_plugin.engines.patching import patch
-from tp_plugin.options import Options
-from tp_plugin.shard.mapped import MOST, FromFile, is_mapped, open_checkpoint, read_at_forward
+from tp_plugin.config.run_config import Options
+from tp_plugin.shard.lazy_load import MOST, FromFile, is_mapped, open_checkpoint, read_at_forward
 
 
 def install(modeling_utils: Any) -> None:

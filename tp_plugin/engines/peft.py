@@ -8,9 +8,9 @@ from torch import nn
 
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
-from tp_plugin.parallel.collectives import enter
-from tp_plugin.parallel.exchange import exchange
-from tp_plugin.parallel.mesh import current_mesh
+from tp_plugin.tensor.regions import enter
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.mesh.groups import current_mesh
 from tp_plugin.policy import Plan
 from tp_plugin.policy.layout import Parts
 from tp_plugin.shard import is_sharded, models_in

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from tp_plugin.engines.patching import wrap
-from tp_plugin.parallel.exchange import exchange
-from tp_plugin.parallel.mesh import current_mesh
-from tp_plugin.parallel.rows import is_split
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.mesh.groups import current_mesh
+from tp_plugin.mesh.dtensor_utils import is_split
 from tp_plugin.shard import fulfil, has_promise, is_sharded, models_in, promises
 
 

@@ -14,8 +14,8 @@ from torch.nn.utils import clip_grad
 
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.options import Options
-from tp_plugin.parallel.rows import is_split
+from tp_plugin.config.run_config import Options
+from tp_plugin.mesh.dtensor_utils import is_split
 
 
 def install() -> None:
@@ -57,7 +57,7 @@ def _data_parallel(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """A sharded model that a script wraps itself is averaged over the replicas, not over all ranks."""
     call = inspect.signature(original).bind(self, *args, **kwargs)
     if _tp_size() > 1 and call.arguments.get("process_group") is None:
-        from tp_plugin.parallel.mesh import alone, require_mesh
+        from tp_plugin.mesh.groups import alone, require_mesh
         from tp_plugin.shard import is_sharded, models_in
 
         if any(is_sharded(root) for _, root in models_in(call.arguments["module"])):
@@ -86,7 +86,7 @@ def _register_comm_hook(original: Any, self: Any, state: Any, hook: Any) -> Any:
 
 
 def _backward(original: Any, self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    guard = sys.modules.get("tp_plugin.parallel.guard")
+    guard = sys.modules.get("tp_plugin.runtime.batch_guard")
     if guard is not None:
         guard.backward_from(self)
     return original(self, *args, **kwargs)
@@ -121,14 +121,14 @@ class _Replicas:
 
 
 def _tp_size() -> int:
-    mesh = sys.modules.get("tp_plugin.parallel.mesh")
+    mesh = sys.modules.get("tp_plugin.mesh.groups")
     current = mesh.current_mesh() if mesh is not None else None
     return int(current.tp_size) if current is not None else Options.from_environment().tp_size
 
 
 def _layouts() -> Any:
     """The module that knows the layouts, once a model is sharded. Patching torch must not import half of the plugin."""
-    layouts = sys.modules.get("tp_plugin.parallel.layouts")
+    layouts = sys.modules.get("tp_plugin.tensor.grad_norm")
     return layouts if layouts is not None and layouts.any_sharded() else None
 
 
@@ -136,8 +136,8 @@ def _unscale_grads(original: Any, *args: Any, **kwargs: Any) -> dict[torch.devic
     """An inf in one rank's shard is an inf in the model: every rank of the TP group must skip the step."""
     found: dict[torch.device, torch.Tensor] = original(*args, **kwargs)
     if _layouts() is not None:
-        from tp_plugin.parallel.mesh import require_mesh
-        from tp_plugin.parallel.rows import held
+        from tp_plugin.mesh.groups import require_mesh
+        from tp_plugin.mesh.dtensor_utils import held
 
         for tensor in found.values():
             require_mesh().tp_for(tensor).all_reduce(held(tensor), dist.ReduceOp.MAX)

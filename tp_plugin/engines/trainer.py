@@ -19,10 +19,10 @@ import torch.distributed as dist
 from tp_plugin.engines.accelerate.operations import OverDP
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.parallel import rng
-from tp_plugin.parallel.exchange import exchange
-from tp_plugin.parallel.lockstep import BARRIER, TRIGGER
-from tp_plugin.parallel.mesh import current_mesh
+from tp_plugin.tensor import rng
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.runtime.sync_points import BARRIER, TRIGGER
+from tp_plugin.mesh.groups import current_mesh
 
 
 class Distributed(OverDP):

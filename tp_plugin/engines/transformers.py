@@ -15,14 +15,14 @@ from torch import nn
 from tp_plugin.engines import loading, saving
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.options import Options
-from tp_plugin.parallel import rng
-from tp_plugin.parallel.guard import digests
-from tp_plugin.parallel.lockstep import GENERATE, Request
-from tp_plugin.parallel.mesh import current_mesh
+from tp_plugin.config.run_config import Options
+from tp_plugin.tensor import rng
+from tp_plugin.runtime.batch_guard import digests
+from tp_plugin.runtime.sync_points import GENERATE, Request
+from tp_plugin.mesh.groups import current_mesh
 from tp_plugin.policy import check_config, load, policy_for
 from tp_plugin.shard import is_sharded
-from tp_plugin.shard.whole import plain_name
+from tp_plugin.shard.full_tensor import plain_name
 
 
 def install(modeling_utils: Any) -> None:

@@ -132,8 +132,8 @@ def activate(config: Any, origin: str = "the DeepSpeed config") -> bool:
         TPError: a bad value, or Accelerate already counts its processes without tensor parallelism.
     """
     from tp_plugin.errors import TPError
-    from tp_plugin.options import from_deepspeed
-    from tp_plugin.parallel.mesh import current_mesh
+    from tp_plugin.config.run_config import from_deepspeed
+    from tp_plugin.mesh.groups import current_mesh
 
     options = from_deepspeed(config, origin)
     if options is None or options.tp_size == 1:

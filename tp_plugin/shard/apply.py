@@ -18,23 +18,24 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tp_plugin.errors import TPError
-from tp_plugin.options import Options
-from tp_plugin.parallel import columns, layers
-from tp_plugin.parallel.columns import Beginning
-from tp_plugin.parallel.exchange import exchange
-from tp_plugin.parallel.graphs import trace_once
-from tp_plugin.parallel.guard import Guard
-from tp_plugin.parallel.layouts import attach
-from tp_plugin.parallel.logits import VocabularyColumns
-from tp_plugin.parallel.mesh import Mesh, init_mesh
-from tp_plugin.parallel.outputs import LayerOutputs
-from tp_plugin.parallel.sequence import LayerRegion, Stack
-from tp_plugin.parallel.side_by_side import SideBySide
+from tp_plugin.config.run_config import Options
+from tp_plugin.tensor import wgrad_overlap as columns, layers
+from tp_plugin.tensor.wgrad_overlap import Beginning
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.tensor.graphs import trace_once
+from tp_plugin.runtime.batch_guard import Guard
+from tp_plugin.tensor.grad_norm import attach
+from tp_plugin.tensor.vocab import VocabularyColumns
+from tp_plugin.mesh.groups import Mesh, init_mesh
+from tp_plugin.tensor.outputs import LayerOutputs
+from tp_plugin.tensor.sequence import LayerRegion, Stack
+from tp_plugin.tensor.parallel_residual import SideBySide
 from tp_plugin.policy import ParamLayout, Plan, Policy, load, make_plan, policy_for
 from tp_plugin.policy.stacks import between, stacks
-from tp_plugin.shard import mapped, state_dict
-from tp_plugin.shard.crossing import warn_of_crossing
-from tp_plugin.shard.record import ShardRecord
+from tp_plugin.shard import lazy_load as mapped
+from tp_plugin.shard import state_dict
+from tp_plugin.shard.topology_warning import warn_of_crossing
+from tp_plugin.shard.model_state import ShardRecord
 from tp_plugin.shard.replicas import agree_on_weights
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from tp_plugin.errors import TPError
-from tp_plugin.parallel.exchange import ELSEWHERE, exchange
-from tp_plugin.parallel.layouts import layout_of
-from tp_plugin.parallel.mesh import require_mesh
-from tp_plugin.parallel.rows import is_split
-from tp_plugin.shard import whole_step
+from tp_plugin.runtime.transport import ELSEWHERE, exchange
+from tp_plugin.tensor.grad_norm import layout_of
+from tp_plugin.mesh.groups import require_mesh
+from tp_plugin.mesh.dtensor_utils import is_split
+from tp_plugin.shard import full_matrix_step as whole_step
 from tp_plugin.shard.elementwise import fault
-from tp_plugin.shard.record import read_whole
+from tp_plugin.shard.model_state import read_whole
 from tp_plugin.shard.state_dict import gives_local
 
 _uids = itertools.count()

@@ -8,9 +8,9 @@ from collections.abc import Set
 import torch
 from torch import nn
 
-from tp_plugin.parallel.mesh import Mesh
-from tp_plugin.shard.mapped import identity
-from tp_plugin.shard.record import checksum
+from tp_plugin.mesh.groups import Mesh
+from tp_plugin.shard.lazy_load import identity
+from tp_plugin.shard.model_state import checksum
 
 
 def agree_on_weights(model: nn.Module, mesh: Mesh, settled: Set[int] = frozenset()) -> list[str]:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_plugin.parallel.lockstep import BARRIER
-from tp_plugin.parallel.mesh import require_mesh
-from tp_plugin.parallel.rows import is_split
-from tp_plugin.shard.promise import promising
-from tp_plugin.shard.record import ShardRecord
-from tp_plugin.shard.whole import gather_whole, plain_name
+from tp_plugin.runtime.sync_points import BARRIER
+from tp_plugin.mesh.groups import require_mesh
+from tp_plugin.mesh.dtensor_utils import is_split
+from tp_plugin.shard.lazy_full_tensor import promising
+from tp_plugin.shard.model_state import ShardRecord
+from tp_plugin.shard.full_tensor import gather_whole, plain_name
 
 _local = False
 

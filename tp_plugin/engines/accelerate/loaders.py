@@ -16,10 +16,10 @@ import torch
 from tp_plugin.engines.accelerate.operations import leaders_only
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import DivergenceError
-from tp_plugin.parallel import rng
-from tp_plugin.parallel.exchange import exchange
-from tp_plugin.parallel.lockstep import BATCH
-from tp_plugin.parallel.mesh import Mesh, current_mesh
+from tp_plugin.tensor import rng
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.runtime.sync_points import BATCH
+from tp_plugin.mesh.groups import Mesh, current_mesh
 
 
 def install(data_loader: Any) -> None:

@@ -18,11 +18,11 @@ import torch.distributed as dist
 
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import DivergenceError
-from tp_plugin.parallel.exchange import exchange
-from tp_plugin.parallel.guard import digest
-from tp_plugin.parallel.lockstep import COLLECTIVE
-from tp_plugin.parallel.logits import Logits
-from tp_plugin.parallel.mesh import current_mesh
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.runtime.batch_guard import digest
+from tp_plugin.runtime.sync_points import COLLECTIVE
+from tp_plugin.tensor.vocab import Logits
+from tp_plugin.mesh.groups import current_mesh
 
 _leaders_only = False
 

@@ -13,12 +13,12 @@ from tp_plugin.engines.accelerate.operations import TorchOverDP
 from tp_plugin.engines.fsdp2 import prepare as fsdp2
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.options import Options
-from tp_plugin.parallel.exchange import exchange
-from tp_plugin.parallel.lockstep import TRIGGER
-from tp_plugin.parallel.mesh import Mesh, current_mesh
+from tp_plugin.config.run_config import Options
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.runtime.sync_points import TRIGGER
+from tp_plugin.mesh.groups import Mesh, current_mesh
 from tp_plugin.shard import agree_on_weights, models_in, parallelize, settle_whole, shard_optimizer
-from tp_plugin.shard.record import totals
+from tp_plugin.shard.model_state import totals
 
 
 def install(accelerator: Any) -> None:

@@ -20,14 +20,14 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from tp_plugin.engines import journal
+from tp_plugin.checkpoint import atomic_dir as journal
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
-from tp_plugin.parallel import rng
-from tp_plugin.parallel.exchange import exchange
-from tp_plugin.parallel.mesh import Mesh, current_mesh
+from tp_plugin.tensor import rng
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.mesh.groups import Mesh, current_mesh
 from tp_plugin.shard import local_states, models_in, promises
-from tp_plugin.shard.whole import plain_name
+from tp_plugin.shard.full_tensor import plain_name
 
 SESSION = "Accelerator.save_state"
 ENGINES = {"FSDP": "FSDP2", "DEEPSPEED": "DeepSpeed ZeRO"}

@@ -15,11 +15,11 @@ import torch
 from tp_plugin.engines.fsdp2 import config as fsdp2
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.options import Options
-from tp_plugin.parallel import rng
-from tp_plugin.parallel.exchange import exchange
-from tp_plugin.parallel.lockstep import BARRIER
-from tp_plugin.parallel.mesh import Mesh, current_mesh, init_mesh
+from tp_plugin.config.run_config import Options
+from tp_plugin.tensor import rng
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.runtime.sync_points import BARRIER
+from tp_plugin.mesh.groups import Mesh, current_mesh, init_mesh
 
 
 def install(state: Any) -> None:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tp_plugin.parallel.mesh import Mesh
+from tp_plugin.mesh.groups import Mesh
 
 logger = logging.getLogger(__name__)
 

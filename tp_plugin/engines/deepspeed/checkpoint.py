@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tp_plugin.engines.deepspeed import files
+from tp_plugin.checkpoint import deepspeed_files as files
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
-from tp_plugin.parallel.exchange import exchange
-from tp_plugin.parallel.layouts import layout_of
-from tp_plugin.parallel.lockstep import BARRIER
-from tp_plugin.parallel.mesh import Mesh, current_mesh
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.tensor.grad_norm import layout_of
+from tp_plugin.runtime.sync_points import BARRIER
+from tp_plugin.mesh.groups import Mesh, current_mesh
 from tp_plugin.policy import ParamLayout
 from tp_plugin.shard import local_states
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import DivergenceError
-from tp_plugin.parallel import rng
-from tp_plugin.parallel.exchange import exchange
-from tp_plugin.parallel.lockstep import BATCH
-from tp_plugin.parallel.mesh import current_mesh
+from tp_plugin.tensor import rng
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.runtime.sync_points import BATCH
+from tp_plugin.mesh.groups import current_mesh
 
 
 def install(dataloader: Any) -> None:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from tp_plugin.engines.patching import patch, wrap
-from tp_plugin.parallel.mesh import Group, Mesh, alone, current_mesh, entry
+from tp_plugin.mesh.groups import Group, Mesh, alone, current_mesh, entry
 
 
 class Mpu:

@@ -11,17 +11,18 @@ import torch
 from torch import nn
 
 from tp_plugin.engines import torch_utils
-from tp_plugin.engines.deepspeed import checkpoint, norms, shares
+from tp_plugin.engines.deepspeed import zero3_share_warning as shares
+from tp_plugin.engines.deepspeed import checkpoint, norms
 from tp_plugin.engines.deepspeed.batch import count_replicas
 from tp_plugin.engines.deepspeed.config import options_of, refuse, without_our_keys
 from tp_plugin.engines.deepspeed.groups import Mpu
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
 from tp_plugin.launch.deepspeed_config import read
-from tp_plugin.options import Options
-from tp_plugin.parallel import rng
-from tp_plugin.parallel.exchange import exchange
-from tp_plugin.parallel.mesh import alone, current_mesh, init_mesh, require_mesh
+from tp_plugin.config.run_config import Options
+from tp_plugin.tensor import rng
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.mesh.groups import alone, current_mesh, init_mesh, require_mesh
 from tp_plugin.shard import agree_on_weights, is_sharded, models_in, parallelize, settle_whole, shard_optimizer
 
 DEFAULTS = {"torch_adam": True, "weight_decay": 0.0}

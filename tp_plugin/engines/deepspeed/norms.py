@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from tp_plugin.engines.patching import patch, wrap
-from tp_plugin.parallel.layouts import layout_of, not_owned, total_norm, wide_norm
-from tp_plugin.parallel.mesh import current_mesh, require_mesh
+from tp_plugin.tensor.grad_norm import layout_of, not_owned, total_norm, wide_norm
+from tp_plugin.mesh.groups import current_mesh, require_mesh
 
 
 def install_engine(engine: Any) -> None:

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_plugin.engines.fsdp2.boxes import Part
+from tp_plugin.checkpoint.dcp_chunks import Part
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
-from tp_plugin.parallel.exchange import exchange
-from tp_plugin.parallel.layouts import layout_of
-from tp_plugin.parallel.lockstep import BARRIER
-from tp_plugin.parallel.mesh import Mesh, current_mesh
-from tp_plugin.parallel.rows import is_split, split_like
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.tensor.grad_norm import layout_of
+from tp_plugin.runtime.sync_points import BARRIER
+from tp_plugin.mesh.groups import Mesh, current_mesh
+from tp_plugin.mesh.dtensor_utils import is_split, split_like
 from tp_plugin.policy import ParamLayout
 from tp_plugin.shard import local_states
-from tp_plugin.shard.whole import gather_whole, plain_name
+from tp_plugin.shard.full_tensor import gather_whole, plain_name
 
 Leaf = Callable[[str, Any], Any]
 """``(parameter's name, value)`` → what stands in the value's place."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
-from tp_plugin.options import Options
+from tp_plugin.config.run_config import Options
 
 USED = "ACCELERATE_USE_FSDP"
 

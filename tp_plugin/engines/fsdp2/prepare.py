@@ -9,7 +9,7 @@ from torch import nn
 
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.parallel.mesh import Mesh, current_mesh
+from tp_plugin.mesh.groups import Mesh, current_mesh
 from tp_plugin.shard import local_states
 
 

@@ -1,0 +1,117 @@
+"""A rank's part of a whole tensor as boxes: what torch's distributed checkpoint (DCP) writes and reads.
+
+A checkpoint in coordinates of the whole tensor knows nothing of TP or DP: any tp, any dp and plain FSDP2 load it, and
+``accelerate merge-weights`` makes one file of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tp_plugin.mesh.dtensor_utils import held, held_rows
+from tp_plugin.policy import ParamLayout
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangular part of a whole tensor, and where it begins in what the rank holds."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    at: tuple[int, ...]
+
+
+def boxes(layout: ParamLayout, rank: int, rows: tuple[int, int] | None, owned: bool = False) -> list[Box]:
+    """The boxes of TP rank ``rank``, which holds ``rows`` (of dimension 0; None: all) of its tensor under ``layout``.
+
+    Args:
+        owned: only elements that no TP rank before this one holds.
+    """
+    local = layout.local_shape(rank)
+    if layout.dim is None:
+        spans = [(0, 0, local[0] if local else 1)]
+    else:
+        # cut where replication changes, so that a box is owned as a whole or not at all
+        spans = [
+            (start, layout.to_local(rank, start, stop)[0], stop - start)
+            for start, stop, ranks in layout.segments
+            if rank in ranks and (rank == ranks[0] or not owned)
+        ]
+    found = []
+    for whole_at, at, length in spans:
+        offsets, sizes, local_at = [0] * len(local), list(local), [0] * len(local)
+        dim = layout.dim or 0
+        if local:
+            offsets[dim], sizes[dim], local_at[dim] = whole_at, length, at
+            if rows is not None:
+                start, stop = max(local_at[0], rows[0]), min(local_at[0] + sizes[0], rows[1])
+                offsets[0], sizes[0], local_at[0] = offsets[0] + start - local_at[0], stop - start, start - rows[0]
+        if all(size > 0 for size in sizes):
+            found.append(Box(tuple(offsets), tuple(sizes), tuple(local_at)))
+    return found
+
+
+class Part(torch.Tensor):
+    """A whole tensor by its shape, of which this rank holds some boxes, with DCP's hooks for such a thing.
+
+    (``torch.distributed._checkpointable``.) ``tp_local`` is the parameter's DTensor; DCP reads and writes its memory.
+    """
+
+    tp_local: Any
+    tp_layout: ParamLayout
+    tp_rank: int
+
+    @staticmethod
+    def of(local: Any, layout: ParamLayout, rank: int) -> Part:
+        """``local`` under ``layout``, on TP rank ``rank``."""
+        part = torch.Tensor._make_wrapper_subclass(Part, layout.shape, dtype=local.dtype, device=local.device)
+        part.tp_local, part.tp_layout, part.tp_rank = local, layout, rank
+        return part  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return Part.of(args[0].tp_local, args[0].tp_layout, args[0].tp_rank)
+        raise NotImplementedError(
+            f"{function} on a part of a tensor that lies on several ranks; it can only be saved and loaded by "
+            "torch.distributed.checkpoint. For whole tensors use StateDictOptions(full_state_dict=True)"
+        )
+
+    def __repr__(self, **kwargs: Any) -> str:
+        return f"Part(shape={tuple(self.shape)}, dtype={self.dtype}, rank={self.tp_rank})"
+
+    def _boxes(self, owned: bool = False) -> list[Box]:
+        return boxes(self.tp_layout, self.tp_rank, held_rows(self.tp_local), owned)
+
+    def __create_write_items__(self, fqn: str, value: object) -> list[Any]:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+        properties = TensorProperties.create_from_tensor(held(self.tp_local))
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, torch.Size(box.offsets)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)), properties, self.shape
+                ),
+            )
+            for box in self._boxes(owned=True)
+        ]
+
+    def __create_chunk_list__(self) -> list[Any]:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+        return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in self._boxes()]
+
+    def __get_tensor_shard__(self, index: Any) -> torch.Tensor:
+        for box in self._boxes():
+            if box.offsets == tuple(index.offset):
+                view = held(self.tp_local)
+                for dim, (start, size) in enumerate(zip(box.at, box.sizes, strict=True)):
+                    view = view.narrow(dim, start, size)
+                return view
+        raise ValueError(f"no part of {index.fqn!r} begins at {tuple(index.offset)} on this rank")

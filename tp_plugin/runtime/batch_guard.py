@@ -1,0 +1,210 @@
+"""Before each top-level forward: are the ranks of the TP group still one process?
+
+One all-gather of 72 bytes on the control group compares the call, the batch, the generators, and the loss at which the
+last backward began. Another batch or another loss is an error on every rank; unequal generators are set to those of the
+leader, as the group is one process and has one.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_plugin.errors import DivergenceError, TPError
+from tp_plugin.mesh import groups as mesh
+from tp_plugin.tensor import rng
+from tp_plugin.runtime.transport import Exchange
+from tp_plugin.runtime.sync_points import FORWARD, GRADIENTS, Request
+from tp_plugin.mesh.groups import Mesh
+
+_SAMPLE = 1 << 16
+"""Elements of a device tensor that are copied to the host for hashing; larger ones are sampled and summed."""
+
+
+APART = 1e-2
+"""Relative difference of losses, and size of a loss, above which they are not one number that was rounded."""
+
+_training_forwards = 0
+_loss: tuple[torch.Tensor, Mesh | None] | None = None
+
+
+def backward_from(tensor: torch.Tensor) -> None:
+    """A backward begins at ``tensor``; if that is a loss, the ranks compare it at the next forward."""
+    global _loss
+    _loss = (tensor.detach(), mesh.current_mesh()) if tensor.numel() == 1 else None
+
+
+def _taken_loss(groups: Mesh) -> float:
+    """The loss of the last backward in these groups, NaN if there is none to compare."""
+    global _loss
+    taken, _loss = _loss, None
+    return float(taken[0]) if taken is not None and taken[1] is groups else math.nan
+
+
+def training_forwards() -> int:
+    """Top-level training forwards of all sharded models in this process."""
+    return _training_forwards
+
+
+class Guard:
+    """Watches the forwards of one sharded model; ``audit`` runs every ``audit_every`` training forwards."""
+
+    def __init__(self, groups: Mesh, exchange: Exchange, audit: Callable[[], None] | None = None, audit_every: int = 0):
+        self.mesh, self.exchange, self.lockstep = groups, exchange, exchange.lockstep
+        self.audit, self.audit_every = audit, audit_every
+        self.training_forwards = 0
+        self._depth = 0
+        self._outermost: nn.Module | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
+        return Guard(self.mesh, self.exchange)  # a copy is another model: no audit of the original's parameters
+
+    @torch._dynamo.disable
+    def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook (with kwargs) of a model; checks at the outermost call only. Never in a graph."""
+        self._depth += 1
+        self.lockstep.inside += 1
+        if self._depth > 1 or self.lockstep.helping:
+            return
+        self._outermost = module
+        _refuse_learned_masks(kwargs)
+        mesh.in_training = module.training and torch.is_grad_enabled()
+        self._check(module, args, kwargs)
+        if mesh.in_training:
+            global _training_forwards
+            self.training_forwards += 1
+            _training_forwards += 1
+            if self.audit and self.audit_every and self.training_forwards % self.audit_every == 0:
+                self.audit()
+
+    @torch._dynamo.disable
+    def close(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook (always called) that closes what :meth:`open` opened."""
+        self._depth = max(0, self._depth - 1)
+        self.lockstep.inside = max(0, self.lockstep.inside - 1)
+        if not self._depth:
+            self._outermost = None
+            self.lockstep.apart = False
+
+    def open_inner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """:meth:`open` for the model in a model; part of the outer one's graph, which has been opened."""
+        if not (torch.compiler.is_compiling() and self._outermost is not None):
+            self.open(module, args, kwargs)
+
+    def close_inner(self, module: nn.Module, args: Any, output: Any) -> None:
+        """:meth:`close` for the model in a model."""
+        if not torch.compiler.is_compiling() or self._outermost is module:
+            self.close(module, args, output)
+
+    def _check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen = digests(args, kwargs)
+        batch = zlib.crc32(repr(sorted(seen.items())).encode())
+        mode = GRADIENTS * torch.is_grad_enabled() + 2 * module.training
+        record: Any = getattr(module, "tp_record", None)  # an inner model called by itself has none
+        mine = [mode, record.number if record else -1, batch, rng.fingerprint(), _bits(_taken_loss(self.mesh))]
+        everyone = self.lockstep.meet(FORWARD, mine, lambda: record and Request.of("__call__", module, args, kwargs))
+        self.lockstep.apart = len(everyone) < self.mesh.tp_size
+        if any(values[:3] != mine[:3] for values in everyone):
+            self._depth, self._outermost = 0, None
+            self._explain(module, seen, mode)
+        self._compare_losses([_number(values[4]) for values in everyone])
+        if any(values[3] != mine[3] for values in everyone):
+            rng.synchronize(self.mesh.control)
+
+    def _compare_losses(self, losses: list[float]) -> None:
+        size = max(map(abs, losses))
+        if not all(map(math.isfinite, losses)) or size <= APART or max(losses) - min(losses) <= APART * size:
+            return
+        self._depth, self._outermost = 0, None
+        seen = ", ".join(f"rank {rank}: {loss:.6g}" for rank, loss in zip(self.mesh.tp.ranks, losses, strict=True))
+        raise DivergenceError(
+            f"the ranks of a TP group called backward() on different losses ({seen}), which must be one number. "
+            "Something in the loss comes from one rank's share (a sum over model.parameters(), the weight of lm_head) "
+            "or is drawn or looked up by each rank for itself. Penalties on weights belong into the optimizer "
+            "(weight_decay); use outputs.logits, and values that accelerator.gather or broadcast has made equal"
+        )
+
+    def _explain(self, module: nn.Module, mine: dict[str, Any], mode: int) -> None:
+        phase = f"{'training' if mode & 2 else 'evaluation'}, gradients {'on' if mode & GRADIENTS else 'off'}"
+        call = f"{type(module).__name__} ({phase})"
+        theirs = self.mesh.control.gather_objects((call, mine))
+        where = f"forward {self.lockstep.clock}, TP group of ranks {list(self.mesh.tp.ranks)}"
+        calls = {rank: call for rank, (call, _) in zip(self.mesh.tp.ranks, theirs, strict=True)}
+        if len(set(calls.values())) > 1:
+            raise DivergenceError(f"{where}: the ranks are at different places of the script: {calls}")
+        names = sorted({name for _, digest in theirs for name in digest})
+        name = next((n for n in names if len({repr(digest.get(n)) for _, digest in theirs}) > 1), "?")
+        digests_of = zip(self.mesh.tp.ranks, theirs, strict=True)
+        seen = ", ".join(f"rank {rank}: {_show(digest.get(name))}" for rank, (_, digest) in digests_of)
+        raise DivergenceError(
+            f"{where}: the ranks are about to compute on different batches; {name!r} differs ({seen}). Ranks of a TP "
+            "group are one process and must see one batch: pass the loader through accelerator.prepare, or shard the "
+            "data by accelerator.process_index / num_processes instead of RANK or LOCAL_RANK"
+        )
+
+
+def _bits(number: float) -> int:
+    found: int = struct.unpack("<q", struct.pack("<d", number))[0]
+    return found
+
+
+def _number(bits: int) -> float:
+    found: float = struct.unpack("<d", struct.pack("<q", bits))[0]
+    return found
+
+
+def _refuse_learned_masks(kwargs: Mapping[str, Any]) -> None:
+    for name, value in kwargs.items():
+        if "mask" in name and isinstance(value, torch.Tensor) and value.requires_grad:
+            raise TPError(
+                f"{name!r} requires a gradient, of which each rank of a TP group would compute only the part of its "
+                "attention heads; pass it with .detach(), or set tp_size: 1"
+            )
+
+
+def digests(args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Shape, dtype and checksum of every tensor among the arguments of a call, by name."""
+    return {name: digest(tensor) for name, tensor in _tensors(args, kwargs).items()}
+
+
+def _tensors(args: Any, kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+
+    def walk(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                walk(f"{name}.{key}" if name else str(key), item)
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                walk(f"{name}[{index}]", item)
+
+    walk("args", args)
+    # a cache holds each rank's own heads
+    walk("", {name: value for name, value in kwargs.items() if name not in ("past_key_values", "cache_params")})
+    return found
+
+
+def digest(tensor: torch.Tensor) -> tuple[tuple[int, ...], str, int]:
+    """Shape, dtype and checksum; of a large tensor on a device, that of its sum and a sample."""
+    data = tensor.detach()
+    total = 0.0
+    if data.device.type != "cpu" and data.numel() > _SAMPLE:
+        total = data.sum(dtype=torch.float64 if data.is_floating_point() else torch.int64).item()
+        data = data.reshape(-1)[:: data.numel() // _SAMPLE]
+    raw = data.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tuple(tensor.shape), str(tensor.dtype), zlib.crc32(raw.data, zlib.crc32(repr(total).encode()))
+
+
+def _show(digest: tuple[tuple[int, ...], str, int] | None) -> str:
+    if digest is None:
+        return "absent"
+    shape, dtype, checksum = digest
+    return f"{dtype} {list(shape)} checksum {checksum:08x}"

@@ -1,0 +1,84 @@
+"""The two operators of Megatron-LM (Shoeybi et al. 2019, section 3) and what the vocabulary needs, with autograd.
+
+``f`` (:func:`enter`): identity forward, all-reduce backward; stands where activations enter a sharded block.
+``g`` (:func:`reduce`): all-reduce forward, identity backward; stands after a row-parallel product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tp_plugin.tensor.first_order import first_order
+from tp_plugin.mesh.groups import Group
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: Group, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.group = group
+        return tuple(x.view_as(x) for x in xs)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # a copy: autograd may hand the same gradient to another consumer
+        if len(grads) == 1:
+            return None, ctx.group.summed(grads[0])
+        together = ctx.group.summed(torch.cat([grad.reshape(-1) for grad in grads]))
+        parts = together.split([grad.numel() for grad in grads])
+        return None, *(part.view(grad.shape) for part, grad in zip(parts, grads, strict=True))
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        return group.summed(x)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+class _GatherLast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group, ctx.width = group, x.shape[-1]
+        return torch.cat(group.all_gather(x), dim=-1)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # every rank computed the same loss from the whole logits, so each takes its own columns of one gradient
+        return grad.narrow(-1, ctx.group.rank * ctx.width, ctx.width).contiguous(), None
+
+
+def enter(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """``f``: ``x`` itself; its gradient is summed over ``group``."""
+    return enter_all([x], group)[0]
+
+
+def enter_all(xs: Sequence[torch.Tensor], group: Group) -> list[torch.Tensor]:
+    """``f`` for all inputs of one block: the gradients of one dtype and device are summed by one all-reduce."""
+    entered = list(xs)
+    kinds: dict[Any, list[int]] = {}
+    for at, x in enumerate(xs):
+        if group.size > 1 and x.requires_grad:
+            kinds.setdefault((x.dtype, x.device), []).append(at)
+    for places in kinds.values():
+        for at, y in zip(places, _Enter.apply(group, *(xs[at] for at in places)), strict=True):
+            entered[at] = y
+    return entered
+
+
+def reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """``g``: the sum of ``x`` over ``group``; the gradient passes unchanged."""
+    return _Reduce.apply(x, group) if group.size > 1 else x
+
+
+def gather_last(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """The tensors of all ranks side by side along the last dimension, (…, n) → (…, n · size)."""
+    return _GatherLast.apply(x, group) if group.size > 1 else x

@@ -1,0 +1,177 @@
+"""Randomness in a TP group: equal where the computation is replicated, different where it is sharded.
+
+The script's own generators are the replicated stream. A sharded region (from a block's input to its reduction) runs on
+a stream of its own, seeded by a hash of the replicated state, the TP rank and the block: nothing else is remembered,
+so recomputation under gradient checkpointing, which restores the replicated state, draws the same masks again.
+A region that drew nothing leaves the replicated stream untouched; one that did advances it by one draw, so that the
+next region differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tp_plugin.mesh.groups import Group
+from tp_plugin.tensor.compiled_dropout import SeededDropouts
+
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
+class _Stream:
+    """The default generator of one device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def get(self) -> torch.Tensor:
+        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+
+    def set(self, state: torch.Tensor) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state, self.device)
+        else:
+            torch.set_rng_state(state)
+
+    def seed(self, seed: int) -> None:
+        if self.device.type == "cuda":
+            index = self.device.index if self.device.index is not None else torch.cuda.current_device()
+            torch.cuda.default_generators[index].manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+
+    def advance(self) -> None:
+        torch.rand(1, device=self.device)
+
+
+class ShardedRegion:
+    """The stretch of a block between its input and its reduction."""
+
+    def __init__(self, block: str, tp_rank: int):
+        self._key = hashlib.blake2b(f"{block}/{tp_rank}".encode(), digest_size=16).digest()
+        self._number = torch.tensor(int.from_bytes(self._key[:7], "little"))
+        self._traced: SeededDropouts | None = None
+        self._stream: _Stream | None = None
+        self._replicated = self._seeded = self._paused = _NOTHING
+
+    def begin(self, device: torch.device) -> None:
+        """Switch ``device`` to the sharded stream."""
+        if torch.compiler.is_compiling():
+            self._traced = SeededDropouts(self._number)
+            torch._C._push_on_torch_function_stack(self._traced)
+            return
+        if self._stream is not None:
+            self.end()  # an exception left the region open
+        self._stream = _Stream(device)
+        self._replicated = self._stream.get()
+        digest = hashlib.blake2b(self._replicated.numpy().tobytes(), key=self._key, digest_size=8).digest()
+        self._stream.seed(int.from_bytes(digest, "little") >> 1)
+        self._seeded = self._stream.get()
+
+    def end(self) -> None:
+        """Switch back to the replicated stream; does nothing outside the region."""
+        if self._traced is not None:
+            self._traced = None
+            torch._C._pop_torch_function_stack()
+        if self._stream is None:
+            return
+        stream, self._stream = self._stream, None
+        drew = not torch.equal(stream.get(), self._seeded)
+        stream.set(self._replicated)
+        if drew:
+            stream.advance()
+
+    def pause(self) -> None:
+        """Inside the region, switch to the replicated stream for a moment."""
+        if self._traced is not None:
+            self._traced.paused = True
+        if self._stream is not None:
+            self._paused = self._stream.get()
+            self._stream.set(self._replicated)
+
+    def resume(self) -> None:
+        """Undo :meth:`pause`."""
+        if self._traced is not None:
+            self._traced.paused = False
+        if self._stream is not None:
+            self._replicated = self._stream.get()
+            self._stream.set(self._paused)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedRegion:
+        copied = ShardedRegion("", 0)
+        copied._key, copied._number = self._key, self._number
+        return copied
+
+
+_OUTSIDE = ("classifier_dropout", "summary_first_dropout", "embd_pdrop")
+"""Dropouts that the config of a layer names, but that lie outside of all layers."""
+
+
+class Dropouts:
+    """Whether any dropout in a module is on: a Dropout module, or a probability by its name (``attn_pdrop``).
+
+    Args:
+        besides: names that do not count.
+    """
+
+    def __init__(self, besides: tuple[str, ...] = ()):
+        self.besides = besides
+        self._found: list[tuple[Any, str]] | None = None
+
+    def __call__(self, module: nn.Module) -> bool:
+        if self._found is None:
+            owners = [(path.rpartition(".")[2], owner) for path, owner in module.named_modules()]
+            owners += [("", owner.config) for _, owner in owners if hasattr(owner, "config")]
+            self._found = [
+                (owner, name)
+                for last, owner in owners
+                for name, value in vars(owner).items()
+                if isinstance(value, float | int) and self._counts(last, owner, name)
+            ]
+        return any(getattr(owner, name) > 0 for owner, name in self._found)
+
+    def _counts(self, last: str, owner: object, name: str) -> bool:
+        if name == "p" and "Drop" in type(owner).__name__:
+            return last not in self.besides
+        return "drop" in name and name not in self.besides and name not in _OUTSIDE
+
+
+def snapshot() -> dict[str, Any]:
+    """The states of torch's (CPU and current CUDA device), numpy's and Python's global generators."""
+    states: dict[str, Any] = {"torch": torch.get_rng_state()}
+    states |= {"numpy": np.random.get_state(), "python": random.getstate()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore(states: dict[str, Any]) -> None:
+    """Set the generators to what :func:`snapshot` returned, here or on another rank."""
+    torch.set_rng_state(states["torch"])
+    np.random.set_state(states["numpy"])
+    random.setstate(states["python"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def fingerprint() -> int:
+    """63 bits that tell whether two ranks' generators are in the same state."""
+    digest = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=8)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        digest.update(torch.cuda.get_rng_state().numpy().tobytes())
+    _, keys, *position = np.random.get_state(legacy=True)
+    digest.update(np.asarray(keys).tobytes())
+    _, words, gauss = random.getstate()
+    # a tuple of integers hashes alike in every process, unlike strings and None
+    digest.update(repr((position, hash(words), gauss)).encode())
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def synchronize(group: Group) -> None:
+    """Give every rank of ``group`` the generator states of its first rank."""
+    restore(group.broadcast_object(snapshot() if group.rank == 0 else None))

@@ -1,0 +1,318 @@
+"""Sequence parallelism (Korthikanti et al. 2022): between the blocks of a stack of layers each rank has its tokens.
+
+Before the first layer the hidden states are split along the sequence, behind the last they are joined. A block gathers
+its input and reduce-scatters its output, where it would all-reduce both otherwise: the same bytes, and norms, residuals
+and dropouts on 1/tp of the tokens. Parameters used there get their gradient from these tokens only; it is summed.
+
+It acts wherever gradients are recorded. A sequence that tp does not divide is filled up with zeros that no block sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tp_plugin.errors import TPError
+from tp_plugin.tensor import regions as collectives, rng
+from tp_plugin.tensor.first_order import first_order
+from tp_plugin.mesh.groups import Group, Pending, require_mesh
+
+SEQUENCE = 1
+"""The dimension of the tokens in (batch, sequence, hidden)."""
+
+
+class Stack:
+    """One stack of layers that run one after the other on the same hidden states.
+
+    ``length`` is the sequence's length in the forward that runs, or whose layers are recomputed for the backward;
+    ``ran`` says whether the last forward split it.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.length = 0
+        self.active = self.ran = False
+
+    def split(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Forward pre-hook (with kwargs) of the first layer."""
+        if not _in_backward():
+            self.active = self.ran = torch.is_grad_enabled()
+        if not self.runs:
+            return args, kwargs
+        recompute = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
+        if getattr(layer, "gradient_checkpointing", False) and recompute.get("use_reentrant"):
+            raise TPError(
+                "sequence_parallel does not work with reentrant checkpoints; write gradient_checkpointing_kwargs: "
+                "{use_reentrant: false}"
+            )
+        x = args[0] if args else next(iter(kwargs.values()))
+        if not isinstance(x, torch.Tensor) or x.dim() != 3:
+            raise TPError(
+                f"sequence_parallel: the first argument of {self.path}'s layers must be hidden states (batch, "
+                "sequence, hidden); turn sequence_parallel off for this architecture"
+            )
+        self.length = x.shape[SEQUENCE]
+        mine = Split.apply(x, require_mesh().tp)
+        if args:
+            return (mine, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): mine}
+
+    def join(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook of the last layer."""
+        if not self.runs:
+            return output
+        self.active = False
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        whole = Join.apply(first, self, self.length, require_mesh().tp)
+        return (whole, *rest) if isinstance(output, tuple) else whole
+
+    def abandon(self, layer: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of every layer (always called): one that raised ends the stack."""
+        if output is None:
+            self.active = False
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's tokens → all tokens, at the input of a block."""
+        entered: torch.Tensor = Gather.apply(x, *self.span(x), require_mesh().tp)
+        return entered
+
+    def keep(self, x: torch.Tensor, entered: torch.Tensor) -> Regather | None:
+        """What gathers the tokens of ``x`` again for the backward, so that only this rank's are kept."""
+        if torch.compiler.is_compiling():
+            return None  # the compiler decides what is kept
+        others = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        if others or not torch.is_grad_enabled():
+            return None  # layers that are recomputed keep nothing anyhow
+        dim, length = self.span(x)
+        return Regather(x.detach(), dim, length, entered)
+
+    def leave(self, product: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a sum over all tokens → the sum of its own tokens, after a row-parallel product."""
+        mine: torch.Tensor = Scatter.apply(product, self._dim(product), require_mesh().tp)
+        return mine
+
+    def own(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's tokens of all tokens."""
+        return part(x, self._dim(x), require_mesh().tp)
+
+    @property
+    def runs(self) -> bool:
+        """Whether what runs now runs on a part of the tokens: a forward, or a layer that is recomputed."""
+        return self.active or _in_backward()
+
+    def _dim(self, x: torch.Tensor) -> int:
+        return SEQUENCE if x.dim() > 2 else 0
+
+    def span(self, x: torch.Tensor) -> tuple[int, int]:
+        """The dimension of the tokens, and how many there are on all ranks."""
+        # (tokens, hidden): an MLP or experts, to which one token is like another, so that their order does not matter
+        dim = self._dim(x)
+        return dim, self.length if dim == SEQUENCE else x.shape[0] * require_mesh().tp_size
+
+
+class Regather:
+    """While a block's forward runs, autograd keeps this rank's tokens in the place of its gathered input.
+
+    In the backward the first linear that needs the whole input gathers it, for all of the block's linears.
+    """
+
+    def __init__(self, mine: torch.Tensor, dim: int, length: int, entered: torch.Tensor):
+        self.mine, self.dim, self.length = mine, dim, length
+        self._entered = weakref.ref(entered)
+        self._kept = self._to_come = 0
+        self._gathering: Pending | None = None
+        self._again: torch.Tensor | None = None
+        self._hooks = contextlib.ExitStack()
+        self._hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
+
+    def end(self) -> None:
+        """The block's linears have run."""
+        self._hooks.close()
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        entered = self._entered()
+        if (
+            entered is not None
+            and tensor.untyped_storage().data_ptr() == entered.untyped_storage().data_ptr()
+            and tensor.numel() == entered.numel()
+            and tensor.is_contiguous()
+        ):
+            self.count()
+            return tensor.shape
+        return tensor
+
+    def count(self) -> None:
+        """Somebody will :meth:`take` the gathered input in the backward."""
+        self._kept += 1
+
+    def start(self) -> None:
+        """Begin to gather, if it has not begun."""
+        if self._again is None and self._gathering is None:
+            self._gathering = require_mesh().tp.start_all_gather(self.mine)
+            self._to_come = self._kept
+
+    def _unpack(self, kept: Any) -> torch.Tensor:
+        if isinstance(kept, torch.Tensor):
+            return kept
+        return self.take().view(kept)
+
+    def take(self) -> torch.Tensor:
+        """The gathered input."""
+        self.start()
+        if self._again is None:
+            assert self._gathering is not None
+            self._again = _side_by_side(self._gathering.wait(), self.dim, self.length)
+            self._gathering = None
+        found = self._again
+        self._to_come -= 1
+        if self._to_come == 0:
+            self._again = None
+        return found
+
+
+@torch._dynamo.assume_constant_result  # true of a graph: it is traced anew where a layer is recomputed, ``active`` says
+def _in_backward() -> bool:
+    # a layer that runs then is recomputed (torch.utils.checkpoint asks the same)
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+class LayerRegion:
+    """Hooks of a layer: its dropouts outside the blocks draw from this rank's own random stream."""
+
+    def __init__(self, path: str, stack: Stack, tp_rank: int):
+        self.stack, self.draws = stack, rng.Dropouts()
+        self.region = rng.ShardedRegion(path + "/sequence", tp_rank)
+
+    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook (with kwargs)."""
+        if layer.training and self.stack.runs and self.draws(layer):
+            x = args[0] if args else next(iter(kwargs.values()))
+            self.region.begin(x.device)
+
+    def after(self, layer: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook (always called)."""
+        self.region.end()
+
+
+def part(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
+    """This rank's equal part of ``x`` along ``dim``, filled up with zeros."""
+    own = -(-x.shape[dim] // group.size)
+    first = min(own * group.rank, x.shape[dim])
+    mine = x.narrow(dim, first, min(own, x.shape[dim] - first))
+    return fill(mine, dim, own).contiguous()
+
+
+def fill(x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    """``x`` with zeros up to ``length`` along ``dim``."""
+    missing = length - x.shape[dim]
+    return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing)) if missing else x
+
+
+def whole(x: torch.Tensor, dim: int, length: int, group: Group) -> torch.Tensor:
+    """The parts of all ranks, without what they were filled up with."""
+    return _side_by_side(group.all_gather(x), dim, length)
+
+
+def _side_by_side(parts: Sequence[torch.Tensor] | torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    # layers call view() on what they get
+    return torch.cat(list(parts), dim).narrow(dim, 0, length).contiguous()
+
+
+def summed_part(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
+    """This rank's part of the sum of ``x`` over the ranks."""
+    return group.reduce_scatter(_parts(x, dim, group))
+
+
+def start_summed_part(x: torch.Tensor, dim: int, group: Group) -> Pending:
+    """Begin :func:`summed_part`."""
+    return group.start_reduce_scatter(_parts(x, dim, group))
+
+
+def _parts(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
+    own = -(-x.shape[dim] // group.size)
+    # not unflatten, which torch.compile does not trace where dropouts are seeded
+    parts = fill(x, dim, own * group.size).reshape(*x.shape[:dim], group.size, own, *x.shape[dim + 1 :])
+    return parts.movedim(dim, 0).contiguous()
+
+
+class Split(torch.autograd.Function):
+    """Whole → part; every rank has the whole, so the gradient is put together again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group, ctx.length = group, x.shape[SEQUENCE]
+        return part(x, SEQUENCE, group)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return whole(grad.contiguous(), SEQUENCE, ctx.length, ctx.group), None
+
+
+class Join(torch.autograd.Function):
+    """Part → whole; what follows is the same on every rank, so each takes its part of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, stack: Stack, length: int, group: Group) -> torch.Tensor:
+        ctx.stack, ctx.length, ctx.group = stack, length, group
+        return whole(x.contiguous(), SEQUENCE, length, group)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if not torch.compiler.is_compiling():  # a graph recomputes by itself
+            ctx.stack.length = ctx.length  # for layers that are recomputed; this comes before them all
+        return part(grad, SEQUENCE, ctx.group), None, None, None
+
+
+class Gather(torch.autograd.Function):
+    """Part → whole, of which each rank uses its shard: the gradients are summed, each rank keeps its part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int, length: int, group: Group) -> torch.Tensor:
+        ctx.dim, ctx.group = dim, group
+        return whole(x.contiguous(), dim, length, group)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return summed_part(grad, ctx.dim, ctx.group), None, None, None
+
+
+class Scatter(torch.autograd.Function):
+    """A part of a sum over all tokens → the sum of this rank's tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
+        ctx.dim, ctx.length, ctx.group = dim, x.shape[dim], group
+        return summed_part(x, dim, group)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return whole(grad.contiguous(), ctx.dim, ctx.length, ctx.group), None, None
+
+
+def enter(x: torch.Tensor, stack: Stack | None) -> torch.Tensor:
+    """The beginning of a block: ``f``, or the gathering of all tokens."""
+    return stack.enter(x) if stack is not None and stack.runs else collectives.enter(x, require_mesh().tp)
+
+
+def zeros(product: torch.Tensor, stack: Stack | None) -> torch.Tensor:
+    """Zeros in the place of :func:`reduce`'s result."""
+    if stack is not None and stack.runs:
+        return torch.zeros_like(stack.own(product))
+    return torch.zeros_like(product)
+
+
+def reduce(product: torch.Tensor, stack: Stack | None) -> torch.Tensor:
+    """The end of a block: ``g``, or the scattering of the tokens."""
+    if stack is not None and stack.runs:
+        return stack.leave(product)
+    return collectives.reduce(product, require_mesh().tp)

@@ -1,0 +1,329 @@
+"""Where a block begins: its input, and the column-parallel linears that read it.
+
+Plain autograd computes, linear by linear, the gradient of the input and that of the weight; the input's is complete,
+and can be summed over the ranks, only after the last of them. Here the linears' own nodes compute the input's gradient
+only. The block's beginning is one node over the input *and* the linears' parameters: it starts the sum, computes the
+parameters' gradients while that is under way, and waits (Megatron-LM: ``gradient_accumulation_fusion`` and its
+asynchronous all-reduce; here for all linears of a block together).
+
+Linears that read one input and whose weights lie one behind the other in one storage run as one: the first that is
+asked computes the outputs of all, and its siblings' are ready when those are asked.
+
+Both hold for the very tensor that entered the block, for plain parameters, and while gradients are recorded. Whatever
+else a linear is called with (a hook's or an adapter's tensor, partitioned or frozen weights, under ``torch.compile``)
+takes the layer's own forward; the ranks' collectives are the same either way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from tp_plugin.tensor import regions as collectives, sequence
+from tp_plugin.tensor.first_order import first_order
+from tp_plugin.mesh.groups import Group, require_mesh
+from tp_plugin.tensor.sequence import Regather, Stack
+
+
+class Note(NamedTuple):
+    """What a linear leaves for the gradients of its parameters.
+
+    Attributes:
+        task: the backward it belongs to.
+        places: which linears of the block, side by side in ``grad``, and how wide each is.
+        transposed: whether their weights are (in, out).
+        grad: the gradient of their output (…, out).
+        x: their input, or what gathers it.
+    """
+
+    task: int
+    places: tuple[tuple[int, int], ...]
+    transposed: bool
+    grad: torch.Tensor
+    x: torch.Tensor | Regather
+
+
+@dataclasses.dataclass
+class Opening:
+    """One run of a block.
+
+    Attributes:
+        entered: the tensors that entered.
+        parameters: linear → its number, weight and bias as the beginning's node knows them.
+        notes: filled and emptied by each backward.
+        regather: what gathers the input again in the backward, if autograd does not keep it whole.
+        ready: outputs of linears that were computed with a sibling's.
+    """
+
+    entered: list[torch.Tensor]
+    parameters: dict[nn.Module, tuple[int, torch.Tensor, torch.Tensor | None]]
+    notes: list[Note]
+    regather: Regather | None = None
+    ready: dict[nn.Module, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+
+class Beginning:
+    """The beginning of a block, or of two that stand side by side.
+
+    Args:
+        overlap: compute the parameters' gradients while the input's is summed.
+        fuse: run linears as one where their weights allow it.
+    """
+
+    def __init__(self, overlap: bool = False, fuse: bool = False):
+        self.overlap, self.fuse = overlap, fuse
+        self.linears: list[nn.Module] = []
+        self.siblings: list[tuple[nn.Module, ...]] = []
+        """Linears that are called with one and the same input."""
+        self.opening: Opening | None = None
+
+    def enter(self, xs: Sequence[torch.Tensor], stack: Stack | None) -> list[torch.Tensor]:
+        """``f`` at all inputs of the block, or the gathering of its one input if that is a part of the sequence."""
+        group = require_mesh().tp
+        self.opening = None
+        gathered = stack is not None and stack.runs
+        parameters = self._parameters() if self._may_open(xs, group) else {}
+        if not parameters:
+            return [sequence.enter(xs[0], stack)] if gathered else collectives.enter_all(xs, group)
+        notes: list[Note] = []
+        span = stack.span(xs[0]) if stack is not None and gathered else None
+        flat = [p for _, weight, bias in parameters.values() for p in (weight, bias)]
+        entered = list(_Begin.apply(notes, group, span, self.overlap, len(xs), *xs, *flat))
+        self.opening = Opening(entered, parameters, notes)
+        return entered
+
+    def end(self) -> None:
+        """The block's linears have run."""
+        self.opening = None
+
+    def _may_open(self, xs: Sequence[torch.Tensor], group: Group) -> bool:
+        return (
+            bool(self.linears)
+            and group.size > 1
+            and not torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
+            and all(type(x) is torch.Tensor and x.requires_grad and x.is_floating_point() for x in xs)
+            and len({(x.dtype, x.device) for x in xs}) == 1
+        )
+
+    def _parameters(self) -> dict[nn.Module, tuple[int, torch.Tensor, torch.Tensor | None]]:
+        found: dict[nn.Module, tuple[int, torch.Tensor, torch.Tensor | None]] = {}
+        for linear in self.linears:
+            weight: Any = linear.weight
+            bias: Any = linear.bias
+            if _is_plain(weight) and (bias is None or _is_plain(bias)):
+                found[linear] = len(found), weight, bias
+        return found
+
+    def output(self, linear: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """The output of ``linear`` for ``x``; None if it has to compute that by itself."""
+        opening = self.opening
+        if opening is None or linear not in opening.parameters or all(x is not entered for entered in opening.entered):
+            return None
+        if linear in opening.ready:
+            return opening.ready.pop(linear)
+        together = self._together(linear, opening)
+        known = [opening.parameters[one] for one in together]
+        if any(one.weight is not k[1] or one.bias is not k[2] for one, k in zip(together, known, strict=True)):
+            return None
+        numbers = tuple(number for number, _, _ in known)
+        weights = [weight.detach() for _, weight, _ in known]
+        biases = [bias.detach() for _, _, bias in known if bias is not None]
+        outputs = _Linears.apply(opening, numbers, isinstance(linear, Conv1D), x, *weights, *biases)
+        opening.ready.update(zip(together, outputs, strict=True))
+        return opening.ready.pop(linear)
+
+    def _together(self, linear: nn.Module, opening: Opening) -> tuple[nn.Module, ...]:
+        for siblings in self.siblings if self.fuse and len(opening.entered) == 1 else ():
+            if linear not in siblings or any(one not in opening.parameters or _is_watched(one) for one in siblings):
+                continue
+            if joined([opening.parameters[one][1] for one in siblings]) is not None:
+                return siblings
+        return (linear,)
+
+
+def _is_plain(parameter: object) -> bool:
+    return type(parameter) is nn.Parameter and parameter.requires_grad and not hasattr(parameter, "ds_id")
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody may call it with another input than its siblings, or asks for its own gradients."""
+    return bool(module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def joined(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The weights (out, in), one below the other, if they lie so in one storage."""
+    first = weights[0]
+    storage, address = first.untyped_storage().data_ptr(), first.data_ptr()
+    for weight in weights:
+        alike = weight.dtype == first.dtype and weight.shape[1:] == first.shape[1:] and weight.is_contiguous()
+        if not alike or weight.data_ptr() != address or weight.untyped_storage().data_ptr() != storage:
+            return None
+        address += weight.nbytes
+    rows = sum(weight.shape[0] for weight in weights)
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def join(weights: Sequence[nn.Parameter]) -> None:
+    """Make :func:`joined` weights of some that lie in storages of their own; the Parameter objects stay."""
+    with torch.no_grad():
+        flat = torch.cat([weight.detach() for weight in weights])
+        for weight, part in zip(weights, flat.split([weight.shape[0] for weight in weights]), strict=True):
+            weight.data = part
+
+
+class _Begin(torch.autograd.Function):
+    """``f``, or the gathering of the tokens, and the parameters' gradients while its backward communicates."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, notes: list[Note], group: Group, span: tuple[int, int] | None, overlap: bool, count: int, *all: Any
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.notes, ctx.group, ctx.span, ctx.overlap, ctx.count = notes, group, span, overlap, count
+        xs, parameters = all[:count], all[count:]
+        ctx.dtypes = [None if p is None else p.dtype for p in parameters]
+        if span is not None:
+            return tuple(sequence.whole(x.contiguous(), *span, group) for x in xs)
+        return tuple(x.view_as(x) for x in xs)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.span is not None:
+            under_way = sequence.start_summed_part(grads[0], ctx.span[0], ctx.group)
+        elif len(grads) == 1:  # a copy: autograd may hand the same gradient to another consumer
+            under_way = ctx.group.start_all_reduce(grads[0].clone(memory_format=torch.contiguous_format))
+        else:
+            under_way = ctx.group.start_all_reduce(torch.cat([grad.reshape(-1) for grad in grads]))
+        if not ctx.overlap:
+            under_way.wait()
+        first = 5 + ctx.count
+        found = _gradients(ctx.notes, ctx.dtypes, ctx.needs_input_grad[first:])
+        summed = under_way.wait()
+        if len(grads) > 1:
+            parts = summed.split([grad.numel() for grad in grads])
+            return *[None] * 5, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True)), *found
+        return *[None] * 5, summed, *found
+
+
+def _gradients(
+    notes: list[Note], dtypes: list[torch.dtype | None], wanted: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """Gradients of (weight, bias) of every linear, from the notes of this backward; the notes are used up."""
+    task = torch._C._current_graph_task_id()
+    mine = [note for note in notes if note.task == task]
+    notes.clear()  # those of another backward came no further than to the linears
+    found: list[torch.Tensor | None] = [None] * len(dtypes)
+
+    def add(at: int, grad: torch.Tensor) -> None:
+        grad = grad.to(dtypes[at])
+        before = found[at]
+        found[at] = grad if before is None else before + grad
+
+    while mine:
+        _, places, transposed, grad, x = mine.pop(0)
+        whole = x.take() if isinstance(x, Regather) else x
+        rows = whole.reshape(-1, whole.shape[-1]).to(grad.dtype)
+        grad = grad.reshape(-1, grad.shape[-1])
+        widths = [width for _, width in places]
+        if any(wanted[2 * number] for number, _ in places):
+            weight = rows.t() @ grad if transposed else grad.t() @ rows
+            for (number, _), part in zip(places, weight.split(widths, 1 if transposed else 0), strict=True):
+                add(2 * number, part)
+        if any(wanted[2 * number + 1] for number, _ in places):
+            for (number, _), part in zip(places, grad.sum(0).split(widths), strict=True):
+                if wanted[2 * number + 1]:
+                    add(2 * number + 1, part)
+    return found
+
+
+class _Linears(torch.autograd.Function):
+    """Linears of one input; the backward leaves the parameters' gradients to the block's beginning."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, opening: Opening, numbers: tuple[int, ...], transposed: bool, x: torch.Tensor, *parameters: Any
+    ) -> tuple[torch.Tensor, ...]:
+        count = len(numbers)
+        weights, biases = parameters[:count], parameters[count:]
+        ctx.notes, ctx.regather, ctx.transposed, ctx.dtype = opening.notes, opening.regather, transposed, x.dtype
+        widths = [weight.shape[1 if transposed else 0] for weight in weights]
+        ctx.places = tuple(zip(numbers, widths, strict=True))
+        if ctx.regather is not None:
+            ctx.regather.count()
+        ctx.save_for_backward(*weights, *([x] if ctx.regather is None else []))
+        bias = torch.cat(biases) if len(biases) > 1 else biases[0] if biases else None
+        if transposed:  # one matrix by another: F.linear would copy the transposed weight
+            flat = x.reshape(-1, x.shape[-1])
+            y = torch.mm(flat, weights[0]) if bias is None else torch.addmm(bias, flat, weights[0])
+            return (y.view(*x.shape[:-1], widths[0]),)
+        y = F.linear(x, _one(weights), bias)
+        return _cut(y, widths) if count > 1 else (y,)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: checkpoints give each tensor only once
+        weights, x = saved[: len(ctx.places)], saved[-1] if ctx.regather is None else ctx.regather
+        if ctx.regather is not None:
+            ctx.regather.start()  # while the input's gradient is computed
+        grad = torch.cat(grads, -1) if len(grads) > 1 else grads[0]
+        ctx.notes.append(Note(torch._C._current_graph_task_id(), ctx.places, ctx.transposed, grad, x))
+        weight = _one(weights).to(grad.dtype)
+        back = grad.reshape(-1, grad.shape[-1]) @ (weight.t() if ctx.transposed else weight)
+        back = back.to(ctx.dtype).view(*grad.shape[:-1], back.shape[-1])
+        return *[None] * 3, back, *[None] * (len(ctx.needs_input_grad) - 4)
+
+
+def _one(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    if len(weights) == 1:
+        return weights[0]
+    whole = joined(weights)
+    # somebody's hook on saved tensors may have given them storages of their own
+    return torch.cat(list(weights)) if whole is None else whole
+
+
+def _cut(y: torch.Tensor, widths: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """Columns of ``y`` as tensors that autograd does not know as views of one: each may be changed in place."""
+    found, at = [], y.storage_offset()
+    for width in widths:
+        part = y.new_empty(0)
+        found.append(part.set_(y.untyped_storage(), at, (*y.shape[:-1], width), y.stride()))
+        at += width
+    return tuple(found)
+
+
+class _ColumnParallel:
+    """Mixin: the layer's own forward, unless its block's beginning computes the output."""
+
+    tp_beginning: Beginning | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        beginning = self.tp_beginning
+        if beginning is not None and beginning.opening is not None and not torch.compiler.is_compiling():
+            y = beginning.output(self, x)  # type: ignore[arg-type]
+            if y is not None:
+                return y
+        own: torch.Tensor = super().forward(x)  # type: ignore[misc]
+        return own
+
+
+class ColumnParallelLinear(_ColumnParallel, nn.Linear):
+    """``nn.Linear`` whose weight (out, in) is split by output features."""
+
+
+class ColumnParallelConv1D(_ColumnParallel, Conv1D):
+    """``Conv1D`` whose weight (in, out) is split by output features."""
+
+
+COLUMN_PARALLEL: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: ColumnParallelLinear,
+    Conv1D: ColumnParallelConv1D,
+}
+"""Classes that a layer of exactly that class is given; an architecture's own linears stay what they are."""
