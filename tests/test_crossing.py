@@ -14,9 +14,9 @@ from workers import run
 
 
 def warning_case(model_type: str, tp: int) -> dict[str, Any]:
-    from tp_plugin.runtime.transport import exchange
-    from tp_plugin.mesh.hosts import Machine
     from tp_plugin.mesh.groups import require_mesh, training
+    from tp_plugin.mesh.hosts import Machine
+    from tp_plugin.runtime.transport import exchange
     from tp_plugin.shard.topology_warning import bytes_per_token, warn_of_crossing
 
     _, model = pair(tp, model_type)

@@ -94,10 +94,10 @@ def test_killed_in_a_step(model_folder: str, tmp_path: Path) -> None:
 
 
 def killed_in_loading(folder: str) -> None:
-    from tp_plugin.shard import lazy_load as mapped
+    from tp_plugin.shard import lazy_load
 
     if rank() == 1:
-        mapped.take = die
+        lazy_load.take = die
     begin(folder)
     if rank() == 0:
         torch.distributed.barrier()  # what a script does when its model is there

@@ -111,10 +111,10 @@ def new_optimizer(model: Any) -> torch.optim.Optimizer:
 
 
 def train(tp: int, model_type: str, overrides: dict[str, Any], settings: dict[str, Any], sync_each: bool) -> Any:
-    from tp_plugin.tensor.grad_norm import layout_of
-    from tp_plugin.mesh.groups import ledger
     from tp_plugin.mesh.dtensor_utils import held, joined
+    from tp_plugin.mesh.groups import ledger
     from tp_plugin.shard.full_tensor import plain_name
+    from tp_plugin.tensor.grad_norm import layout_of
 
     settings = dict(settings)
     steps = settings.pop("steps", STEPS)
@@ -252,8 +252,8 @@ def head_case() -> list[bool]:
     from torch.distributed.tensor import DTensor
 
     from tp_plugin.engines.fsdp2 import wrapping
-    from tp_plugin.tensor.grad_norm import layout_of
     from tp_plugin.mesh.dtensor_utils import joined
+    from tp_plugin.tensor.grad_norm import layout_of
 
     model, _ = make(2, *LLAMA)
     head = model.lm_head.weight
@@ -336,8 +336,8 @@ def ddp_counts(sequence: bool) -> dict[str, int]:
 
 def count_without(sequence: bool) -> dict[str, int]:
     import tp_plugin
-    from tp_plugin.engines import torch_utils
     from tp_plugin.config.run_config import OPTIONS
+    from tp_plugin.engines import torch_utils
     from tp_plugin.mesh.groups import forget_mesh, ledger
 
     forget_mesh()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tp_plugin.checkpoint import atomic_dir as journal
+from tp_plugin.checkpoint import atomic_dir
 from tp_plugin.errors import TPError
 
 NAMES = ("model.safetensors", "optimizer.bin", "pytorch_model/shard.pt", "random_states_0.pkl")
@@ -22,18 +22,18 @@ class Killed(BaseException):
 
 
 def save(folder: Path, content: str) -> None:
-    aside = journal.begin(folder)
+    aside = atomic_dir.begin(folder)
     for name in NAMES:
         (aside / name).parent.mkdir(exist_ok=True)
         (aside / name).write_text(content)
-    journal.finish(folder, {"engine": "DDP"})
+    atomic_dir.finish(folder, {"engine": "DDP"})
 
 
 def load(folder: Path) -> str:
-    journal.recover(folder)
+    atomic_dir.recover(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert journal.check(folder)["engine"] == "DDP"
+        assert atomic_dir.check(folder)["engine"] == "DDP"
     (content,) = {(folder / name).read_text() for name in NAMES}
     return content
 
@@ -56,7 +56,7 @@ def test_killed_anywhere(earlier: bool, tmp_path: Path, monkeypatch: pytest.Monk
             return original(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            for owner, name in ((os, "replace"), (Path, "write_text"), (Path, "mkdir"), (journal.shutil, "rmtree")):
+            for owner, name in ((os, "replace"), (Path, "write_text"), (Path, "mkdir"), (atomic_dir.shutil, "rmtree")):
                 original = getattr(owner, name)
                 patch.setattr(owner, name, lambda *a, original=original, **k: counted(original, *a, **k))
             try:
@@ -68,13 +68,13 @@ def test_killed_anywhere(earlier: bool, tmp_path: Path, monkeypatch: pytest.Monk
             outcomes.append(load(folder))
         except (TPError, KeyError, FileNotFoundError) as error:
             assert not earlier, f"killed at {moment}: {error}"
-            if (folder / journal.ASIDE).is_dir():
+            if (folder / atomic_dir.ASIDE).is_dir():
                 with pytest.raises(TPError, match="the run that saved it ended in the middle"):
-                    journal.check(folder)
+                    atomic_dir.check(folder)
             outcomes.append("nothing")
         assert not earlier or (folder / "of the script").exists()
         save(folder, "again")  # what was left does not stand in the way
-        assert load(folder) == "again" and not (folder / journal.ASIDE).exists()
+        assert load(folder) == "again" and not (folder / atomic_dir.ASIDE).exists()
     assert calls > 12
     first = "earlier" if earlier else "nothing"
     assert set(outcomes) == {first, "later"}
@@ -82,33 +82,33 @@ def test_killed_anywhere(earlier: bool, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_missing_and_truncated_files_are_named(tmp_path: Path) -> None:
-    aside = journal.begin(tmp_path / "state")
+    aside = atomic_dir.begin(tmp_path / "state")
     save_file({"w": torch.arange(6.0)}, aside / "model.safetensors")
     torch.save({"step": torch.arange(300)}, aside / "optimizer.bin")
-    journal.finish(tmp_path / "state", {})
+    atomic_dir.finish(tmp_path / "state", {})
     for name in ("model.safetensors", "optimizer.bin"):
         path = tmp_path / "state" / name
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(TPError, match=f"is damaged: {name} has {len(whole) // 2} bytes"):
-            journal.check(tmp_path / "state")
+            atomic_dir.check(tmp_path / "state")
         path.unlink()
         with pytest.raises(TPError, match=f"is not complete: {name} is missing"):
-            journal.check(tmp_path / "state")
+            atomic_dir.check(tmp_path / "state")
         path.write_bytes(whole)
     save_file({"w": torch.arange(9.0)}, tmp_path / "state" / "model.safetensors")  # by the script, which may do so
-    journal.check(tmp_path / "state")
+    atomic_dir.check(tmp_path / "state")
 
 
 def test_a_manifest_that_cannot_be_read(tmp_path: Path) -> None:
-    (tmp_path / journal.MANIFEST).write_text("{")
+    (tmp_path / atomic_dir.MANIFEST).write_text("{")
     with pytest.raises(TPError, match="is damaged"):
-        journal.check(tmp_path)
-    (tmp_path / journal.MANIFEST).write_text(json.dumps({"format": 2}))
+        atomic_dir.check(tmp_path)
+    (tmp_path / atomic_dir.MANIFEST).write_text(json.dumps({"format": 2}))
     with pytest.raises(TPError, match="this version reads format 1"):
-        journal.check(tmp_path)
+        atomic_dir.check(tmp_path)
 
 
 def test_others_checkpoints_are_not_judged(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("")
-    assert journal.check(tmp_path) == {}
+    assert atomic_dir.check(tmp_path) == {}

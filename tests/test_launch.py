@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from tp_plugin.config.run_config import Options
 from tp_plugin.errors import TPError
 from tp_plugin.launch import autoload
-from tp_plugin.config.run_config import Options
 
 CONFIG = """\
 compute_environment: LOCAL_MACHINE

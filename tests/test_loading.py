@@ -84,9 +84,11 @@ def pair(folder: str, dtype: torch.dtype | None = None, **kwargs: Any) -> tuple[
 
 def unread(model: nn.Module) -> int:
     """How many bytes of the model's parameters nobody has read yet."""
-    from tp_plugin.shard.lazy_load import FromFile, is_mapped, pages_read
+    from tp_plugin.shard.lazy_load import LazyParameter, is_mapped, pages_read
 
-    return sum(p.nbytes for p in model.parameters() if isinstance(p, FromFile) or (is_mapped(p) and pages_read(p) == 0))
+    return sum(
+        p.nbytes for p in model.parameters() if isinstance(p, LazyParameter) or (is_mapped(p) and pages_read(p) == 0)
+    )
 
 
 def assert_equal(lazy: nn.Module, plain: nn.Module) -> None:
@@ -332,27 +334,27 @@ def test_a_model_outlives_its_files_and_may_be_saved_over_them(folders: dict[str
 
 
 def test_a_model_left_whole_is_read_whole(folders: dict[str, str]) -> None:
-    from tp_plugin.shard import settle_whole
+    from tp_plugin.shard import materialize_all_
     from tp_plugin.shard.lazy_load import is_mapped
 
     for dtype in DTYPES:
         plain, lazy = pair(folders["llama"], dtype)
         ids = [id(p) for p in lazy.parameters()]
-        settle_whole(lazy)
+        materialize_all_(lazy)
         assert unread(lazy) == 0 and not any(is_mapped(p) for p in lazy.parameters())
         assert [id(p) for p in lazy.parameters()] == ids and {type(p) for p in lazy.parameters()} == {nn.Parameter}
         assert_equal(lazy, plain)
 
 
 def test_mappings_go_with_their_models(folders: dict[str, str]) -> None:
-    from tp_plugin.shard import lazy_load as mapped
+    from tp_plugin.shard import lazy_load
 
-    before = len(mapped._mappings)
+    before = len(lazy_load._mappings)
     for dtype in DTYPES:
         _, lazy = pair(folders["llama"], dtype)
-        assert len(mapped._mappings) > before
+        assert len(lazy_load._mappings) > before
         del lazy
-        assert len(mapped._mappings) == before
+        assert len(lazy_load._mappings) == before
 
 
 def test_only_the_kernel_knows_who_wrote(folders: dict[str, str]) -> None:
@@ -373,11 +375,11 @@ def test_a_row_split_touches_no_foreign_page(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     from tp_plugin.policy import ParamLayout
-    from tp_plugin.shard import lazy_load as mapped
+    from tp_plugin.shard import lazy_load
 
     rows = 4096  # of 1 KB
     save_file({"w": torch.arange(rows * 256, dtype=torch.float32).view(rows, 256)}, tmp_path / "x.safetensors")
-    found = mapped.open_checkpoint(tmp_path / "x.safetensors")
+    found = lazy_load.open_checkpoint(tmp_path / "x.safetensors")
     assert found is not None
     weight = found["w"]
     for dim, layout in enumerate([
@@ -385,14 +387,14 @@ def test_a_row_split_touches_no_foreign_page(tmp_path: Path) -> None:
         ParamLayout((rows, 256), 1, (((0, 128),), ((128, 256),))),
     ]):  # fmt: skip
         before = _read_so_far()
-        local = mapped.take(weight, layout, 0)
+        local = lazy_load.read_shard(weight, layout, 0)
         assert 0 <= _read_so_far() - before - local.nbytes < 200_000  # and what this test reads in /proc
-        assert mapped.pages_read(weight) == 0
+        assert lazy_load.pages_read(weight) == 0
         whole = torch.arange(rows * 256, dtype=torch.float32).view(rows, 256)
         assert torch.equal(local, whole.narrow(dim, 0, (1024, 128)[dim]))
     weight[0, 0] = 5.0  # from now on the file is not asked
-    assert mapped.take(weight, layout, 0)[0, 0] == 5.0
-    assert mapped.pages_read(weight) > 0
+    assert lazy_load.read_shard(weight, layout, 0)[0, 0] == 5.0
+    assert lazy_load.pages_read(weight) > 0
 
 
 def _read_so_far() -> int:
@@ -402,18 +404,17 @@ def _read_so_far() -> int:
 
 def sharded_case(folder: str, dtype: torch.dtype | None, optimizer_first: bool) -> dict[str, Any]:
     from tp_plugin.mesh.groups import forget_mesh
-    from tp_plugin.shard import lazy_load as mapped
-    from tp_plugin.shard import parallelize
+    from tp_plugin.shard import lazy_load, parallelize
 
     forget_mesh()
     plain = load(folder, dtype)
     with patched():
-        mapped.read_bytes.clear()
+        lazy_load.read_bytes.clear()
         lazy = load(folder, dtype)
         optimizer = torch.optim.AdamW(lazy.parameters(), lr=1e-2) if optimizer_first else None
         ids = {name: id(p) for name, p in lazy.named_parameters()}
         parallelize(lazy, 2)
-        taken = dict(mapped.read_bytes)
+        taken = dict(lazy_load.read_bytes)
     assert {name: id(p) for name, p in lazy.named_parameters()} == ids
     rank = torch.distributed.get_rank()
     layouts = lazy.tp_record.plan.layouts
@@ -422,7 +423,7 @@ def sharded_case(folder: str, dtype: torch.dtype | None, optimizer_first: bool) 
     for name, parameter in lazy.named_parameters():
         expected = layouts[name].shard(plain.get_parameter(name).data, rank)
         assert type(parameter) is nn.Parameter and torch.equal(parameter, expected), name
-        assert not mapped.is_mapped(parameter)
+        assert not lazy_load.is_mapped(parameter)
         share += parameter.numel() * size
     if optimizer is not None:
         batch = torch.arange(12).view(2, 6)
@@ -431,7 +432,7 @@ def sharded_case(folder: str, dtype: torch.dtype | None, optimizer_first: bool) 
         for name, parameter in lazy.named_parameters():  # of the embedding, only rows in the batch move
             still = torch.equal(parameter, layouts[name].shard(plain.get_parameter(name).data, rank))
             assert not still or parameter.dim() == 1 or "embed" in name, name
-    left = [name for name, p in lazy.named_parameters() if isinstance(p, mapped.FromFile)]
+    left = [name for name, p in lazy.named_parameters() if isinstance(p, lazy_load.LazyParameter)]
     return {"taken": taken, "share": share, "whole": sum(p.numel() * size for p in plain.parameters()), "left": left}
 
 
@@ -500,8 +501,7 @@ def test_files_that_differ_between_hosts_are_noticed(folders: dict[str, str], tm
 
 def memory_case(folder: str, dtype: torch.dtype | None) -> dict[str, int]:
     from tp_plugin.mesh.groups import forget_mesh
-    from tp_plugin.shard import lazy_load as mapped
-    from tp_plugin.shard import parallelize
+    from tp_plugin.shard import lazy_load, parallelize
 
     forget_mesh()
     with patched():
@@ -512,7 +512,7 @@ def memory_case(folder: str, dtype: torch.dtype | None) -> dict[str, int]:
             peak.write("5")
         model = load(folder, dtype)
         parallelize(model, 2)
-    assert not any(mapped.is_mapped(p) for p in model.parameters())
+    assert not any(lazy_load.is_mapped(p) for p in model.parameters())
     sizes = [p.nbytes for p in model.parameters()]
     return {"peak": _memory("VmHWM") - before, "share": sum(sizes), "largest": 2 * max(sizes)}
 

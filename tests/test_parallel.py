@@ -200,14 +200,14 @@ def test_a_learned_mask_is_refused() -> None:
 
 
 def other_place_case() -> str:
-    from tp_plugin.runtime.transport import exchange
-    from tp_plugin.runtime.sync_points import BARRIER
     from tp_plugin.mesh.groups import require_mesh
+    from tp_plugin.runtime.sync_points import BARRIER
+    from tp_plugin.runtime.transport import exchange
 
     _, sharded = pair(2)
     if rank() == 0:
         return expect("a lone training forward", lambda: sharded(**batch(97, 0)))
-    return expect("a lone barrier", lambda: exchange(require_mesh()).lockstep.meet(BARRIER))
+    return expect("a lone barrier", lambda: exchange(require_mesh()).sync_points.meet(BARRIER))
 
 
 def test_ranks_at_different_places_are_told_at_once() -> None:
@@ -222,13 +222,13 @@ def main_only_case() -> dict[str, Any] | None:
     from transformers import GenerationMixin
 
     from tp_plugin.engines.transformers import _generate
-    from tp_plugin.runtime.transport import exchange
-    from tp_plugin.runtime.sync_points import BARRIER
     from tp_plugin.mesh.groups import require_mesh
+    from tp_plugin.runtime.sync_points import BARRIER
+    from tp_plugin.runtime.transport import exchange
 
     whole, sharded = pair(2, **GQA)
-    lockstep = exchange(require_mesh()).lockstep
-    lockstep.meet(BARRIER)
+    sync_points = exchange(require_mesh()).sync_points
+    sync_points.meet(BARRIER)
     prompt = batch(97, 3, size=1, length=4)["input_ids"]
     found: dict[str, Any] = {}
     if rank() == 1:
@@ -244,7 +244,7 @@ def main_only_case() -> dict[str, Any] | None:
         tokens = _generate(GenerationMixin.generate, sharded, prompt, max_new_tokens=8, do_sample=True, pad_token_id=0)
         found["tokens"] = [expected.tolist(), tokens.tolist()]
     before = torch.get_rng_state()
-    lockstep.meet(BARRIER)
+    sync_points.meet(BARRIER)
     found["generators kept"] = torch.equal(before, torch.get_rng_state())
     return found
 
@@ -262,9 +262,9 @@ def loader_on_main_case() -> list[list[int]]:
     from accelerate.state import PartialState
 
     from tp_plugin.engines.accelerate import loaders
-    from tp_plugin.runtime.transport import exchange
-    from tp_plugin.runtime.sync_points import BARRIER
     from tp_plugin.mesh.groups import require_mesh
+    from tp_plugin.runtime.sync_points import BARRIER
+    from tp_plugin.runtime.transport import exchange
 
     pair(2)
     loader = data_loader.DataLoaderShard(list(range(5)), batch_size=2)
@@ -272,7 +272,7 @@ def loader_on_main_case() -> list[list[int]]:
     epochs = [[b.tolist() for b in loaders._iterate(plain, loader)]]
     if rank() == 0:
         epochs.append([b.tolist() for b in loaders._iterate(plain, loader)])
-    exchange(require_mesh()).lockstep.meet(BARRIER)
+    exchange(require_mesh()).sync_points.meet(BARRIER)
     PartialState._reset_state()  # iterating made one; this worker's next case must not find it
     return epochs
 

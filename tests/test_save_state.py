@@ -164,7 +164,7 @@ def in_one_run(tp: int, root: str) -> dict[str, Any]:
     """Several things that may happen to a state, in one run; what this rank saw of them."""
     from accelerate.utils import other
 
-    from tp_plugin.checkpoint import atomic_dir as journal
+    from tp_plugin.checkpoint import atomic_dir
 
     seen: dict[str, Any] = {}
     with accelerated(tp):
@@ -210,9 +210,9 @@ def in_one_run(tp: int, root: str) -> dict[str, Any]:
             if accelerator.is_main_process and case == "interrupted":
                 for path in newest.iterdir():
                     path.unlink()
-                (newest / journal.ASIDE).mkdir()
+                (newest / atomic_dir.ASIDE).mkdir()
             if accelerator.is_main_process and case == "engine":
-                journal.describe(Path(root, "main_only"), {"engine": "FSDP2"})
+                atomic_dir.describe(Path(root, "main_only"), {"engine": "FSDP2"})
             accelerator.wait_for_everyone()
             try:
                 accelerator.load_state(f"{root}/main_only" if case == "engine" else str(newest))

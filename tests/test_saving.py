@@ -122,7 +122,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path) -> None:
 def promise_case() -> bool:
     """Whatever is done with a promise is done with the whole tensor."""
     from tp_plugin.mesh.groups import forget_mesh
-    from tp_plugin.shard import fulfil, has_promise, parallelize, promises
+    from tp_plugin.shard import has_lazy, lazy_full_tensors, materialize, parallelize
 
     forget_mesh()
     whole = build(config_for("llama"), 0)
@@ -130,14 +130,14 @@ def promise_case() -> bool:
     parallelize(sharded, 2)
     expected = whole.state_dict()
     if torch.distributed.get_rank() == 0:
-        with promises():
+        with lazy_full_tensors():
             state = sharded.state_dict()
-        assert has_promise(state) and list(state) == list(expected)
+        assert has_lazy(state) and list(state) == list(expected)
         for name, value in expected.items():
             promised = state[name]
             assert (promised.shape, promised.dtype, promised.device, promised.untyped_storage().nbytes()) == (
                 value.shape, value.dtype, value.device, value.untyped_storage().nbytes()
-            ) or not has_promise({name: promised})  # fmt: skip
+            ) or not has_lazy({name: promised})  # fmt: skip
             assert torch.equal(promised, value) and torch.equal(promised[..., 1:], value[..., 1:])
             assert torch.equal(promised.contiguous().float().sum(), value.sum())
             assert torch.equal(copy.deepcopy(promised), value)
@@ -145,7 +145,7 @@ def promise_case() -> bool:
             torch.save(promised, file)
             file.seek(0)
             assert torch.equal(torch.load(file), value)
-        assert all(torch.equal(value, expected[name]) for name, value in fulfil(state).items())
+        assert all(torch.equal(value, expected[name]) for name, value in materialize(state).items())
         assert json.dumps(state["lm_head.weight"].tolist()) == json.dumps(expected["lm_head.weight"].tolist())
     torch.distributed.barrier()
     return True
@@ -162,9 +162,9 @@ def mixed_case(folder: str, alone: bool) -> list[str]:
     from test_parallel import pair, rank
 
     from tp_plugin.engines import patching, saving
-    from tp_plugin.runtime.transport import exchange
-    from tp_plugin.runtime.sync_points import BARRIER
     from tp_plugin.mesh.groups import require_mesh
+    from tp_plugin.runtime.sync_points import BARRIER
+    from tp_plugin.runtime.transport import exchange
 
     _, sharded = pair(2)
 
@@ -181,7 +181,7 @@ def mixed_case(folder: str, alone: bool) -> list[str]:
     try:
         if not alone or rank() == 0:
             Around().save_pretrained(folder)
-        exchange(require_mesh()).lockstep.meet(BARRIER)
+        exchange(require_mesh()).sync_points.meet(BARRIER)
         dist.barrier()
         config = json.loads((Path(folder) / "config.json").read_text())
         return [config["model_type"], *sorted(path.name for path in Path(folder).iterdir())]

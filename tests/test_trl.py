@@ -43,10 +43,10 @@ def scores_case(kind: str) -> dict[str, Any]:
     from trl.kernels import ChunkedLogProbFunction
 
     from tp_plugin.engines.trl import OPTIONAL, _LogProbs
-    from tp_plugin.tensor import grad_norm as layouts
     from tp_plugin.mesh import groups as mesh
     from tp_plugin.policy import ParamLayout
     from tp_plugin.policy.split import vocabulary_rows
+    from tp_plugin.tensor import grad_norm as layouts
 
     mesh.forget_mesh()
     group = mesh.init_mesh(2).tp
@@ -96,8 +96,8 @@ def test_scores_are_those_of_the_whole_vocabulary(kind: str) -> None:
 def copied_case() -> str:
     from tp_plugin.engines.trl import _LogProbs
     from tp_plugin.errors import TPError
-    from tp_plugin.tensor import grad_norm as layouts
     from tp_plugin.policy import ParamLayout
+    from tp_plugin.tensor import grad_norm as layouts
 
     weight = torch.nn.Parameter(torch.zeros(2, 3))
     layouts.attach(weight, ParamLayout((4, 3), 0, (((0, 2),), ((2, 4),)), pad_to=2))
@@ -113,8 +113,8 @@ def test_a_copy_of_a_share_is_not_taken_for_the_whole() -> None:
 def distilled_case() -> str:
     from tp_plugin.engines.trl import _Refused
     from tp_plugin.errors import TPError
-    from tp_plugin.tensor import grad_norm as layouts
     from tp_plugin.policy import ParamLayout
+    from tp_plugin.tensor import grad_norm as layouts
 
     weight = torch.nn.Parameter(torch.zeros(2, 3))
     layouts.attach(weight, ParamLayout((4, 3), 0, (((0, 2),), ((2, 4),))))

@@ -16,8 +16,8 @@ from zoo import fresh
 from tp_plugin.cli import hints
 from tp_plugin.cli.main import main
 from tp_plugin.cli.parity import Result, prove_here
-from tp_plugin.errors import TPError
 from tp_plugin.config.run_config import OPTIONS
+from tp_plugin.errors import TPError
 from tp_plugin.policy import BlockPlan, HeadSplit, ParamLayout, Plan
 
 TINY = {

@@ -23,9 +23,9 @@ class Pair:
     """A plain head, and the same one split over the ranks as the plugin does it."""
 
     def __init__(self, tp: int, vocabulary: int, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN):
+        from tp_plugin.mesh.groups import forget_mesh, init_mesh
         from tp_plugin.runtime.transport import exchange
         from tp_plugin.tensor.vocab import VocabularyColumns
-        from tp_plugin.mesh.groups import forget_mesh, init_mesh
 
         forget_mesh()
         mesh = init_mesh(tp)
@@ -340,17 +340,17 @@ def test_some_ranks_read_more() -> None:
 
 def barrier_case() -> float:
     """The others wait in a barrier of torch itself, of which the plugin knows nothing."""
-    from tp_plugin.runtime import remote_logits as reading
+    from tp_plugin.runtime import remote_logits
 
     config, sharded, plain = _models()
-    before, reading.PATIENCE = reading.PATIENCE, 60
+    before, remote_logits.PATIENCE = remote_logits.PATIENCE, 60
     outputs, expected = (_forward(model.train(), config, 0) for model in (sharded, plain))
     started = time.monotonic()
     if torch.distributed.get_rank() == 0:
         assert torch.allclose(outputs.logits, expected.logits, atol=1e-5)
     torch.distributed.barrier()
     outputs.loss.backward()
-    reading.PATIENCE = before
+    remote_logits.PATIENCE = before
     return time.monotonic() - started
 
 
@@ -360,10 +360,10 @@ def test_others_wait_elsewhere() -> None:
 
 def slow_case() -> list[bool]:
     """A rank that comes too late to an operation finds the others gone on, and does it alone as well."""
-    from tp_plugin.runtime import remote_logits as reading
+    from tp_plugin.runtime import remote_logits
 
     config, sharded, plain = _models()
-    before, reading.PATIENCE = reading.PATIENCE, 0.1
+    before, remote_logits.PATIENCE = remote_logits.PATIENCE, 0.1
     seen = []
     for late in (0, 1):
         outputs, expected = (_forward(model.train(), config, late) for model in (sharded, plain))
@@ -371,7 +371,7 @@ def slow_case() -> list[bool]:
             time.sleep(1)
         seen.append(torch.allclose(outputs.logits.logsumexp(-1), expected.logits.logsumexp(-1), atol=1e-5))
         outputs.loss.backward()
-    reading.PATIENCE = before
+    remote_logits.PATIENCE = before
     return seen
 
 

@@ -25,8 +25,8 @@ def _transformers(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def _same_gradients(model: torch.nn.Module) -> None:
-    from tp_plugin.tensor.grad_norm import layout_of
     from tp_plugin.mesh.groups import require_mesh
+    from tp_plugin.tensor.grad_norm import layout_of
 
     for parameter in model.parameters():
         layout = layout_of(parameter)

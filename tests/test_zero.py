@@ -307,11 +307,11 @@ def gathered_case() -> list[str]:
 
     import tp_plugin
     from tp_plugin.engines import patching
-    from tp_plugin.engines.deepspeed import zero3_share_warning as shares
+    from tp_plugin.engines.deepspeed import zero3_share_warning
 
     plain_again()
     before = len(patching._originals)
-    shares.install(partition_parameters)
+    zero3_share_warning.install(partition_parameters)
     try:
         model = tp_plugin.parallelize(build(config_for(LLAMA[0], **LLAMA[1])), tp_size=2)
         optimizer = torch.optim.AdamW(model.parameters())
@@ -344,8 +344,8 @@ def flattened_norm(tp: int) -> tuple[float, float, float]:
     import tp_plugin
     from tp_plugin.engines.deepspeed.groups import Mpu
     from tp_plugin.engines.deepspeed.norms import _norm_mask
-    from tp_plugin.tensor.grad_norm import total_norm
     from tp_plugin.mesh.groups import require_mesh
+    from tp_plugin.tensor.grad_norm import total_norm
 
     plain_again()
     settings = config_for(*REPLICATED_KV[:1], **REPLICATED_KV[1])

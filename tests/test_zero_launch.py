@@ -14,13 +14,13 @@ import pytest
 import torch
 from test_launch import launch, seen
 
+from tp_plugin.config.run_config import Options
 from tp_plugin.engines.deepspeed import batch
 from tp_plugin.engines.deepspeed.batch import multiplied_by_world
 from tp_plugin.engines.deepspeed.config import REFUSED, options_of, refuse, without_our_keys
 from tp_plugin.engines.deepspeed.initialize import _refuse_arguments
 from tp_plugin.errors import TPError
 from tp_plugin.launch import deepspeed_config
-from tp_plugin.config.run_config import Options
 
 CONFIG = """\
 compute_environment: LOCAL_MACHINE

@@ -133,7 +133,7 @@ TIMED_OUT = -1000
 GLOO_ABORT = "terminate called without an active exception"
 """Of some exits of plain torch, without us: gloo's worker thread asks an interpreter that has ended for its lock.
 
-A plain run that ends so is run again; ours must not end so (parallel/lockstep.py).
+A plain run that ends so is run again; ours must not end so (parallel/sync_points.py).
 """
 
 

@@ -1,4 +1,4 @@
-"""A rank's part of a whole tensor as boxes: what torch's distributed checkpoint (DCP) writes and reads.
+"""A rank's part of a whole tensor as chunks: what torch's distributed checkpoint (DCP) writes and reads.
 
 A checkpoint in coordinates of the whole tensor knows nothing of TP or DP: any tp, any dp and plain FSDP2 load it, and
 ``accelerate merge-weights`` makes one file of it.
@@ -16,7 +16,7 @@ from tp_plugin.policy import ParamLayout
 
 
 @dataclass(frozen=True)
-class Box:
+class Chunk:
     """A rectangular part of a whole tensor, and where it begins in what the rank holds."""
 
     offsets: tuple[int, ...]
@@ -24,8 +24,8 @@ class Box:
     at: tuple[int, ...]
 
 
-def boxes(layout: ParamLayout, rank: int, rows: tuple[int, int] | None, owned: bool = False) -> list[Box]:
-    """The boxes of TP rank ``rank``, which holds ``rows`` (of dimension 0; None: all) of its tensor under ``layout``.
+def chunks(layout: ParamLayout, rank: int, rows: tuple[int, int] | None, owned: bool = False) -> list[Chunk]:
+    """The chunks of TP rank ``rank``, which holds ``rows`` (of dimension 0; None: all) of its tensor under ``layout``.
 
     Args:
         owned: only elements that no TP rank before this one holds.
@@ -50,12 +50,12 @@ def boxes(layout: ParamLayout, rank: int, rows: tuple[int, int] | None, owned: b
                 start, stop = max(local_at[0], rows[0]), min(local_at[0] + sizes[0], rows[1])
                 offsets[0], sizes[0], local_at[0] = offsets[0] + start - local_at[0], stop - start, start - rows[0]
         if all(size > 0 for size in sizes):
-            found.append(Box(tuple(offsets), tuple(sizes), tuple(local_at)))
+            found.append(Chunk(tuple(offsets), tuple(sizes), tuple(local_at)))
     return found
 
 
-class Part(torch.Tensor):
-    """A whole tensor by its shape, of which this rank holds some boxes, with DCP's hooks for such a thing.
+class DCPShardView(torch.Tensor):
+    """A whole tensor by its shape, of which this rank holds some chunks, with DCP's hooks for such a thing.
 
     (``torch.distributed._checkpointable``.) ``tp_local`` is the parameter's DTensor; DCP reads and writes its memory.
     """
@@ -65,26 +65,26 @@ class Part(torch.Tensor):
     tp_rank: int
 
     @staticmethod
-    def of(local: Any, layout: ParamLayout, rank: int) -> Part:
+    def of(local: Any, layout: ParamLayout, rank: int) -> DCPShardView:
         """``local`` under ``layout``, on TP rank ``rank``."""
-        part = torch.Tensor._make_wrapper_subclass(Part, layout.shape, dtype=local.dtype, device=local.device)
+        part = torch.Tensor._make_wrapper_subclass(DCPShardView, layout.shape, dtype=local.dtype, device=local.device)
         part.tp_local, part.tp_layout, part.tp_rank = local, layout, rank
         return part  # type: ignore[no-any-return]
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten.detach.default:
-            return Part.of(args[0].tp_local, args[0].tp_layout, args[0].tp_rank)
+            return DCPShardView.of(args[0].tp_local, args[0].tp_layout, args[0].tp_rank)
         raise NotImplementedError(
             f"{function} on a part of a tensor that lies on several ranks; it can only be saved and loaded by "
             "torch.distributed.checkpoint. For whole tensors use StateDictOptions(full_state_dict=True)"
         )
 
     def __repr__(self, **kwargs: Any) -> str:
-        return f"Part(shape={tuple(self.shape)}, dtype={self.dtype}, rank={self.tp_rank})"
+        return f"DCPShardView(shape={tuple(self.shape)}, dtype={self.dtype}, rank={self.tp_rank})"
 
-    def _boxes(self, owned: bool = False) -> list[Box]:
-        return boxes(self.tp_layout, self.tp_rank, held_rows(self.tp_local), owned)
+    def _chunks(self, owned: bool = False) -> list[Chunk]:
+        return chunks(self.tp_layout, self.tp_rank, held_rows(self.tp_local), owned)
 
     def __create_write_items__(self, fqn: str, value: object) -> list[Any]:
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
@@ -99,16 +99,16 @@ class Part(torch.Tensor):
                     ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)), properties, self.shape
                 ),
             )
-            for box in self._boxes(owned=True)
+            for box in self._chunks(owned=True)
         ]
 
     def __create_chunk_list__(self) -> list[Any]:
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-        return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in self._boxes()]
+        return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in self._chunks()]
 
     def __get_tensor_shard__(self, index: Any) -> torch.Tensor:
-        for box in self._boxes():
+        for box in self._chunks():
             if box.offsets == tuple(index.offset):
                 view = held(self.tp_local)
                 for dim, (start, size) in enumerate(zip(box.at, box.sizes, strict=True)):

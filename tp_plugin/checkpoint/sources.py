@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from tp_plugin.checkpoint.folders import find_tag, has_tags
-from tp_plugin.checkpoint import atomic_dir as journal
+from tp_plugin.checkpoint import atomic_dir
 from tp_plugin.checkpoint.deepspeed_files import Checkpoint
+from tp_plugin.checkpoint.folders import find_tag, has_tags
 from tp_plugin.errors import TPError
 
 SHARDED, FULL = "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"
@@ -53,8 +53,8 @@ def find(folder: Path, tag: str | None) -> Source:
     """
     if not folder.is_dir():
         raise TPError(f"{folder} is not a folder")
-    journal.recover(folder)
-    about = journal.check(folder)
+    atomic_dir.recover(folder)
+    about = atomic_dir.check(folder)
     if tag is not None or has_tags(folder):
         return _deepspeed(Checkpoint(find_tag(folder, tag)))
     models = about.get("models") or [{}]

@@ -12,10 +12,8 @@ from pathlib import Path
 
 import torch
 
-from tp_plugin.checkpoint import sources
+from tp_plugin.checkpoint import atomic_dir, deepspeed_files, sources
 from tp_plugin.checkpoint.folders import complete_or_absent
-from tp_plugin.checkpoint import atomic_dir as journal
-from tp_plugin.checkpoint import deepspeed_files as files
 from tp_plugin.errors import TPError
 from tp_plugin.policy import ParamLayout, make_plan, policy_for
 
@@ -55,18 +53,18 @@ def reshard(folder: Path, output: Path, tag: str | None, tp: int, dp: int | None
         inside.mkdir(exist_ok=True)
         for t in range(tp):
             for d in range(dp):
-                target = files.Target(tp, dp, t, d, layouts)
-                model, optimizer = files.file_names(source, t, d)
+                target = deepspeed_files.Target(tp, dp, t, d, layouts)
+                model, optimizer = deepspeed_files.file_names(source, t, d)
                 if d == 0 or source.stage == 3:
-                    torch.save(files.model_file(source, target), inside / model)
+                    torch.save(deepspeed_files.model_file(source, target), inside / model)
                 if optimizer is not None:
-                    torch.save(files.optimizer_file(source, target), inside / optimizer)
+                    torch.save(deepspeed_files.optimizer_file(source, target), inside / optimizer)
         if tp == 1:
             _put_back_scripts(out)
-        sidecar = {**source.sidecar, "tp_size": tp, "dp_size": dp, "layouts": files.layouts_to(layouts)}
-        (inside / files.SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
-        if (about := journal.read_manifest(folder)) is not None:
-            journal.describe(out, {**about, "tp_size": tp, "dp_size": dp})
+        sidecar = {**source.sidecar, "tp_size": tp, "dp_size": dp, "layouts": deepspeed_files.layouts_to(layouts)}
+        (inside / deepspeed_files.SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
+        if (about := atomic_dir.read_manifest(folder)) is not None:
+            atomic_dir.describe(out, {**about, "tp_size": tp, "dp_size": dp})
     message = f"{source.folder} (tp {source.tp}, dp {source.dp}) written to {output} (tp {tp}, dp {dp})"
     print(message, file=sys.stderr)
 
@@ -91,7 +89,7 @@ def _copy_rest(folder: Path, out: Path, tag: Path) -> None:
             shutil.copytree(path, out / path.name)
 
 
-def _layouts(source: files.Checkpoint, tp: int) -> dict[str, ParamLayout]:
+def _layouts(source: deepspeed_files.Checkpoint, tp: int) -> dict[str, ParamLayout]:
     """The layouts under ``tp``, from a model of the same config that is never filled."""
     if tp == 1:
         return {}

@@ -16,8 +16,8 @@ from torch import nn
 
 from tp_plugin.cli.parity import Result, prove
 from tp_plugin.cli.target import PROVEN_SIZE, build, named_policy, read_config, small_config
-from tp_plugin.errors import PolicyError, TPError
 from tp_plugin.config.run_config import OPTIONS, Options
+from tp_plugin.errors import PolicyError, TPError
 from tp_plugin.policy import Plan, Policy, make_plan, policy_for
 
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64)

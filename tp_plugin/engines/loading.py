@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_plugin.engines.patching import patch
 from tp_plugin.config.run_config import Options
-from tp_plugin.shard.lazy_load import MOST, FromFile, is_mapped, open_checkpoint, read_at_forward
+from tp_plugin.engines.patching import patch
+from tp_plugin.shard.lazy_load import MOST, LazyParameter, is_mapped, open_checkpoint, read_at_forward
 
 
 def install(modeling_utils: Any) -> None:
@@ -113,4 +113,4 @@ class Entry:
         """The tensor; in another dtype, a Parameter that is cast when it is read."""
         if dtype in (None, self.tensor.dtype):
             return self.tensor
-        return FromFile.of(self.tensor, dtype) if is_mapped(self.tensor) else self.tensor.to(dtype)
+        return LazyParameter.of(self.tensor, dtype) if is_mapped(self.tensor) else self.tensor.to(dtype)

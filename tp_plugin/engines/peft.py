@@ -8,12 +8,12 @@ from torch import nn
 
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
-from tp_plugin.tensor.regions import enter
-from tp_plugin.runtime.transport import exchange
 from tp_plugin.mesh.groups import current_mesh
 from tp_plugin.policy import Plan
 from tp_plugin.policy.layout import Parts
+from tp_plugin.runtime.transport import exchange
 from tp_plugin.shard import is_sharded, models_in
+from tp_plugin.tensor.regions import copy_to_tp
 
 
 def install(peft_model: Any) -> None:
@@ -58,7 +58,7 @@ def _get_prompt(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if model is None or self.active_peft_config.peft_type not in ("PREFIX_TUNING", "CARTRIDGE"):
         return original(self, *args, **kwargs)
     tp = model.tp_record.mesh.tp
-    hook = self.prompt_encoder[self.active_adapter].register_forward_hook(lambda _, given, made: enter(made, tp))
+    hook = self.prompt_encoder[self.active_adapter].register_forward_hook(lambda _, given, made: copy_to_tp(made, tp))
     try:
         prompt = original(self, *args, **kwargs)
     finally:

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from tp_plugin.engines.patching import wrap
-from tp_plugin.runtime.transport import exchange
-from tp_plugin.mesh.groups import current_mesh
 from tp_plugin.mesh.dtensor_utils import is_split
-from tp_plugin.shard import fulfil, has_promise, is_sharded, models_in, promises
+from tp_plugin.mesh.groups import current_mesh
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.shard import has_lazy, is_sharded, lazy_full_tensors, materialize, models_in
 
 
 def install(modeling_utils: Any) -> None:
@@ -64,7 +64,7 @@ def _save_pretrained(original: Any, self: Any, save_directory: Any, *args: Any, 
     with record.exchange.together(f"{record.uid} save"):
         if not (record.mesh.is_leader and call.arguments.get("state_dict") != {}):
             return None  # one rank of the TP group writes; the others return when the files are there
-        with promises(), all_or_nothing():
+        with lazy_full_tensors(), all_or_nothing():
             return original(*call.args, **call.kwargs)
 
 
@@ -93,7 +93,7 @@ def save_model(original: Any, self: Any, model: Any, *args: Any, **kwargs: Any) 
     with exchange(mesh).together("Accelerator.save_model"):
         if not mesh.is_leader:
             return None
-        with promises(), all_or_nothing():
+        with lazy_full_tensors(), all_or_nothing():
             return original(self, model, *args, **kwargs)
 
 
@@ -106,7 +106,7 @@ def get_state_dict(original: Any, self: Any, model: Any, unwrap: bool = True) ->
 
 def _save_file(original: Any, tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
     with all_or_nothing() if _unnamed is None else contextlib.nullcontext():
-        return original(fulfil(tensors) if has_promise(tensors) else tensors, nameless(filename), *args, **kwargs)
+        return original(materialize(tensors) if has_lazy(tensors) else tensors, nameless(filename), *args, **kwargs)
 
 
 def nameless(filename: Any) -> str:

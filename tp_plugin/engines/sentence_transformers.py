@@ -16,8 +16,8 @@ from tp_plugin.engines.accelerate.operations import TorchOverDP, meet_at
 from tp_plugin.engines.patching import patch
 from tp_plugin.engines.trainer import Distributed
 from tp_plugin.errors import TPError
-from tp_plugin.tensor.first_order import first_order
 from tp_plugin.mesh.groups import Group, current_mesh
+from tp_plugin.tensor.first_order import first_order
 
 
 def install(distributed: Any) -> None:

@@ -12,9 +12,9 @@ import torch.utils.data.distributed
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.utils import clip_grad
 
+from tp_plugin.config.run_config import Options
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.config.run_config import Options
 from tp_plugin.mesh.dtensor_utils import is_split
 
 
@@ -136,8 +136,8 @@ def _unscale_grads(original: Any, *args: Any, **kwargs: Any) -> dict[torch.devic
     """An inf in one rank's shard is an inf in the model: every rank of the TP group must skip the step."""
     found: dict[torch.device, torch.Tensor] = original(*args, **kwargs)
     if _layouts() is not None:
-        from tp_plugin.mesh.groups import require_mesh
         from tp_plugin.mesh.dtensor_utils import held
+        from tp_plugin.mesh.groups import require_mesh
 
         for tensor in found.values():
             require_mesh().tp_for(tensor).all_reduce(held(tensor), dist.ReduceOp.MAX)

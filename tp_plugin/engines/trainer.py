@@ -19,10 +19,10 @@ import torch.distributed as dist
 from tp_plugin.engines.accelerate.operations import OverDP
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.tensor import rng
-from tp_plugin.runtime.transport import exchange
-from tp_plugin.runtime.sync_points import BARRIER, TRIGGER
 from tp_plugin.mesh.groups import current_mesh
+from tp_plugin.runtime.sync_points import BARRIER, TRIGGER
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.tensor import rng
 
 
 class Distributed(OverDP):
@@ -90,7 +90,7 @@ def _asked_together(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if mesh is None or manager is None:
         return original(self, *args, **kwargs)
     # a signal may reach one rank alone, or each at another step; a timer's thread sets the flag at any moment
-    met = exchange(mesh).lockstep.meet(TRIGGER, [int(manager.is_checkpoint_requested)])
+    met = exchange(mesh).sync_points.meet(TRIGGER, [int(manager.is_checkpoint_requested)])
     asked = torch.tensor(float(any(flag for flag, *_ in met)), device=self.trainer.args.device)
     if not mesh.dp.all_reduce(asked, dist.ReduceOp.MAX).item() or getattr(manager, "tp_made", False):
         return None
@@ -124,7 +124,7 @@ def _leads() -> bool:
 def _meet() -> None:
     mesh = current_mesh()
     if mesh is not None:
-        exchange(mesh).lockstep.meet(BARRIER)
+        exchange(mesh).sync_points.meet(BARRIER)
 
 
 def _on_leader(original: property) -> property:

@@ -9,9 +9,9 @@ import torch
 
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
+from tp_plugin.mesh.groups import current_mesh
 from tp_plugin.tensor.grad_norm import is_nameless_share, layout_of
 from tp_plugin.tensor.vocab.scores import scores
-from tp_plugin.mesh.groups import current_mesh
 
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 """What TRL's function gives after the log-probabilities, in its order."""

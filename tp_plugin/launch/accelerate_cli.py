@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tp_plugin.config.run_config import DISABLE, TP_SIZE, Options, from_deepspeed
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.launch.deepspeed_config import file_in, mentions_key, read
 from tp_plugin.launch.imports import after_import
-from tp_plugin.config.run_config import DISABLE, TP_SIZE, Options, from_deepspeed
 from tp_plugin.policy.registry import load
 
 _written: dict[str, Any] = {}

@@ -33,8 +33,8 @@ def parallelize(model: nn.Module, tp_size: int | None = None, policy: Policy | N
     """
     import torch
 
-    from tp_plugin.launch import worker
     from tp_plugin.config.run_config import Options
+    from tp_plugin.launch import worker
     from tp_plugin.mesh.groups import current_mesh
     from tp_plugin.shard import parallelize as shard
 

@@ -131,8 +131,8 @@ def activate(config: Any, origin: str = "the DeepSpeed config") -> bool:
     Raises:
         TPError: a bad value, or Accelerate already counts its processes without tensor parallelism.
     """
-    from tp_plugin.errors import TPError
     from tp_plugin.config.run_config import from_deepspeed
+    from tp_plugin.errors import TPError
     from tp_plugin.mesh.groups import current_mesh
 
     options = from_deepspeed(config, origin)

@@ -14,8 +14,8 @@ def write_at_exit(directory: str) -> None:
 
 
 def _write(directory: Path) -> None:
-    from tp_plugin.runtime.batch_guard import training_forwards
     from tp_plugin.mesh.groups import current_mesh, ledger, training
+    from tp_plugin.runtime.batch_guard import training_forwards
     from tp_plugin.shard.model_state import totals
 
     mesh = current_mesh()

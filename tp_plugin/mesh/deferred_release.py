@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 
-class Shelf:
+class DeferredRelease:
     """Values by key, from :meth:`put` until a collective that began later is through."""
 
     def __init__(self) -> None:

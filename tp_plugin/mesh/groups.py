@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from tp_plugin.errors import DivergenceError, LostRankError, TPError
-from tp_plugin.mesh import traced_ops as ops
-from tp_plugin.mesh.deferred_release import Shelf
+from tp_plugin.mesh import traced_ops
+from tp_plugin.mesh.deferred_release import DeferredRelease
 
 ledger: dict[str, Counter[str]] = {"count": Counter(), "bytes": Counter()}
 """Calls and bytes (of this rank's input) of each collective since start, keyed ``"<op>/<group>"``."""
@@ -44,7 +44,7 @@ explain: Callable[[str, RuntimeError], str] | None = None
 meetings = 0
 """Collectives of the whole TP group that this rank has entered; equal on all its ranks at equal points."""
 
-shelf = Shelf()
+shelf = DeferredRelease()
 """What this rank has dropped since the last of them."""
 
 
@@ -96,7 +96,7 @@ class Group:
     def summed(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of ``tensor`` over the ranks, as a tensor of its own. Traced by torch.compile."""
         if torch.compiler.is_compiling():
-            total: torch.Tensor = ops.all_reduce(tensor, self.name, self.size)
+            total: torch.Tensor = traced_ops.all_reduce(tensor, self.name, self.size)
             return total
         return self.all_reduce(tensor.clone(memory_format=torch.contiguous_format))
 
@@ -112,7 +112,7 @@ class Group:
         if self.size == 1:
             return [tensor]
         if torch.compiler.is_compiling():
-            return list(ops.all_gather(tensor, self.name, self.size).unbind(0))
+            return list(traced_ops.all_gather(tensor, self.name, self.size).unbind(0))
         tensor = tensor.contiguous()
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
         with self._at_work("all_gather", tensor):
@@ -124,7 +124,7 @@ class Group:
         if self.size == 1:
             return parts[0]
         if torch.compiler.is_compiling():
-            scattered: torch.Tensor = ops.reduce_scatter(parts, self.name, self.size)
+            scattered: torch.Tensor = traced_ops.reduce_scatter(parts, self.name, self.size)
             return scattered
         mine = torch.empty_like(parts[0])
         with self._at_work("reduce_scatter", parts):
@@ -325,7 +325,7 @@ def _named(name: str) -> Group:
     return group
 
 
-ops.implement(
+traced_ops.implement(
     all_reduce=lambda name, x: _named(name).summed(x),
     all_gather=lambda name, x: torch.stack(_named(name).all_gather(x)),
     reduce_scatter=lambda name, parts: _named(name).reduce_scatter(parts),

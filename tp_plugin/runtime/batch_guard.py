@@ -18,10 +18,10 @@ from torch import nn
 
 from tp_plugin.errors import DivergenceError, TPError
 from tp_plugin.mesh import groups as mesh
-from tp_plugin.tensor import rng
-from tp_plugin.runtime.transport import Exchange
-from tp_plugin.runtime.sync_points import FORWARD, GRADIENTS, Request
 from tp_plugin.mesh.groups import Mesh
+from tp_plugin.runtime.sync_points import FORWARD, GRADIENTS, Request
+from tp_plugin.runtime.transport import PeerTransport
+from tp_plugin.tensor import rng
 
 _SAMPLE = 1 << 16
 """Elements of a device tensor that are copied to the host for hashing; larger ones are sampled and summed."""
@@ -55,8 +55,10 @@ def training_forwards() -> int:
 class Guard:
     """Watches the forwards of one sharded model; ``audit`` runs every ``audit_every`` training forwards."""
 
-    def __init__(self, groups: Mesh, exchange: Exchange, audit: Callable[[], None] | None = None, audit_every: int = 0):
-        self.mesh, self.exchange, self.lockstep = groups, exchange, exchange.lockstep
+    def __init__(
+        self, groups: Mesh, exchange: PeerTransport, audit: Callable[[], None] | None = None, audit_every: int = 0
+    ):
+        self.mesh, self.exchange, self.sync_points = groups, exchange, exchange.sync_points
         self.audit, self.audit_every = audit, audit_every
         self.training_forwards = 0
         self._depth = 0
@@ -69,8 +71,8 @@ class Guard:
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook (with kwargs) of a model; checks at the outermost call only. Never in a graph."""
         self._depth += 1
-        self.lockstep.inside += 1
-        if self._depth > 1 or self.lockstep.helping:
+        self.sync_points.inside += 1
+        if self._depth > 1 or self.sync_points.helping:
             return
         self._outermost = module
         _refuse_learned_masks(kwargs)
@@ -87,10 +89,10 @@ class Guard:
     def close(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook (always called) that closes what :meth:`open` opened."""
         self._depth = max(0, self._depth - 1)
-        self.lockstep.inside = max(0, self.lockstep.inside - 1)
+        self.sync_points.inside = max(0, self.sync_points.inside - 1)
         if not self._depth:
             self._outermost = None
-            self.lockstep.apart = False
+            self.sync_points.apart = False
 
     def open_inner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """:meth:`open` for the model in a model; part of the outer one's graph, which has been opened."""
@@ -108,8 +110,8 @@ class Guard:
         mode = GRADIENTS * torch.is_grad_enabled() + 2 * module.training
         record: Any = getattr(module, "tp_record", None)  # an inner model called by itself has none
         mine = [mode, record.number if record else -1, batch, rng.fingerprint(), _bits(_taken_loss(self.mesh))]
-        everyone = self.lockstep.meet(FORWARD, mine, lambda: record and Request.of("__call__", module, args, kwargs))
-        self.lockstep.apart = len(everyone) < self.mesh.tp_size
+        everyone = self.sync_points.meet(FORWARD, mine, lambda: record and Request.of("__call__", module, args, kwargs))
+        self.sync_points.apart = len(everyone) < self.mesh.tp_size
         if any(values[:3] != mine[:3] for values in everyone):
             self._depth, self._outermost = 0, None
             self._explain(module, seen, mode)
@@ -134,7 +136,7 @@ class Guard:
         phase = f"{'training' if mode & 2 else 'evaluation'}, gradients {'on' if mode & GRADIENTS else 'off'}"
         call = f"{type(module).__name__} ({phase})"
         theirs = self.mesh.control.gather_objects((call, mine))
-        where = f"forward {self.lockstep.clock}, TP group of ranks {list(self.mesh.tp.ranks)}"
+        where = f"forward {self.sync_points.clock}, TP group of ranks {list(self.mesh.tp.ranks)}"
         calls = {rank: call for rank, (call, _) in zip(self.mesh.tp.ranks, theirs, strict=True)}
         if len(set(calls.values())) > 1:
             raise DivergenceError(f"{where}: the ranks are at different places of the script: {calls}")

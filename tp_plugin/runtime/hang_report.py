@@ -11,12 +11,12 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from tp_plugin.runtime import crash_report as last_words
 from tp_plugin.mesh import groups
 from tp_plugin.mesh.hosts import comes_first
+from tp_plugin.runtime import crash_report
 
 if TYPE_CHECKING:
-    from tp_plugin.runtime.transport import Exchange
+    from tp_plugin.runtime.transport import PeerTransport
 
 NOTICE = 60.0
 """Seconds in one collective, or for one peer's part of a save, after which a rank says on stderr whom it waits for.
@@ -30,13 +30,13 @@ NEWS = 5.0
 crashed = False
 """Whether this process is dying of an exception."""
 
-_watch: Watch | None = None
+_watch: HangReport | None = None
 
 
-class Watch:
+class HangReport:
     """Looks after the waits of this rank, and answers others where it is; lives as long as the exchange."""
 
-    def __init__(self, exchange: Exchange):
+    def __init__(self, exchange: PeerTransport):
         global _watch
         _watch = self
         self.exchange, self.mesh = exchange, exchange.mesh
@@ -47,23 +47,23 @@ class Watch:
         threading.Thread(target=self._look, name="tp-watch", daemon=True).start()
 
     def close(self) -> None:
-        """Watch no more."""
+        """HangReport no more."""
         global _watch
         _watch = groups.explain = None
         self._closed.set()
 
     def _where(self) -> str:
         waits = f"for {time.monotonic() - since:.0f} s in {groups.busy_in}" if (since := groups.busy_since) else "busy"
-        return f"at {last_words.whereabouts()}, {waits}"
+        return f"at {crash_report.whereabouts()}, {waits}"
 
     def _explain(self, what: str, error: RuntimeError) -> str:
-        place = self.exchange.lockstep.place
+        place = self.exchange.sync_points.place
         came = f", as it came to {place}" if place else ""
         return f"rank {self.mesh.rank} lost other ranks in {what}{came}: {'; '.join(self.news())} ({error})"
 
     def news(self, living: bool = True) -> list[str]:
         """The last words of the world's dead, who of the TP group is gone without any, and where its living are."""
-        news = last_words.read()
+        news = crash_report.read()
         for at, rank in enumerate(self.mesh.tp.ranks):
             if at == self.mesh.tp.rank or any(word.startswith(f"rank {rank} died") for word in news):
                 continue
@@ -86,9 +86,9 @@ class Watch:
                 continue
             told = since
             try:
-                if comes_first(f"wait {self.mesh.dp.rank} {self.exchange.lockstep.clock} {groups.meetings}"):
+                if comes_first(f"wait {self.mesh.dp.rank} {self.exchange.sync_points.clock} {groups.meetings}"):
                     waited = f"rank {self.mesh.rank} has waited {time.monotonic() - since:.0f} s in {what}"
-                    _say(f"{waited}, at {last_words.whereabouts()}; {'; '.join(self.news())}")
+                    _say(f"{waited}, at {crash_report.whereabouts()}; {'; '.join(self.news())}")
             except RuntimeError:
                 return  # there is no store any more: the run ends
 
@@ -101,7 +101,7 @@ def note_crashes() -> None:
         global crashed
         crashed = True
         if _watch is not None:
-            last_words.leave(_watch.mesh.rank, value)
+            crash_report.leave(_watch.mesh.rank, value)
         previous(kind, value, trace)
         words = f"{kind.__name__}: {value}"
         if _watch is not None and _has_lost_others(words) and "without a word" not in words:
@@ -117,7 +117,7 @@ def _has_lost_others(words: str) -> bool:
     return any(sign in words for sign in ("LostRankError", "Connection closed", "Connection reset", "Timed out"))
 
 
-def _tell_who_was_first(watch: Watch) -> None:
+def _tell_who_was_first(watch: HangReport) -> None:
     me, deadline = watch.mesh.rank, time.monotonic() + NEWS
     while True:
         others = [word for word in watch.news(living=False) if not word.startswith(f"rank {me} ")]

@@ -22,7 +22,7 @@ import torch
 
 from tp_plugin.errors import DivergenceError
 from tp_plugin.mesh import groups as mesh
-from tp_plugin.runtime.transport import Exchange, exchange
+from tp_plugin.runtime.transport import PeerTransport, exchange
 from tp_plugin.tensor.vocab.expr import Leaf
 
 PATIENCE = 10.0
@@ -43,8 +43,8 @@ class Held:
 
     def __init__(self, data: torch.Tensor):
         at = desk()
-        at.serial = at.serial + 1 if at.clock == at.link.lockstep.clock else 0
-        at.clock = at.link.lockstep.clock
+        at.serial = at.serial + 1 if at.clock == at.link.sync_points.clock else 0
+        at.clock = at.link.sync_points.clock
         self.leaf, self.data = Leaf((at.clock, at.serial)), data
         self.ready = torch.cuda.current_stream(data.device).record_event() if data.is_cuda else None
         at.held[self.leaf.number] = self
@@ -52,10 +52,10 @@ class Held:
         weakref.finalize(self, mesh.shelf.put, self.leaf.number, (data, self.ready)).atexit = False
 
 
-class Desk:
+class RemoteLogits:
     """This rank's part in the reading of logits: what its thread tells the other ranks."""
 
-    def __init__(self, link: Exchange):
+    def __init__(self, link: PeerTransport):
         self.link = link
         self.held: weakref.WeakValueDictionary[Any, Held] = weakref.WeakValueDictionary()
         self.clock, self.serial = -1, 0
@@ -220,6 +220,6 @@ class _Pause:
         return now > self.until or (self.stuck is not None and now - self.stuck > STUCK)
 
 
-def desk() -> Desk:
+def desk() -> RemoteLogits:
     """The desk of this process."""
     return exchange(mesh.require_mesh()).desk

@@ -23,8 +23,8 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from tp_plugin.errors import DivergenceError
-from tp_plugin.tensor import rng
 from tp_plugin.mesh.groups import Mesh
+from tp_plugin.tensor import rng
 
 PLACES = (
     "a forward",
@@ -88,7 +88,7 @@ class _Unpickler(pickle.Unpickler):
         return self._find(number)
 
 
-class Lockstep:
+class SyncPoints:
     """This rank's part in the meetings of its TP group.
 
     Args:

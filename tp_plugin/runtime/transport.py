@@ -33,10 +33,10 @@ from torch import nn
 
 from tp_plugin.errors import DivergenceError
 from tp_plugin.mesh import groups
-from tp_plugin.runtime import hang_report as watch
-from tp_plugin.runtime.sync_points import END, Lockstep
-from tp_plugin.mesh.hosts import Machine, address
 from tp_plugin.mesh.groups import Mesh
+from tp_plugin.mesh.hosts import Machine, address
+from tp_plugin.runtime import hang_report
+from tp_plugin.runtime.sync_points import END, SyncPoints
 
 PATIENCE = float(os.environ.get("TP_PLUGIN_READ_TIMEOUT", "30"))
 """Seconds that a read waits for a peer to reach the same point of the program."""
@@ -83,14 +83,14 @@ class Source(Protocol):
         """Hold the tensors themselves from now on, so that they outlive their owner."""
 
 
-class Exchange:
+class PeerTransport:
     """This rank's server and its connections to the other ranks of the TP group."""
 
     def __init__(self, mesh: Mesh):
-        from tp_plugin.runtime.remote_logits import Desk  # which reads by this class
+        from tp_plugin.runtime.remote_logits import RemoteLogits  # which reads by this class
 
         self.mesh = mesh
-        self.lockstep = Lockstep(mesh, self._census, self._bury, self._find)
+        self.sync_points = SyncPoints(mesh, self._census, self._bury, self._find)
         self.leaving = False
         self._pid = os.getpid()
         self._sources: dict[str, Any] = {}
@@ -104,7 +104,7 @@ class Exchange:
         """More that other ranks may ask for by name: small answers (see :meth:`ask`)."""
         self.tensors: dict[str, Callable[..., torch.Tensor]] = {"read": self._read_at}
         """The same for tensors (see :meth:`fetch`)."""
-        self.desk = Desk(self)
+        self.desk = RemoteLogits(self)
         """Where logits are read."""
         self._links: dict[int, Connection] = {}
         self._asking = threading.Lock()
@@ -116,7 +116,7 @@ class Exchange:
         self._listener = Listener((host, 0), backlog=mesh.tp_size, authkey=self._key)
         self._addresses = mesh.control.gather_objects(self._listener.address)
         threading.Thread(target=self._accept, name="tp-exchange", daemon=True).start()
-        self._watch = watch.Watch(self)
+        self._watch = hang_report.HangReport(self)
 
     def close(self) -> None:
         """Serve nobody any more; ends the threads, which hold the mesh and the sources."""
@@ -274,7 +274,7 @@ class Exchange:
         Raises:
             Exception: what another rank raised in it, if this one has no ``error`` of its own.
         """
-        at = (session, self.lockstep.clock)
+        at = (session, self.sync_points.clock)
         if error is not None:
             self._failed[at] = _sent(error, self.mesh.rank, session)
         self._finished[at] += 1
@@ -297,7 +297,7 @@ class Exchange:
             raise told from DivergenceError(why)
 
     def _is_through(self, status: dict[str, Any] | None, at: tuple[str, int], impatient: bool) -> bool:
-        if status is None or status["leaving"] or status["clock"] > self.lockstep.clock:
+        if status is None or status["leaving"] or status["clock"] > self.sync_points.clock:
             return True
         if status["parked"] in self._open:
             return True  # it waits for this rank in an outer call, of which this one is a part
@@ -309,7 +309,7 @@ class Exchange:
         Peers help with the leader's last forwards and are read meanwhile (after ``destroy_process_group``: only read).
         Who waits in vain is not waited for: a rank that is stuck in a collective because this one came to its end.
         """
-        if watch.crashed or os.getpid() != self._pid:
+        if hang_report.crashed or os.getpid() != self._pid:
             return  # what others wait for will not come, or this is a fork of the rank
         self.leaving = True
         meeting = threading.Thread(target=self._meet_at_the_end, daemon=True)
@@ -317,7 +317,7 @@ class Exchange:
         others = [rank for rank in range(self.mesh.tp_size) if rank != self.mesh.tp.rank]
         while meeting.is_alive():
             meeting.join(timeout=0.05)
-            stuck = [rank for rank in others if not self.lockstep.helping and self._is_stuck(rank)]
+            stuck = [rank for rank in others if not self.sync_points.helping and self._is_stuck(rank)]
             if stuck:
                 ranks = [self.mesh.tp.ranks[rank] for rank in stuck]
                 print(
@@ -330,7 +330,7 @@ class Exchange:
     def _meet_at_the_end(self) -> None:
         if torch.distributed.is_initialized():
             with contextlib.suppress(DivergenceError):  # raised on the rank that is not at its end, too
-                self.lockstep.meet(END)
+                self.sync_points.meet(END)
             return
         while not self.mesh.is_leader and (status := self._status(0)) and not status["leaving"]:
             time.sleep(0.05)
@@ -395,7 +395,7 @@ class Exchange:
 
     def _show_status(self, uid: str, clock: int) -> dict[str, Any]:
         return {
-            "clock": self.lockstep.clock,
+            "clock": self.sync_points.clock,
             "busy": 0.0 if groups.busy_since is None else time.monotonic() - groups.busy_since,
             "leaving": self.leaving,
             "open": uid in self._open,
@@ -442,17 +442,17 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return flat
 
 
-_exchange: Exchange | None = None
+_exchange: PeerTransport | None = None
 
 
-def exchange(mesh: Mesh) -> Exchange:
+def exchange(mesh: Mesh) -> PeerTransport:
     """The exchange of this process; collective over the TP group at its first call."""
     global _exchange
     if _exchange is None or _exchange.mesh is not mesh:
-        _exchange = Exchange(mesh)
+        _exchange = PeerTransport(mesh)
         atexit.register(_exchange.farewell)
         mesh.at_end.append(_close)
-        watch.note_crashes()
+        hang_report.note_crashes()
     return _exchange
 
 

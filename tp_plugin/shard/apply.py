@@ -17,26 +17,32 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tp_plugin.errors import TPError
 from tp_plugin.config.run_config import Options
-from tp_plugin.tensor import wgrad_overlap as columns, layers
-from tp_plugin.tensor.wgrad_overlap import Beginning
-from tp_plugin.runtime.transport import exchange
-from tp_plugin.tensor.graphs import trace_once
-from tp_plugin.runtime.batch_guard import Guard
-from tp_plugin.tensor.grad_norm import attach
-from tp_plugin.tensor.vocab import VocabularyColumns
+from tp_plugin.errors import TPError
 from tp_plugin.mesh.groups import Mesh, init_mesh
-from tp_plugin.tensor.outputs import LayerOutputs
-from tp_plugin.tensor.sequence import LayerRegion, Stack
-from tp_plugin.tensor.parallel_residual import SideBySide
 from tp_plugin.policy import ParamLayout, Plan, Policy, load, make_plan, policy_for
 from tp_plugin.policy.stacks import between, stacks
-from tp_plugin.shard import lazy_load as mapped
-from tp_plugin.shard import state_dict
-from tp_plugin.shard.topology_warning import warn_of_crossing
+from tp_plugin.runtime.batch_guard import Guard
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.shard import lazy_load, state_dict
 from tp_plugin.shard.model_state import ShardRecord
 from tp_plugin.shard.replicas import agree_on_weights
+from tp_plugin.shard.topology_warning import warn_of_crossing
+from tp_plugin.tensor import wgrad_overlap as columns
+from tp_plugin.tensor.block import ParallelBlock
+from tp_plugin.tensor.dropout import FollowingDropout
+from tp_plugin.tensor.embedding import AdaptedRows, VocabularyRows
+from tp_plugin.tensor.experts import part_biases
+from tp_plugin.tensor.grad_norm import attach
+from tp_plugin.tensor.graphs import trace_once
+from tp_plugin.tensor.linear import ROW_PARALLEL, fit_sizes
+from tp_plugin.tensor.norm import TPRMSNorm
+from tp_plugin.tensor.outputs import LayerOutputs
+from tp_plugin.tensor.parallel_residual import ParallelResidual
+from tp_plugin.tensor.replicas import Piece, ReplicaSum
+from tp_plugin.tensor.sequence import LayerRegion, Stack
+from tp_plugin.tensor.vocab import VocabularyColumns
+from tp_plugin.tensor.wgrad_overlap import BlockInput
 
 
 def parallelize(
@@ -118,8 +124,8 @@ def shard_model(model: nn.Module, plan: Plan, mesh: Mesh, options: Options) -> N
     plan.partial |= between(plan, [layer for layers_of in found.values() for layer in layers_of])
     for name, parameter in model.named_parameters():
         _slice(parameter, plan.layouts[name], mesh.tp.rank)
-    mapped.settle_buffers(model)
-    mapped.forget_forward(model)
+    lazy_load.materialize_buffers_(model)
+    lazy_load.forget_forward(model)
     _arm(model, plan, mesh)
     _fit_modules(model, plan, mesh.tp.rank)
     parallels = _hook_blocks(model, plan, mesh.tp.rank)
@@ -160,7 +166,7 @@ def _refuse_unsupported(model: nn.Module) -> None:
                 f"parameter {name!r} is already partitioned by ZeRO-3 (deepspeed.zero.Init(module=…)), but is to be "
                 "sharded first; leave the partitioning to deepspeed.initialize"
             )
-        if type(parameter) not in (nn.Parameter, mapped.FromFile):
+        if type(parameter) not in (nn.Parameter, lazy_load.LazyParameter):
             raise TPError(
                 f"parameter {name!r} is a {type(parameter).__name__}, not a plain Parameter; the model was already "
                 "sharded or wrapped by something else (device_map, DeepSpeed, DTensor)"
@@ -168,11 +174,11 @@ def _refuse_unsupported(model: nn.Module) -> None:
 
 
 def _slice(parameter: nn.Parameter, layout: ParamLayout, rank: int) -> None:
-    if not (layout.is_sharded or mapped.lies_in_file(parameter)):
+    if not (layout.is_sharded or lazy_load.lies_in_file(parameter)):
         return
     with torch.no_grad():
         grad, parameter.grad = parameter.grad, None
-        mapped.settle(parameter, mapped.take(parameter, layout, rank))
+        lazy_load.materialize_(parameter, lazy_load.read_shard(parameter, layout, rank))
         if grad is not None:
             parameter.grad = layout.shard(grad, rank)
 
@@ -185,7 +191,7 @@ def _arm(model: nn.Module, plan: Plan, mesh: Mesh) -> None:
     for name, parameter in model.named_parameters():
         layout = plan.layouts[name]
         attach(parameter, layout)
-        pieces: list[layers.Piece] = [
+        pieces: list[Piece] = [
             (replicas[ranks], layout.dim, layout.replicated_in(me, ranks))
             for ranks in layout.replica_groups
             if me in ranks
@@ -193,7 +199,7 @@ def _arm(model: nn.Module, plan: Plan, mesh: Mesh) -> None:
         if name in plan.partial:
             pieces = [(mesh.tp, None, ())]
         if pieces:
-            layers.ReplicaSum(pieces).arm(parameter)
+            ReplicaSum(pieces).arm(parameter)
 
 
 def _arm_copy(model: nn.Module, args: object) -> None:
@@ -205,7 +211,7 @@ def _arm_copy(model: nn.Module, args: object) -> None:
 
 def _fit_modules(model: nn.Module, plan: Plan, rank: int) -> None:
     for path in (*plan.columns, *plan.rows):
-        layers.fit_sizes(model.get_submodule(path), plan.layouts[f"{path}.weight"], rank)
+        fit_sizes(model.get_submodule(path), plan.layouts[f"{path}.weight"], rank)
     for (path, attribute), values in plan.attributes.items():
         *owners, name = attribute.split(".")
         owner: Any = model.get_submodule(path)
@@ -216,17 +222,17 @@ def _fit_modules(model: nn.Module, plan: Plan, rank: int) -> None:
         setattr(owner, name, values[rank])
     for path, width in plan.wide_norms.items():
         layout = plan.layouts[f"{path}.weight"]
-        layers.WideNorm.install(model.get_submodule(path), width, layout.owned(rank))
+        TPRMSNorm.install(model.get_submodule(path), width, layout.owned(rank))
 
 
-def _hook_blocks(model: nn.Module, plan: Plan, rank: int) -> dict[str, layers.ParallelBlock]:
+def _hook_blocks(model: nn.Module, plan: Plan, rank: int) -> dict[str, ParallelBlock]:
     parallels = {}
     for path, planned in plan.blocks.items():
         block = model.get_submodule(path)
         entry = model.get_submodule(planned.entry)
         positions = {name: at for at, name in enumerate(inspect.signature(entry.forward).parameters)}
         planned.inputs = tuple(next(iter(positions)) if name == "*" else name for name in planned.inputs)
-        parallel = parallels[path] = layers.ParallelBlock(path, planned, positions, rank)
+        parallel = parallels[path] = ParallelBlock(path, planned, positions, rank)
         if planned.inputs:
             entry.register_forward_pre_hook(parallel.enter, with_kwargs=True)
         else:
@@ -242,15 +248,15 @@ def _hook_blocks(model: nn.Module, plan: Plan, rank: int) -> dict[str, layers.Pa
         if planned.once:
             layouts = {name: plan.layouts[f"{path}.{name}"] for name in planned.once}
             held = {name: (layout.parts[rank][0], layout.shape[-1]) for name, layout in layouts.items()}
-            layers.part_biases(block, held)
+            part_biases(block, held)
         for row in planned.rows:
             module: Any = model.get_submodule(row)
-            module.__class__ = layers.ROW_PARALLEL[Conv1D if isinstance(module, Conv1D) else nn.Linear]
+            module.__class__ = ROW_PARALLEL[Conv1D if isinstance(module, Conv1D) else nn.Linear]
             module.tp_block = parallel
         for dropout, kind in plan.dropouts.items():
             nearest = max((p for p in plan.blocks if dropout.startswith(p + ".")), key=len)
             if nearest == path:
-                beside = layers.FollowingDropout(dropout, kind, parallel, rank)
+                beside = FollowingDropout(dropout, kind, parallel, rank)
                 model.get_submodule(dropout).register_forward_pre_hook(beside.before)
                 model.get_submodule(dropout).register_forward_hook(beside.after, always_call=True)
 
@@ -258,8 +264,8 @@ def _hook_blocks(model: nn.Module, plan: Plan, rank: int) -> dict[str, layers.Pa
         rows = [plan.blocks[block].rows[0] for block in blocks]
         # an adapted row stands inside PEFT's layer
         outputs = {*blocks, *rows, *(row.removesuffix(".base_layer") for row in rows)}
-        beginning = Beginning()
-        pair = SideBySide(path, [model.get_submodule(output) for output in sorted(outputs)], beginning)
+        beginning = BlockInput()
+        pair = ParallelResidual(path, [model.get_submodule(output) for output in sorted(outputs)], beginning)
         for name, row in zip(blocks, rows, strict=True):
             parallels[name].beside, parallels[name].beginning = pair, beginning
             model.get_submodule(row).tp_beside = pair  # type: ignore[assignment]
@@ -268,9 +274,7 @@ def _hook_blocks(model: nn.Module, plan: Plan, rank: int) -> dict[str, layers.Pa
     return parallels
 
 
-def _begin_together(
-    model: nn.Module, plan: Plan, parallels: Mapping[str, layers.ParallelBlock], options: Options
-) -> None:
+def _begin_together(model: nn.Module, plan: Plan, parallels: Mapping[str, ParallelBlock], options: Options) -> None:
     """Tell column-parallel linears of the beginning of their block, and put weights that may run as one together."""
     if not (options.overlap or options.fuse):
         return
@@ -294,7 +298,7 @@ def _begin_together(
 
 
 def _hook_stacks(
-    model: nn.Module, found: Mapping[str, list[str]], parallels: Mapping[str, layers.ParallelBlock], rank: int
+    model: nn.Module, found: Mapping[str, list[str]], parallels: Mapping[str, ParallelBlock], rank: int
 ) -> dict[str, Stack]:
     made = {path: Stack(path) for path in found}
     for path, members in found.items():
@@ -341,19 +345,19 @@ def _hook_vocabulary(model: nn.Module, plan: Plan, rank: int) -> None:
             raise TPError(f"{path} must be an nn.Embedding without max_norm to be split by vocabulary rows")
         start, stop = (layout.parts[rank] or ((layout.shape[0], layout.shape[0]),))[0]
         embedding.num_embeddings = layout.local_shape(rank)[0]
-        rows = layers.VocabularyRows(start, stop, embedding.padding_idx)
+        rows = VocabularyRows(start, stop, embedding.padding_idx)
         embedding.register_forward_pre_hook(rows.before)
         embedding.register_forward_hook(rows.after)
     for path, name in plan.adapted_embeddings:
         adapted: Any = model.get_submodule(path)
         layout = plan.layouts[f"{path}.lora_embedding_A.{name}"]
         start, stop = (layout.parts[rank] or ((layout.shape[1], layout.shape[1]),))[0]
-        adapted._embed = layers.AdaptedRows(layers.VocabularyRows(start, stop, adapted.get_base_layer().padding_idx))
+        adapted._embed = AdaptedRows(VocabularyRows(start, stop, adapted.get_base_layer().padding_idx))
     if plan.heads:
         trace_once(type(model).forward)
     for path in plan.heads:
         head, layout = model.get_submodule(path), plan.layouts[f"{path}.weight"]
-        layers.fit_sizes(head, layout, rank)
+        fit_sizes(head, layout, rank)
         columns = VocabularyColumns(layout.shape[0], layout.local_shape(rank)[0])
         head.register_forward_pre_hook(columns.before)
         head.register_forward_hook(columns.after, prepend=True)  # other hooks see whole logits

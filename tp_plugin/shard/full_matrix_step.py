@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from tp_plugin.tensor.grad_norm import layout_of
 from tp_plugin.mesh.groups import require_mesh
 from tp_plugin.shard.full_tensor import gather_shards
+from tp_plugin.tensor.grad_norm import layout_of
 
 KNOWN = {("torch", "Adafactor"), ("torch", "Muon"), ("transformers", "Adafactor")}
 """Package and class; each parameter's update needs that parameter alone."""

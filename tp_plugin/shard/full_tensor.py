@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from tp_plugin.mesh.groups import Group, Mesh
 from tp_plugin.mesh.dtensor_utils import joined
+from tp_plugin.mesh.groups import Group, Mesh
 from tp_plugin.policy import ParamLayout
 
 
-def gather_whole(tensor: torch.Tensor, layout: ParamLayout | None, mesh: Mesh, here: bool = True) -> torch.Tensor:
+def gather_full_tensor(tensor: torch.Tensor, layout: ParamLayout | None, mesh: Mesh, here: bool = True) -> torch.Tensor:
     """The whole tensor on the CPU. Collective over the DP group, then over the TP group.
 
     Args:

@@ -15,7 +15,7 @@ _promising = False
 
 
 @contextlib.contextmanager
-def promises() -> Iterator[None]:
+def lazy_full_tensors() -> Iterator[None]:
     """Inside, ``state_dict`` of a sharded model gives promises of whole tensors."""
     global _promising
     before, _promising = _promising, True
@@ -30,7 +30,7 @@ def promising() -> bool:
     return _promising
 
 
-class Promise(torch.Tensor):
+class LazyFullTensor(torch.Tensor):
     """A whole tensor on the CPU that other ranks hold parts of. Looks whole; computing with it reads it, each time.
 
     Nobody else's memory: promises of tied names are one object, all others have storages of their own.
@@ -39,9 +39,9 @@ class Promise(torch.Tensor):
     whole: Callable[[], torch.Tensor]
 
     @staticmethod
-    def of(shape: tuple[int, ...], dtype: torch.dtype, whole: Callable[[], torch.Tensor]) -> Promise:
+    def of(shape: tuple[int, ...], dtype: torch.dtype, whole: Callable[[], torch.Tensor]) -> LazyFullTensor:
         nothing = inaccessible(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
-        promise: Promise = torch.Tensor._make_subclass(Promise, nothing, False)
+        promise: LazyFullTensor = torch.Tensor._make_subclass(LazyFullTensor, nothing, False)
         promise.whole = whole
         return promise
 
@@ -57,7 +57,7 @@ class Promise(torch.Tensor):
             (promise,) = args
             kept = promise.whole()
             promise.whole = lambda: kept
-        return function(*fulfil(args), **fulfil(kwargs))
+        return function(*materialize(args), **materialize(kwargs))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.whole().__reduce_ex__(protocol)
@@ -73,23 +73,23 @@ _SAME = {torch.Tensor.contiguous, torch.Tensor.detach, torch.Tensor.cpu}
 _ABOUT = {*ABOUT, torch.Tensor.untyped_storage}
 
 
-def fulfil(value: Any) -> Any:
-    """``value`` with whole tensors in place of promises, in containers too; one that stands there twice, once."""
-    return _fulfil(value, {})
+def materialize(value: Any) -> Any:
+    """``value`` with full tensors in place of lazy ones, in containers too; one that stands there twice, once."""
+    return _materialize(value, {})
 
 
-def _fulfil(value: Any, read: dict[int, torch.Tensor]) -> Any:
-    if isinstance(value, Promise):
+def _materialize(value: Any, read: dict[int, torch.Tensor]) -> Any:
+    if isinstance(value, LazyFullTensor):
         if id(value) not in read:
             read[id(value)] = value.whole()
         return read[id(value)]
     if isinstance(value, dict):
-        return {name: _fulfil(item, read) for name, item in value.items()}
+        return {name: _materialize(item, read) for name, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_fulfil(item, read) for item in value)
+        return type(value)(_materialize(item, read) for item in value)
     return value
 
 
-def has_promise(tensors: dict[str, Any]) -> bool:
+def has_lazy(tensors: dict[str, Any]) -> bool:
     """Whether any value is a promise."""
-    return any(isinstance(tensor, Promise) for tensor in tensors.values())
+    return any(isinstance(tensor, LazyFullTensor) for tensor in tensors.values())

@@ -5,7 +5,7 @@ shape, whose pages the kernel reads when somebody looks at them and copies when 
 script does with a model before ``prepare`` gives what it always gave. If nobody wrote, which the kernel knows, slicing
 reads this rank's ranges from the file, and no other page is ever touched.
 
-A tensor that is to be cast cannot lie in the file in its new dtype. It is a :class:`FromFile`, which becomes an
+A tensor that is to be cast cannot lie in the file in its new dtype. It is a :class:`LazyParameter`, which becomes an
 ordinary whole Parameter at the first operation that may read it.
 """
 
@@ -140,12 +140,12 @@ def is_mapped(tensor: torch.Tensor) -> bool:
 
 def lies_in_file(parameter: torch.Tensor) -> bool:
     """Whether nobody has read (or needed to copy) ``parameter`` out of its file yet."""
-    return isinstance(parameter, FromFile) or is_mapped(parameter)
+    return isinstance(parameter, LazyParameter) or is_mapped(parameter)
 
 
 def identity(tensor: torch.Tensor) -> Identity | None:
     """What ``tensor`` is in its file; None if it lies elsewhere or was written to, by whatever way."""
-    if isinstance(tensor, FromFile):
+    if isinstance(tensor, LazyParameter):
         source = identity(tensor.source)
         return source and Identity(**{**vars(source), "dtype": f"{source.dtype} as {tensor.dtype}"})
     mapping = _mapping_of(tensor)
@@ -154,9 +154,9 @@ def identity(tensor: torch.Tensor) -> Identity | None:
     return mapping.identity
 
 
-def take(parameter: torch.Tensor, layout: ParamLayout | None, rank: int) -> torch.Tensor:
+def read_shard(parameter: torch.Tensor, layout: ParamLayout | None, rank: int) -> torch.Tensor:
     """This rank's part of a parameter (or buffer), in memory of its own; with no layout, all of it."""
-    source = parameter.source if isinstance(parameter, FromFile) else parameter.data
+    source = parameter.source if isinstance(parameter, LazyParameter) else parameter.data
     layout = layout or ParamLayout.replicated(source.shape, 1)
     mapping = _mapping_of(source)
     if mapping is None:
@@ -188,33 +188,33 @@ def _pieces(source: torch.Tensor, layout: ParamLayout, rank: int) -> Iterator[tu
             yield outer * local + at * row, outer * whole + a * row, (b - a) * row
 
 
-def settle(parameter: nn.Parameter, local: torch.Tensor) -> None:
+def materialize_(parameter: nn.Parameter, local: torch.Tensor) -> None:
     """Make ``parameter`` (the same object) an ordinary Parameter with the data ``local``."""
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         parameter.data = local
-    if isinstance(parameter, FromFile):
+    if isinstance(parameter, LazyParameter):
         del parameter.source
         parameter.__class__ = nn.Parameter  # type: ignore[assignment]
 
 
-def settle_whole(model: nn.Module) -> None:
+def materialize_all_(model: nn.Module) -> None:
     """Read what of ``model`` still lies in files, whole."""
     for parameter in model.parameters():
         if lies_in_file(parameter):
-            settle(parameter, take(parameter, None, 0))
-    settle_buffers(model)
+            materialize_(parameter, read_shard(parameter, None, 0))
+    materialize_buffers_(model)
 
 
-def settle_buffers(model: nn.Module) -> None:
+def materialize_buffers_(model: nn.Module) -> None:
     """Copy the buffers of ``model`` that still lie in files."""
     for buffer in model.buffers():
         if is_mapped(buffer):
-            buffer.data = take(buffer, None, 0)
+            buffer.data = read_shard(buffer, None, 0)
 
 
 def read_at_forward(model: nn.Module) -> None:
     """Have the first forward of ``model`` read what was not: torch.compile cannot trace a reading."""
-    if any(isinstance(parameter, FromFile) for parameter in model.parameters()):
+    if any(isinstance(parameter, LazyParameter) for parameter in model.parameters()):
         hook = torch.compiler.disable(_read_before)  # here, for it imports the compiler
         hook.tp_reads = True
         model.register_forward_pre_hook(hook, prepend=True)
@@ -230,12 +230,12 @@ def forget_forward(model: nn.Module) -> None:
 
 def _read_before(model: nn.Module, args: object) -> None:
     for parameter in model.parameters():
-        if isinstance(parameter, FromFile):
+        if isinstance(parameter, LazyParameter):
             parameter.read()
     forget_forward(model)
 
 
-class FromFile(nn.Parameter):
+class LazyParameter(nn.Parameter):
     """A Parameter of the whole shape and its final dtype, whose data lies in a file in another.
 
     Operations on what it is (shape, dtype, ``requires_grad``, hooks) leave it as it is. Any other first reads and casts
@@ -246,16 +246,16 @@ class FromFile(nn.Parameter):
     source: torch.Tensor
 
     @staticmethod
-    def of(source: torch.Tensor, dtype: torch.dtype) -> FromFile:
+    def of(source: torch.Tensor, dtype: torch.dtype) -> LazyParameter:
         nothing = inaccessible(math.prod(source.shape) * dtype.itemsize).view(dtype).view(source.shape)
-        parameter: FromFile = torch.Tensor._make_subclass(FromFile, nothing, dtype.is_floating_point)
+        parameter: LazyParameter = torch.Tensor._make_subclass(LazyParameter, nothing, dtype.is_floating_point)
         parameter.source = source
         return parameter
 
     def read(self) -> None:
         """Become an ordinary whole Parameter."""
         read_bytes["cast"] += self.source.nbytes
-        settle(self, self.source.to(self.dtype))
+        materialize_(self, self.source.to(self.dtype))
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -301,8 +301,8 @@ ABOUT = {
 ABOUT |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor, torch.is_same_size}
 
 
-def _lazy_in(value: Any) -> Iterator[FromFile]:
-    if isinstance(value, FromFile):
+def _lazy_in(value: Any) -> Iterator[LazyParameter]:
+    if isinstance(value, LazyParameter):
         yield value
     elif isinstance(value, dict):
         for inner in value.values():
@@ -363,7 +363,7 @@ def _unmap(start: int, size: int, key: int | None) -> None:
 
 
 def _mapping_of(tensor: torch.Tensor) -> _Mapping | None:
-    if isinstance(tensor, FromFile) or tensor.device.type != "cpu" or not _mappings:
+    if isinstance(tensor, LazyParameter) or tensor.device.type != "cpu" or not _mappings:
         return None
     if hasattr(tensor, "ds_id") or tensor.layout != torch.strided:
         return None

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from tp_plugin.errors import DivergenceError
-from tp_plugin.runtime.transport import ELSEWHERE, Exchange
-from tp_plugin.mesh.groups import Mesh
 from tp_plugin.mesh.dtensor_utils import held, joined
+from tp_plugin.mesh.groups import Mesh
 from tp_plugin.policy import ParamLayout, Plan
-from tp_plugin.shard.lazy_full_tensor import Promise
+from tp_plugin.runtime.transport import ELSEWHERE, PeerTransport
 from tp_plugin.shard.full_tensor import plain_name
+from tp_plugin.shard.lazy_full_tensor import LazyFullTensor
 
 _uids = itertools.count()
 _FINGERPRINTED = 64
@@ -31,7 +31,7 @@ _FINGERPRINTED = 64
 class ShardRecord:
     """Lives on the sharded model as ``model.tp_record``; copied with it, as the record of the copy."""
 
-    def __init__(self, model: nn.Module, plan: Plan, mesh: Mesh, exchange: Exchange):
+    def __init__(self, model: nn.Module, plan: Plan, mesh: Mesh, exchange: PeerTransport):
         self.plan, self.mesh, self.exchange = plan, mesh, exchange
         self.armed = True
         self.progress: Callable[[], int] = int
@@ -51,7 +51,7 @@ class ShardRecord:
         self.wrapper: Callable[[], nn.Module | None] = lambda: None
         """What the model was given in, of which one record watches what is in no sharded model."""
         self._wholes: weakref.WeakValueDictionary[tuple[str, int, int], torch.Tensor] = weakref.WeakValueDictionary()
-        self._promises: weakref.WeakValueDictionary[str, Promise] = weakref.WeakValueDictionary()
+        self._promises: weakref.WeakValueDictionary[str, LazyFullTensor] = weakref.WeakValueDictionary()
         self._versions: dict[str, int] = {}
         self._parameters: dict[str, torch.Tensor] = {}
         self._shadow: nn.Module = nn.Module()
@@ -162,10 +162,10 @@ class ShardRecord:
         if not layout.is_sharded:
             return local
         name = self._first_name(key)
-        memo = (name, self.exchange.lockstep.clock, local._version)
+        memo = (name, self.exchange.sync_points.clock, local._version)
         whole = self._wholes.get(memo)
         if whole is None:
-            whole = read_whole(self.exchange, self.uid, name, local, layout)
+            whole = read_full_tensor(self.exchange, self.uid, name, local, layout)
             self._wholes[memo] = whole
         return whole
 
@@ -177,8 +177,8 @@ class ShardRecord:
         name = self._first_name(key)
         promise = self._promises.get(name)
         if promise is None:
-            read = functools.partial(read_whole, self.exchange, self.uid, name, local, layout)
-            promise = self._promises[name] = Promise.of(layout.shape, local.dtype, read)
+            read = functools.partial(read_full_tensor, self.exchange, self.uid, name, local, layout)
+            promise = self._promises[name] = LazyFullTensor.of(layout.shape, local.dtype, read)
         return promise
 
     def _first_name(self, key: str) -> str:
@@ -230,7 +230,9 @@ def totals() -> dict[str, int]:
 _totals: Counter[str] = Counter(parameter_bytes=0, whole_parameter_bytes=0)
 
 
-def read_whole(exchange: Exchange, uid: str, key: str, local: torch.Tensor, layout: ParamLayout) -> torch.Tensor:
+def read_full_tensor(
+    exchange: PeerTransport, uid: str, key: str, local: torch.Tensor, layout: ParamLayout
+) -> torch.Tensor:
     """Assemble a whole tensor on the CPU, one peer's shard at a time."""
     whole = torch.empty(layout.shape, dtype=local.dtype)
     me = exchange.mesh.tp.rank

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from tp_plugin.errors import TPError
-from tp_plugin.runtime.transport import ELSEWHERE, exchange
-from tp_plugin.tensor.grad_norm import layout_of
-from tp_plugin.mesh.groups import require_mesh
 from tp_plugin.mesh.dtensor_utils import is_split
-from tp_plugin.shard import full_matrix_step as whole_step
+from tp_plugin.mesh.groups import require_mesh
+from tp_plugin.runtime.transport import ELSEWHERE, exchange
+from tp_plugin.shard import full_matrix_step
 from tp_plugin.shard.elementwise import fault
-from tp_plugin.shard.model_state import read_whole
+from tp_plugin.shard.model_state import read_full_tensor
 from tp_plugin.shard.state_dict import gives_local
+from tp_plugin.tensor.grad_norm import layout_of
 
 _uids = itertools.count()
 
@@ -29,15 +29,15 @@ def shard_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
     Raises:
         TPError: its update rule is not elementwise, so shards would not train as the whole tensor does, and it is none
-            of those that are given whole parameters (whole_step.py).
+            of those that are given whole parameters (full_matrix_step.py).
     """
     if getattr(optimizer, "tp_states", None) is not None or getattr(optimizer, "tp_steps_whole", False):
         return
     parameters = _parameters(optimizer)
     if not any((layout := layout_of(p)) is not None and layout.is_sharded for p in parameters):
         return
-    if whole_step.steps_whole(optimizer):
-        whole_step.install(optimizer)
+    if full_matrix_step.steps_whole(optimizer):
+        full_matrix_step.install(optimizer)
         optimizer.tp_steps_whole = True  # type: ignore[attr-defined]
         return
     name = type(optimizer).__name__
@@ -137,7 +137,7 @@ def _give_whole(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
             if layout is None or not layout.is_sharded or not isinstance(value, torch.Tensor) or is_split(value):
                 continue  # (FSDP2's states become whole in torch's distributed checkpoint API)
             if tuple(value.shape) == layout.local_shape(mesh.tp.rank):
-                entry[key] = read_whole(link, states.uid, f"{index}/{key}", value, layout)
+                entry[key] = read_full_tensor(link, states.uid, f"{index}/{key}", value, layout)
         whole[index] = entry
     link.leave(states.uid)
     return {**state_dict, "state": whole}

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_plugin.runtime.sync_points import BARRIER
-from tp_plugin.mesh.groups import require_mesh
 from tp_plugin.mesh.dtensor_utils import is_split
+from tp_plugin.mesh.groups import require_mesh
+from tp_plugin.runtime.sync_points import BARRIER
+from tp_plugin.shard.full_tensor import gather_full_tensor, plain_name
 from tp_plugin.shard.lazy_full_tensor import promising
 from tp_plugin.shard.model_state import ShardRecord
-from tp_plugin.shard.full_tensor import gather_whole, plain_name
 
 _local = False
 
@@ -63,10 +63,10 @@ def _leave(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) 
         return
     split = [key for key, value in state.items() if isinstance(value, torch.Tensor) and is_split(value)]
     if split:  # by FSDP2: no rank can read alone what another DP rank holds
-        record.exchange.lockstep.meet(BARRIER)
+        record.exchange.sync_points.meet(BARRIER)
     for key in split:
         layout = record.plan.layouts.get(plain_name(key.removeprefix(prefix)))
-        state[key] = gather_whole(state[key], layout, record.mesh)
+        state[key] = gather_full_tensor(state[key], layout, record.mesh)
     if not promising():  # promises are kept within the caller's session
         record.exchange.leave(record.uid)
 

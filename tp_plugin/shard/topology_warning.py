@@ -7,9 +7,9 @@ import sys
 
 from torch import nn
 
-from tp_plugin.runtime.transport import Exchange
 from tp_plugin.mesh.hosts import comes_first
 from tp_plugin.policy import Plan
+from tp_plugin.runtime.transport import PeerTransport
 
 EXAMPLE = 8 * 1024
 """Tokens of the micro-batch that the warning takes as an example."""
@@ -26,7 +26,7 @@ def bytes_per_token(model: nn.Module, plan: Plan) -> int:
     return sum(plan.reductions()) * max(widths, default=0) * size
 
 
-def warn_of_crossing(model: nn.Module, plan: Plan, link: Exchange) -> None:
+def warn_of_crossing(model: nn.Module, plan: Plan, link: PeerTransport) -> None:
     """Print, once for the world, that this TP group spans machines."""
     mesh = link.mesh
     places: dict[object, list[int]] = {}

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tp_plugin.mesh.groups import Group, current_mesh
 from tp_plugin.mesh.dtensor_utils import held, held_rows, is_split
+from tp_plugin.mesh.groups import Group, current_mesh
 from tp_plugin.policy import ParamLayout
 
 _layouts: Any = WeakIdKeyDictionary()
@@ -72,13 +72,13 @@ def any_sharded() -> bool:
 
 
 def total_norm(tensors: Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
-    """:func:`wide_norm` in the dtype of the gradients, as torch's own norm is given."""
+    """:func:`sharded_grad_norm` in the dtype of the gradients, as torch's own norm is given."""
     tensors = list(tensors)
-    norm = wide_norm(tensors, norm_type)
+    norm = sharded_grad_norm(tensors, norm_type)
     return norm.to(functools.reduce(torch.promote_types, (t.dtype for t in tensors))) if tensors else norm
 
 
-def wide_norm(tensors: list[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
+def sharded_grad_norm(tensors: list[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
     """The ``norm_type`` norm of whole gradients (or parameters), each seen as its whole tensor; a scalar tensor.
 
     ``tensors`` are what this rank holds, recognised as parameters, their ``.grad``, or views of the same memory.

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from tp_plugin.errors import TPError
-from tp_plugin.tensor import regions as collectives
 from tp_plugin.mesh.groups import require_mesh
-from tp_plugin.tensor.sequence import SEQUENCE, Join, Stack
 from tp_plugin.policy.layout import Parts
+from tp_plugin.tensor import regions
+from tp_plugin.tensor.sequence import SEQUENCE, Join, Stack
 
 HEADS = 1
 """The dimension of the heads in attention weights (batch, heads, queries, keys)."""
@@ -70,7 +70,7 @@ class LayerOutputs:
             )
         most = max(counts)
         last = F.pad(weights.transpose(HEADS, -1), (0, most - counts[tp.rank])).contiguous()
-        gathered = collectives.gather_last(last, tp)
+        gathered = regions.gather_from_tp(last, tp)
         whole = torch.cat([gathered.narrow(-1, most * rank, count) for rank, count in enumerate(counts)], -1)
         order = [head for heads in held for head in heads]
         if order != sorted(order):

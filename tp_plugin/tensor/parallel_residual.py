@@ -15,15 +15,15 @@ from torch import nn
 
 from tp_plugin.errors import TPError
 from tp_plugin.tensor import sequence
-from tp_plugin.tensor.wgrad_overlap import Beginning
 from tp_plugin.tensor.rng import Dropouts
 from tp_plugin.tensor.sequence import Stack
+from tp_plugin.tensor.wgrad_overlap import BlockInput
 
 INSIDE = ("attention_dropout", "attn_dropout", "attn_pdrop")
 """Dropouts that act inside a block, on shards."""
 
 
-class SideBySide:
+class ParallelResidual:
     """The state of one layer's forward.
 
     Args:
@@ -33,7 +33,7 @@ class SideBySide:
         beginning: that of both blocks.
     """
 
-    def __init__(self, path: str, outputs: Sequence[nn.Module], beginning: Beginning, stack: Stack | None = None):
+    def __init__(self, path: str, outputs: Sequence[nn.Module], beginning: BlockInput, stack: Stack | None = None):
         self.path, self.outputs, self.beginning, self.stack = path, list(outputs), beginning, stack
         self._draws = Dropouts(besides=INSIDE)
         self.own_hooks = sum(len(module._forward_hooks) for module in outputs)

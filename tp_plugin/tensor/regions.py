@@ -1,7 +1,7 @@
 """The two operators of Megatron-LM (Shoeybi et al. 2019, section 3) and what the vocabulary needs, with autograd.
 
-``f`` (:func:`enter`): identity forward, all-reduce backward; stands where activations enter a sharded block.
-``g`` (:func:`reduce`): all-reduce forward, identity backward; stands after a row-parallel product.
+``f`` (:func:`copy_to_tp`): identity forward, all-reduce backward; stands where activations enter a sharded block.
+``g`` (:func:`reduce_from_tp`): all-reduce forward, identity backward; stands after a row-parallel product.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from tp_plugin.tensor.first_order import first_order
 from tp_plugin.mesh.groups import Group
+from tp_plugin.tensor.first_order import first_order
 
 
-class _Enter(torch.autograd.Function):
+class _CopyToTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.group = group
@@ -32,7 +32,7 @@ class _Enter(torch.autograd.Function):
         return None, *(part.view(grad.shape) for part, grad in zip(parts, grads, strict=True))
 
 
-class _Reduce(torch.autograd.Function):
+class _ReduceFromTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
         return group.summed(x)
@@ -43,7 +43,7 @@ class _Reduce(torch.autograd.Function):
         return grad, None
 
 
-class _GatherLast(torch.autograd.Function):
+class _GatherFromTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
         ctx.group, ctx.width = group, x.shape[-1]
@@ -56,12 +56,12 @@ class _GatherLast(torch.autograd.Function):
         return grad.narrow(-1, ctx.group.rank * ctx.width, ctx.width).contiguous(), None
 
 
-def enter(x: torch.Tensor, group: Group) -> torch.Tensor:
+def copy_to_tp(x: torch.Tensor, group: Group) -> torch.Tensor:
     """``f``: ``x`` itself; its gradient is summed over ``group``."""
-    return enter_all([x], group)[0]
+    return copy_all_to_tp([x], group)[0]
 
 
-def enter_all(xs: Sequence[torch.Tensor], group: Group) -> list[torch.Tensor]:
+def copy_all_to_tp(xs: Sequence[torch.Tensor], group: Group) -> list[torch.Tensor]:
     """``f`` for all inputs of one block: the gradients of one dtype and device are summed by one all-reduce."""
     entered = list(xs)
     kinds: dict[Any, list[int]] = {}
@@ -69,16 +69,16 @@ def enter_all(xs: Sequence[torch.Tensor], group: Group) -> list[torch.Tensor]:
         if group.size > 1 and x.requires_grad:
             kinds.setdefault((x.dtype, x.device), []).append(at)
     for places in kinds.values():
-        for at, y in zip(places, _Enter.apply(group, *(xs[at] for at in places)), strict=True):
+        for at, y in zip(places, _CopyToTP.apply(group, *(xs[at] for at in places)), strict=True):
             entered[at] = y
     return entered
 
 
-def reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
+def reduce_from_tp(x: torch.Tensor, group: Group) -> torch.Tensor:
     """``g``: the sum of ``x`` over ``group``; the gradient passes unchanged."""
-    return _Reduce.apply(x, group) if group.size > 1 else x
+    return _ReduceFromTP.apply(x, group) if group.size > 1 else x
 
 
-def gather_last(x: torch.Tensor, group: Group) -> torch.Tensor:
+def gather_from_tp(x: torch.Tensor, group: Group) -> torch.Tensor:
     """The tensors of all ranks side by side along the last dimension, (…, n) → (…, n · size)."""
-    return _GatherLast.apply(x, group) if group.size > 1 else x
+    return _GatherFromTP.apply(x, group) if group.size > 1 else x

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from tp_plugin.errors import TPError
-from tp_plugin.tensor import regions as collectives, rng
-from tp_plugin.tensor.first_order import first_order
 from tp_plugin.mesh.groups import Group, Pending, require_mesh
+from tp_plugin.tensor import regions, rng
+from tp_plugin.tensor.first_order import first_order
 
 SEQUENCE = 1
 """The dimension of the tokens in (batch, sequence, hidden)."""
@@ -301,7 +301,7 @@ class Scatter(torch.autograd.Function):
 
 def enter(x: torch.Tensor, stack: Stack | None) -> torch.Tensor:
     """The beginning of a block: ``f``, or the gathering of all tokens."""
-    return stack.enter(x) if stack is not None and stack.runs else collectives.enter(x, require_mesh().tp)
+    return stack.enter(x) if stack is not None and stack.runs else regions.copy_to_tp(x, require_mesh().tp)
 
 
 def zeros(product: torch.Tensor, stack: Stack | None) -> torch.Tensor:
@@ -315,4 +315,4 @@ def reduce(product: torch.Tensor, stack: Stack | None) -> torch.Tensor:
     """The end of a block: ``g``, or the scattering of the tokens."""
     if stack is not None and stack.runs:
         return stack.leave(product)
-    return collectives.reduce(product, require_mesh().tp)
+    return regions.reduce_from_tp(product, require_mesh().tp)

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tp_plugin.tensor import regions as collectives, sequence
-from tp_plugin.tensor.first_order import first_order
 from tp_plugin.mesh.groups import Group, require_mesh
+from tp_plugin.tensor import regions, sequence
+from tp_plugin.tensor.first_order import first_order
 from tp_plugin.tensor.sequence import Regather, Stack
 
 
@@ -50,7 +50,7 @@ class Note(NamedTuple):
 
 
 @dataclasses.dataclass
-class Opening:
+class BlockRun:
     """One run of a block.
 
     Attributes:
@@ -68,7 +68,7 @@ class Opening:
     ready: dict[nn.Module, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
-class Beginning:
+class BlockInput:
     """The beginning of a block, or of two that stand side by side.
 
     Args:
@@ -81,7 +81,7 @@ class Beginning:
         self.linears: list[nn.Module] = []
         self.siblings: list[tuple[nn.Module, ...]] = []
         """Linears that are called with one and the same input."""
-        self.opening: Opening | None = None
+        self.opening: BlockRun | None = None
 
     def enter(self, xs: Sequence[torch.Tensor], stack: Stack | None) -> list[torch.Tensor]:
         """``f`` at all inputs of the block, or the gathering of its one input if that is a part of the sequence."""
@@ -90,12 +90,12 @@ class Beginning:
         gathered = stack is not None and stack.runs
         parameters = self._parameters() if self._may_open(xs, group) else {}
         if not parameters:
-            return [sequence.enter(xs[0], stack)] if gathered else collectives.enter_all(xs, group)
+            return [sequence.enter(xs[0], stack)] if gathered else regions.copy_all_to_tp(xs, group)
         notes: list[Note] = []
         span = stack.span(xs[0]) if stack is not None and gathered else None
         flat = [p for _, weight, bias in parameters.values() for p in (weight, bias)]
         entered = list(_Begin.apply(notes, group, span, self.overlap, len(xs), *xs, *flat))
-        self.opening = Opening(entered, parameters, notes)
+        self.opening = BlockRun(entered, parameters, notes)
         return entered
 
     def end(self) -> None:
@@ -139,7 +139,7 @@ class Beginning:
         opening.ready.update(zip(together, outputs, strict=True))
         return opening.ready.pop(linear)
 
-    def _together(self, linear: nn.Module, opening: Opening) -> tuple[nn.Module, ...]:
+    def _together(self, linear: nn.Module, opening: BlockRun) -> tuple[nn.Module, ...]:
         for siblings in self.siblings if self.fuse and len(opening.entered) == 1 else ():
             if linear not in siblings or any(one not in opening.parameters or _is_watched(one) for one in siblings):
                 continue
@@ -248,7 +248,7 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, opening: Opening, numbers: tuple[int, ...], transposed: bool, x: torch.Tensor, *parameters: Any
+        ctx: Any, opening: BlockRun, numbers: tuple[int, ...], transposed: bool, x: torch.Tensor, *parameters: Any
     ) -> tuple[torch.Tensor, ...]:
         count = len(numbers)
         weights, biases = parameters[:count], parameters[count:]
@@ -302,7 +302,7 @@ def _cut(y: torch.Tensor, widths: Sequence[int]) -> tuple[torch.Tensor, ...]:
 class _ColumnParallel:
     """Mixin: the layer's own forward, unless its block's beginning computes the output."""
 
-    tp_beginning: Beginning | None = None
+    tp_beginning: BlockInput | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         beginning = self.tp_beginning

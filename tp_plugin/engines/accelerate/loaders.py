@@ -16,10 +16,10 @@ import torch
 from tp_plugin.engines.accelerate.operations import leaders_only
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import DivergenceError
-from tp_plugin.tensor import rng
-from tp_plugin.runtime.transport import exchange
-from tp_plugin.runtime.sync_points import BATCH
 from tp_plugin.mesh.groups import Mesh, current_mesh
+from tp_plugin.runtime.sync_points import BATCH
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.tensor import rng
 
 
 def install(data_loader: Any) -> None:
@@ -86,7 +86,7 @@ def _lead(original: Any, loader: Any, mesh: Mesh) -> Iterator[Any]:
 def _follow(loader: Any, mesh: Mesh) -> Iterator[Any]:
     loader.begin()
     while True:
-        exchange(mesh).lockstep.meet(BATCH)
+        exchange(mesh).sync_points.meet(BATCH)
         message = mesh.control.broadcast_object(None)
         if message.generators is not None:
             rng.restore(message.generators)
@@ -105,7 +105,7 @@ def _follow(loader: Any, mesh: Mesh) -> Iterator[Any]:
 
 def _send(mesh: Mesh, message: Any) -> bool:
     """Send to the peers; False if none is at this loader (the main process iterates alone)."""
-    if len(exchange(mesh).lockstep.meet(BATCH)) < mesh.tp_size:
+    if len(exchange(mesh).sync_points.meet(BATCH)) < mesh.tp_size:
         return False
     mesh.control.broadcast_object(message)
     return True

@@ -18,11 +18,11 @@ import torch.distributed as dist
 
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import DivergenceError
-from tp_plugin.runtime.transport import exchange
+from tp_plugin.mesh.groups import current_mesh
 from tp_plugin.runtime.batch_guard import digest
 from tp_plugin.runtime.sync_points import COLLECTIVE
+from tp_plugin.runtime.transport import exchange
 from tp_plugin.tensor.vocab import Logits
-from tp_plugin.mesh.groups import current_mesh
 
 _leaders_only = False
 
@@ -53,7 +53,7 @@ def meet_at(operation: str, value: Any = None) -> Any:
     if isinstance(value, Logits):
         value = value.gathered()
     kind, content = _digest(value)
-    met = exchange(mesh).lockstep.meet(COLLECTIVE, [zlib.crc32(operation.encode()), kind, content])
+    met = exchange(mesh).sync_points.meet(COLLECTIVE, [zlib.crc32(operation.encode()), kind, content])
     if len({values[0] for values in met}) > 1:
         raise DivergenceError(
             f"the ranks {list(mesh.tp.ranks)} of a TP group came to different collectives of Accelerate (this one to "

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_plugin.config.run_config import Options
 from tp_plugin.engines import saving
 from tp_plugin.engines.accelerate import save_state
 from tp_plugin.engines.accelerate.operations import TorchOverDP
 from tp_plugin.engines.fsdp2 import prepare as fsdp2
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.config.run_config import Options
-from tp_plugin.runtime.transport import exchange
-from tp_plugin.runtime.sync_points import TRIGGER
 from tp_plugin.mesh.groups import Mesh, current_mesh
-from tp_plugin.shard import agree_on_weights, models_in, parallelize, settle_whole, shard_optimizer
+from tp_plugin.runtime.sync_points import TRIGGER
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.shard import agree_on_weights, materialize_all_, models_in, parallelize, shard_optimizer
 from tp_plugin.shard.model_state import totals
 
 
@@ -113,7 +113,7 @@ def _shard(accelerator: Any, model: nn.Module) -> None:
         fsdp2.spread_what_was_loaded(model, mesh)
     if type(model).__name__ in options.leave_whole or (_is_beside(model) and totals()["parameter_bytes"]):
         agree_on_weights(model, mesh)
-        settle_whole(model)
+        materialize_all_(model)
         return
     parallelize(model, options.tp_size, options=options)
     for optimizer in accelerator._optimizers:  # prepared before its model
@@ -152,6 +152,6 @@ def _check_trigger(original: Any, self: Any) -> bool:
     if mesh is not None:
         # a trigger set on one rank of a TP group is set for that process
         mine = 0 if self.flag_tensor is None else int(self.flag_tensor.item())
-        if any(flag for flag, *_ in exchange(mesh).lockstep.meet(TRIGGER, [mine])):
+        if any(flag for flag, *_ in exchange(mesh).sync_points.meet(TRIGGER, [mine])):
             self.flag_tensor = torch.tensor(1, device=self.device)
     return bool(original(self))

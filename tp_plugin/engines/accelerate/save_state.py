@@ -20,14 +20,14 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from tp_plugin.checkpoint import atomic_dir as journal
+from tp_plugin.checkpoint import atomic_dir
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
-from tp_plugin.tensor import rng
-from tp_plugin.runtime.transport import exchange
 from tp_plugin.mesh.groups import Mesh, current_mesh
-from tp_plugin.shard import local_states, models_in, promises
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.shard import lazy_full_tensors, local_states, models_in
 from tp_plugin.shard.full_tensor import plain_name
+from tp_plugin.tensor import rng
 
 SESSION = "Accelerator.save_state"
 ENGINES = {"FSDP": "FSDP2", "DEEPSPEED": "DeepSpeed ZeRO"}
@@ -49,7 +49,7 @@ def _save_state(original: Any, self: Any, output_dir: Any = None, *args: Any, **
     automatic = naming.automatic_checkpoint_naming
     folder = Path(self.project_dir) / "checkpoints" / f"checkpoint_{self.save_iteration}" if automatic else output_dir
     folder = Path(os.path.expanduser(folder))
-    if automatic and journal.is_complete(folder) and folder.exists():
+    if automatic and atomic_dir.is_complete(folder) and folder.exists():
         raise ValueError(
             f"Checkpoint directory {folder} ({self.save_iteration}) already exists. Please manually override "
             "`self.save_iteration` with what iteration to start with."
@@ -74,13 +74,13 @@ def _write(write: Any, accelerator: Any, folder: Path, mesh: Mesh) -> None:
     local_main = accelerator.is_local_main_process or not joint
     try:
         if local_main:
-            journal.begin(folder)
+            atomic_dir.begin(folder)
         if joint:
             accelerator.wait_for_everyone()
         problem = None
         try:
             with contextlib.nullcontext() if collective else _once(accelerator):
-                write(folder / journal.ASIDE)
+                write(folder / atomic_dir.ASIDE)
         except Exception as error:
             if collective:
                 raise  # the others are in collectives of the engine: the launcher ends them
@@ -92,15 +92,15 @@ def _write(write: Any, accelerator: Any, folder: Path, mesh: Mesh) -> None:
     problems = mesh.world.gather_objects(problem and str(problem)) if joint and not collective else [problem]
     if any(problems):
         if local_main:
-            journal.abandon(folder)
+            atomic_dir.abandon(folder)
         rank = next(rank for rank, found in enumerate(problems) if found)
         raise problem or TPError(f"save_state failed on rank {rank}: {problems[rank]}")
     if accelerator.is_main_process or not joint:
-        journal.finish(folder, _about(accelerator, mesh))
+        atomic_dir.finish(folder, _about(accelerator, mesh))
     if joint:
         accelerator.wait_for_everyone()
-        if local_main and (folder / journal.ASIDE).exists():  # machines that share no folder
-            journal.finish(folder, _about(accelerator, mesh))
+        if local_main and (folder / atomic_dir.ASIDE).exists():  # machines that share no folder
+            atomic_dir.finish(folder, _about(accelerator, mesh))
 
 
 @contextlib.contextmanager
@@ -108,7 +108,7 @@ def _once(accelerator: Any) -> Iterator[None]:
     """Whole tensors are read by who writes them, when he writes them."""
     each_node = accelerator.project_configuration.save_on_each_node
     writes = accelerator.is_local_main_process if each_node else accelerator.is_main_process
-    with promises() if writes else local_states():
+    with lazy_full_tensors() if writes else local_states():
         yield
 
 
@@ -177,7 +177,7 @@ def _find(accelerator: Any, input_dir: Any) -> Path | None:
         return None
     folders = _numbered(parent)
     for folder in reversed(folders):
-        if journal.is_complete(folder):
+        if atomic_dir.is_complete(folder):
             if folder != folders[-1]:
                 warnings.warn(f"{folders[-1]} is not complete; {folder} is loaded", stacklevel=4)
             return folder
@@ -189,13 +189,13 @@ def _check(accelerator: Any, folder: Path, mesh: Mesh) -> None:
     problem = None
     try:
         if accelerator.is_local_main_process:
-            journal.recover(folder)
+            atomic_dir.recover(folder)
     except (OSError, TPError) as error:
         problem = str(error)
     accelerator.wait_for_everyone()
     if problem is None:
         try:
-            saved = journal.check(folder).get("engine")
+            saved = atomic_dir.check(folder).get("engine")
             if saved is not None and saved != _engine(accelerator):
                 problem = (
                     f"checkpoint {folder} was saved by {saved}, this run uses {_engine(accelerator)}; load it with the "

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
+from tp_plugin.config.run_config import Options
 from tp_plugin.engines.fsdp2 import config as fsdp2
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.config.run_config import Options
-from tp_plugin.tensor import rng
-from tp_plugin.runtime.transport import exchange
-from tp_plugin.runtime.sync_points import BARRIER
 from tp_plugin.mesh.groups import Mesh, current_mesh, init_mesh
+from tp_plugin.runtime.sync_points import BARRIER
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.tensor import rng
 
 
 def install(state: Any) -> None:
@@ -132,7 +132,7 @@ def _wait_for_everyone(original: Any, self: Any) -> None:
         return original(self)
     if not torch.distributed.is_initialized():
         return None  # after end_training there is nobody to wait for
-    exchange(mesh).lockstep.meet(BARRIER)
+    exchange(mesh).sync_points.meet(BARRIER)
     if mesh.dp_size > 1:
         devices = [torch.cuda.current_device()] if torch.distributed.get_backend() == "nccl" else None
         torch.distributed.barrier(device_ids=devices)

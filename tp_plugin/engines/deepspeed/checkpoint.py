@@ -1,7 +1,7 @@
 """Checkpoints of a DeepSpeed engine: every rank writes its own shard; a run of any tp and dp reads them.
 
 What DeepSpeed saves at (tp, dp) it loads at (tp, dp) itself. At another size each rank asks for its own two files,
-which are made from the saved ones (files.py), so DeepSpeed's loading code does all the rest.
+which are made from the saved ones (deepspeed_files.py), so DeepSpeed's loading code does all the rest.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tp_plugin.checkpoint import deepspeed_files as files
+from tp_plugin.checkpoint import deepspeed_files
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
-from tp_plugin.runtime.transport import exchange
-from tp_plugin.tensor.grad_norm import layout_of
-from tp_plugin.runtime.sync_points import BARRIER
 from tp_plugin.mesh.groups import Mesh, current_mesh
 from tp_plugin.policy import ParamLayout
+from tp_plugin.runtime.sync_points import BARRIER
+from tp_plugin.runtime.transport import exchange
 from tp_plugin.shard import local_states
+from tp_plugin.tensor.grad_norm import layout_of
 
 RECOVERY = '''#!/usr/bin/env python3
 """This tensor-parallel checkpoint as one Hugging Face model: {name} CHECKPOINT_DIR OUTPUT_DIR (needs tp-plugin)."""
@@ -56,9 +56,9 @@ def install_recovery(zero_to_fp32: Any) -> None:
 
 
 def _fp32_state_dict(original: Any, folder: Any, exclude_frozen_parameters: bool = False) -> Any:
-    if not (Path(folder) / files.SIDECAR).exists():
+    if not (Path(folder) / deepspeed_files.SIDECAR).exists():
         return original(folder, exclude_frozen_parameters)
-    source = files.Checkpoint(Path(folder))
+    source = deepspeed_files.Checkpoint(Path(folder))
     frozen = set(source.model_state(0).get("frozen_param_shapes") or {}) if exclude_frozen_parameters else set()
     return OrderedDict((name, tensor) for name, tensor in source.masters() if name not in frozen)
 
@@ -79,7 +79,7 @@ def _save_checkpoint(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any
     mesh = current_mesh()
     if mesh is None:
         return original(self, *args, **kwargs)
-    exchange(mesh).lockstep.meet(BARRIER)
+    exchange(mesh).sync_points.meet(BARRIER)
     with local_states():
         return original(self, *args, **kwargs)
 
@@ -92,13 +92,13 @@ def _save_model_file(original: Any, self: Any, save_dir: Any, tag: Any, *args: A
             "format": 1,
             "tp_size": mesh.tp_size,
             "dp_size": mesh.dp_size,
-            "layouts": files.layouts_to(_layouts(self)),
+            "layouts": deepspeed_files.layouts_to(_layouts(self)),
             "optimizer_names": _optimizer_names(self),
             "aliases": _aliases(self.module),
             "config": _model_config(self.module),
             "model_class": type(self.module).__name__ if hasattr(self.module, "tp_record") else None,
         }
-        (Path(save_dir) / str(tag) / files.SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
+        (Path(save_dir) / str(tag) / deepspeed_files.SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
     return result
 
 
@@ -138,7 +138,7 @@ def _load_checkpoint(original: Any, self: Any, load_dir: Any, tag: Any = None, *
     mesh = current_mesh()
     if mesh is None:
         return original(self, load_dir, tag, *args, **kwargs)
-    exchange(mesh).lockstep.meet(BARRIER)
+    exchange(mesh).sync_points.meet(BARRIER)
     folder = _folder(Path(load_dir), tag)
     if folder is None or self.load_universal_checkpoint() or _has_this_layout(folder, mesh, self):
         return original(self, load_dir, tag, *args, **kwargs)
@@ -147,14 +147,14 @@ def _load_checkpoint(original: Any, self: Any, load_dir: Any, tag: Any = None, *
             f"{folder} was saved at another tp or dp, and its optimizer states lie on NVMe by rank; resume at the same "
             "tp_size and number of processes, or save with offload_optimizer on cpu"
         )
-    source = files.Checkpoint(folder, _optimizer_names(self))
+    source = deepspeed_files.Checkpoint(folder, _optimizer_names(self))
     stage = self.zero_optimization_stage()
     if source.stage != stage and not (source.stage in (1, 2) and stage in (1, 2)):
         raise TPError(f"{folder} was saved with ZeRO stage {source.stage}, this run uses stage {stage}; use the same")
     shapes = None
     if stage:
         shapes = [{name: tuple(shape) for name, shape in group.items()} for group in self._get_zero_param_shapes()]
-    target = files.Target(mesh.tp_size, mesh.dp_size, mesh.tp.rank, mesh.dp.rank, _layouts(self), shapes)
+    target = deepspeed_files.Target(mesh.tp_size, mesh.dp_size, mesh.tp.rank, mesh.dp.rank, _layouts(self), shapes)
     with _Resharding(self, source, target):
         return original(self, load_dir, tag, *args, **kwargs)
 
@@ -168,7 +168,7 @@ def _folder(load_dir: Path, tag: Any) -> Path | None:
 
 
 def _has_this_layout(folder: Path, mesh: Mesh, engine: Any) -> bool:
-    sidecar = folder / files.SIDECAR
+    sidecar = folder / deepspeed_files.SIDECAR
     if sidecar.exists():
         saved = json.loads(sidecar.read_text(encoding="utf-8"))
         return saved["tp_size"] == mesh.tp_size and (saved["dp_size"] == mesh.dp_size or not engine.zero_optimization())
@@ -178,7 +178,7 @@ def _has_this_layout(folder: Path, mesh: Mesh, engine: Any) -> bool:
 class _Resharding:
     """Inside, the engine reads its files as ``source`` would have written them for ``target``."""
 
-    def __init__(self, engine: Any, source: files.Checkpoint, target: files.Target):
+    def __init__(self, engine: Any, source: deepspeed_files.Checkpoint, target: deepspeed_files.Target):
         self.engine, self.source, self.target = engine, source, target
         self._made: dict[str, Any] = {}
 
@@ -196,7 +196,7 @@ class _Resharding:
     def load(self, path: Any, map_location: Any = None) -> Any:
         kind = "optimizer" if str(path).endswith("optim_states.pt") else "model"
         if kind not in self._made:
-            make = files.optimizer_file if kind == "optimizer" else files.model_file
+            make = deepspeed_files.optimizer_file if kind == "optimizer" else deepspeed_files.model_file
             self._made[kind] = make(self.source, self.target)
         return dict(self._made[kind])
 
@@ -211,7 +211,7 @@ def _consolidated(original: Any, self: Any, exclude_frozen_parameters: bool = Fa
     mesh = current_mesh()
     if mesh is None:
         return original(self, exclude_frozen_parameters)
-    exchange(mesh).lockstep.meet(BARRIER)
+    exchange(mesh).sync_points.meet(BARRIER)
     if self._optimizer_has_ckpt_event_prologue():
         self.optimizer.checkpoint_event_prologue()
     state: OrderedDict[str, torch.Tensor] = OrderedDict()

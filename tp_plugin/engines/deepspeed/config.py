@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tp_plugin.errors import TPError
 from tp_plugin.config.run_config import Options, from_deepspeed
+from tp_plugin.errors import TPError
 from tp_plugin.shard import NOT_ELEMENTWISE
 
 REFUSED = {

@@ -6,10 +6,10 @@ from typing import Any
 
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import DivergenceError
-from tp_plugin.tensor import rng
-from tp_plugin.runtime.transport import exchange
-from tp_plugin.runtime.sync_points import BATCH
 from tp_plugin.mesh.groups import current_mesh
+from tp_plugin.runtime.sync_points import BATCH
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.tensor import rng
 
 
 def install(dataloader: Any) -> None:
@@ -27,7 +27,7 @@ def _next(original: Any, self: Any) -> Any:
     mesh = current_mesh()
     if mesh is None:
         return original(self)
-    lockstep = exchange(mesh).lockstep
+    sync_points = exchange(mesh).sync_points
     if mesh.is_leader:
         before = rng.fingerprint()
         batch, error = None, None
@@ -35,7 +35,7 @@ def _next(original: Any, self: Any) -> Any:
             batch = original(self)
         except Exception as raised:
             error = raised
-        together = len(lockstep.meet(BATCH)) == mesh.tp_size
+        together = len(sync_points.meet(BATCH)) == mesh.tp_size
         if together:
             drawn = rng.snapshot() if rng.fingerprint() != before else None
             mesh.control.broadcast_object((batch, None if error is None else repr(error), drawn))
@@ -44,7 +44,7 @@ def _next(original: Any, self: Any) -> Any:
         return batch
     if self.tput_timer:
         self.tput_timer.start()
-    lockstep.meet(BATCH)
+    sync_points.meet(BATCH)
     batch, problem, drawn = mesh.control.broadcast_object(None)
     if drawn is not None:
         rng.restore(drawn)

@@ -10,20 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_plugin.config.run_config import Options
 from tp_plugin.engines import torch_utils
-from tp_plugin.engines.deepspeed import zero3_share_warning as shares
-from tp_plugin.engines.deepspeed import checkpoint, norms
+from tp_plugin.engines.deepspeed import checkpoint, norms, zero3_share_warning
 from tp_plugin.engines.deepspeed.batch import count_replicas
 from tp_plugin.engines.deepspeed.config import options_of, refuse, without_our_keys
 from tp_plugin.engines.deepspeed.groups import Mpu
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
 from tp_plugin.launch.deepspeed_config import read
-from tp_plugin.config.run_config import Options
-from tp_plugin.tensor import rng
-from tp_plugin.runtime.transport import exchange
 from tp_plugin.mesh.groups import alone, current_mesh, init_mesh, require_mesh
-from tp_plugin.shard import agree_on_weights, is_sharded, models_in, parallelize, settle_whole, shard_optimizer
+from tp_plugin.runtime.transport import exchange
+from tp_plugin.shard import agree_on_weights, is_sharded, materialize_all_, models_in, parallelize, shard_optimizer
+from tp_plugin.tensor import rng
 
 DEFAULTS = {"torch_adam": True, "weight_decay": 0.0}
 """Settings with which torch's Adam is DeepSpeed's, whose weight decay is 0 by default (ops/adam/fused_adam.py)."""
@@ -54,7 +53,7 @@ def install_hf_config(hf_config: Any) -> None:
 def install_zero_init(partition_parameters: Any) -> None:
     """Patch ``zero``: a model is built whole, sharded, and only then partitioned; who reads its weights is told."""
     wrap(partition_parameters.Init, "__init__", _zero_init)
-    shares.install(partition_parameters)
+    zero3_share_warning.install(partition_parameters)
 
 
 def _config(original: Any, self: Any, config: Any, mpu: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -98,7 +97,7 @@ def _initialize(original: Any, *args: Any, **kwargs: Any) -> Any:
     model: nn.Module = given["model"]
     if type(model).__name__ in options.leave_whole:
         agree_on_weights(model, mesh)
-        settle_whole(model)
+        materialize_all_(model)
     else:
         parallelize(model, options.tp_size, options=options)
     optimizer = given.get("optimizer")

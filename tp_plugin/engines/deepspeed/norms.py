@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from tp_plugin.engines.patching import patch, wrap
-from tp_plugin.tensor.grad_norm import layout_of, not_owned, total_norm, wide_norm
 from tp_plugin.mesh.groups import current_mesh, require_mesh
+from tp_plugin.tensor.grad_norm import layout_of, not_owned, sharded_grad_norm, total_norm
 
 
 def install_engine(engine: Any) -> None:
@@ -63,7 +63,9 @@ def install_unfused(unfused_optimizer: Any) -> None:
     def get_weight_norm(parameters: Any, norm_type: float = 2, mpu: Any = None) -> float:
         if current_mesh() is None:
             return float(original(parameters, norm_type, mpu))
-        norm = wide_norm([parameters] if isinstance(parameters, torch.Tensor) else list(parameters), norm_type).item()
+        norm = sharded_grad_norm(
+            [parameters] if isinstance(parameters, torch.Tensor) else list(parameters), norm_type
+        ).item()
         return norm if math.isfinite(norm) else -1.0
 
     patch(unfused_optimizer, "get_weight_norm", get_weight_norm)

@@ -1,7 +1,7 @@
 """Model and optimizer states through torch's distributed checkpoint API, by which Accelerate saves and loads FSDP2.
 
 ``full_state_dict``: whole tensors, as that option gives them without TP. Otherwise each rank's tensors are parts of
-whole ones (boxes.py), which all ranks write and read in parallel.
+whole ones (chunks.py), which all ranks write and read in parallel.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_plugin.checkpoint.dcp_chunks import Part
+from tp_plugin.checkpoint.dcp_chunks import DCPShardView
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
-from tp_plugin.runtime.transport import exchange
-from tp_plugin.tensor.grad_norm import layout_of
-from tp_plugin.runtime.sync_points import BARRIER
-from tp_plugin.mesh.groups import Mesh, current_mesh
 from tp_plugin.mesh.dtensor_utils import is_split, split_like
+from tp_plugin.mesh.groups import Mesh, current_mesh
 from tp_plugin.policy import ParamLayout
+from tp_plugin.runtime.sync_points import BARRIER
+from tp_plugin.runtime.transport import exchange
 from tp_plugin.shard import local_states
-from tp_plugin.shard.full_tensor import gather_whole, plain_name
+from tp_plugin.shard.full_tensor import gather_full_tensor, plain_name
+from tp_plugin.tensor.grad_norm import layout_of
 
 Leaf = Callable[[str, Any], Any]
 """``(parameter's name, value)`` → what stands in the value's place."""
@@ -44,7 +44,7 @@ class _Names:
 
     def __init__(self, model: nn.Module, mesh: Mesh):
         self.mesh = mesh
-        exchange(mesh).lockstep.meet(BARRIER)  # collectives follow: better an error here than a hang there
+        exchange(mesh).sync_points.meet(BARRIER)  # collectives follow: better an error here than a hang there
         with local_states():
             state = model.state_dict()  # also puts the parameters back that a forward has gathered
         self.split = {plain_name(name): v for name, v in state.items() if isinstance(v, torch.Tensor) and is_split(v)}
@@ -123,10 +123,10 @@ def _present(state: dict[str, dict[str, Any]], names: _Names, options: Any, fini
         if options.full_state_dict:
             memory = names.numbers[name], key
             if memory not in tied:
-                whole = gather_whole(value, names.layouts[name], mesh, here)
+                whole = gather_full_tensor(value, names.layouts[name], mesh, here)
                 tied[memory] = whole if options.cpu_offload else whole.to(value.device)
             return tied[memory]
-        return Part.of(value.cpu() if options.cpu_offload else value, names.layouts[name], mesh.tp.rank)
+        return DCPShardView.of(value.cpu() if options.cpu_offload else value, names.layouts[name], mesh.tp.rank)
 
     found = {name: {key: present(name, key, value) for key, value in values.items()} for name, values in state.items()}
     if options.full_state_dict and options.cpu_offload and mesh.rank > 0:
@@ -203,7 +203,7 @@ def _outline(names: _Names, name: str, value: Any) -> Any:
 
 
 def _own(names: _Names, name: str, value: Any) -> Any:
-    return value.tp_local if isinstance(value, Part) else value
+    return value.tp_local if isinstance(value, DCPShardView) else value
 
 
 def _get_both(module: Any) -> Any:

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from tp_plugin.config.run_config import Options
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
-from tp_plugin.config.run_config import Options
 
 USED = "ACCELERATE_USE_FSDP"
 

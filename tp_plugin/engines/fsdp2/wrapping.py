@@ -25,8 +25,8 @@ from torch import nn
 
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
-from tp_plugin.tensor.grad_norm import attach, layout_of
 from tp_plugin.mesh.groups import Mesh, alone, current_mesh, entry, require_mesh
+from tp_plugin.tensor.grad_norm import attach, layout_of
 
 _meshes: dict[tuple[int, str], tuple[Mesh, Any]] = {}
 

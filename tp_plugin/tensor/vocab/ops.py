@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tp_plugin.tensor.vocab.expr import ALL, Values, digest, pad
-from tp_plugin.runtime.remote_logits import desk
-from tp_plugin.tensor.vocab.tensor import Logits, blank, elementwise, incoming
 from tp_plugin.mesh.groups import require_mesh
+from tp_plugin.runtime.remote_logits import desk
+from tp_plugin.tensor.vocab.expr import ALL, Values, digest, pad
+from tp_plugin.tensor.vocab.tensor import Logits, blank, elementwise, incoming
 
 Handler = Callable[..., Any]
 """Takes the operation's arguments; NotImplemented means: gather."""

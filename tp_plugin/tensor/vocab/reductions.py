@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tp_plugin.mesh.groups import require_mesh
 from tp_plugin.tensor.first_order import first_order
 from tp_plugin.tensor.vocab.expr import Apply, Cast, Expr, Leaf, OneHot, PerRow, StatisticsGradient, Values, take
 from tp_plugin.tensor.vocab.tensor import Logits, Vocabulary, blank, incoming, recalled, remember
-from tp_plugin.mesh.groups import require_mesh
 
 PIECES = 10
 """Blocks that a rank's rows or columns are computed in, for each temporary of a block's size."""

@@ -8,12 +8,12 @@ from collections.abc import Collection
 import torch
 import torch.nn.functional as F
 
-from tp_plugin.tensor import regions as collectives
+from tp_plugin.mesh.groups import require_mesh
+from tp_plugin.policy import ParamLayout
+from tp_plugin.tensor import regions
 from tp_plugin.tensor.vocab.head import Fetched, deferred
 from tp_plugin.tensor.vocab.reductions import LogSoftmax, RowSum, Statistics, largest
 from tp_plugin.tensor.vocab.tensor import Logits, Vocabulary
-from tp_plugin.mesh.groups import require_mesh
-from tp_plugin.policy import ParamLayout
 
 
 def scores(
@@ -44,7 +44,7 @@ def scores(
     group = require_mesh().tp
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    entered = collectives.enter(hidden, group)
+    entered = regions.copy_to_tp(hidden, group)
     with torch.no_grad():
         own = F.linear(entered.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     vocabulary = Vocabulary(layout.shape[0], layout.local_shape(group.rank)[0])

@@ -1,0 +1,1 @@
+"""Roles of ranks on torch's DeviceMesh, and collectives that count what they send."""

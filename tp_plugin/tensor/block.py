@@ -1,0 +1,157 @@
+"""The two ends of a block: f at its inputs, g behind its row-parallel product, and the random stream between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_plugin.mesh.groups import require_mesh
+from tp_plugin.policy import BlockPlan
+from tp_plugin.policy.layout import Range
+from tp_plugin.tensor import regions, rng, sequence
+from tp_plugin.tensor.parallel_residual import ParallelResidual
+from tp_plugin.tensor.wgrad_overlap import BlockInput
+
+
+class ParallelBlock:
+    """The two ends of one block: ``f`` at its inputs, and the random stream between there and its reduction.
+
+    Args:
+        path: the block's path in the model (it enters the seeds of its random stream).
+        plan: how the block communicates.
+        positions: position of every argument of the forward of the block's entry.
+        tp_rank: this rank in the TP group.
+    """
+
+    def __init__(self, path: str, plan: BlockPlan, positions: dict[str, int], tp_rank: int):
+        self.plan, self.positions, self.tp_rank = plan, positions, tp_rank
+        self.region = rng.ShardedRegion(path, tp_rank)
+        self.beginning = BlockInput()
+        self.beside: ParallelResidual | None = None
+        self.stack: sequence.Stack | None = None
+        self.layer_region: rng.ShardedRegion | None = None
+        self.regather: sequence.Regather | None = None
+        self._draws = rng.Dropouts()
+        self._to_come = 0
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Forward pre-hook (with kwargs) of the block's entry."""
+        group = require_mesh().tp
+        arguments = _Arguments(args, kwargs, self.positions)
+        inputs = {name: arguments.tensor(name) for name in self.plan.inputs}
+        entering = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+        if self.beside is not None and len(entering) == 1:
+            entered = [self.beside.enter(tensor) for tensor in entering.values()]
+        elif self.on_parts:
+            first, *others = entering.values()  # a cross-attention's other input is whole
+            entered = [self._gather(first), *regions.copy_all_to_tp(others, group)]
+        else:
+            entered = self.beginning.enter(list(entering.values()), None)
+        for name, tensor in zip(entering, entered, strict=True):
+            arguments.put(name, tensor)
+        for name, (dim, heads, ranges) in self.plan.head_inputs.items():
+            bias = arguments.tensor(name)
+            if bias is not None:
+                (start, stop), at = ranges[self.tp_rank], bias.dim() + dim
+                mine = regions.copy_to_tp(bias, group)
+                if mine.shape[at] > 1:  # else one for all heads
+                    mine = mine.unflatten(at, (-1, heads)).narrow(at + 1, start, stop - start).flatten(at, at + 1)
+                arguments.put(name, mine)
+        if self.plan.experts is not None:
+            self._part_experts(arguments, *self.plan.experts)
+        if entering:
+            self._begin(module, next(iter(entering.values())).device)
+        return tuple(arguments.args), arguments.kwargs
+
+    def _part_experts(self, arguments: _Arguments, name: str, ranges: tuple[Range, ...]) -> None:
+        """Experts' numbers → this rank's; those of other ranks become the number after the last, which is no expert."""
+        numbers = arguments.tensor(name)
+        assert numbers is not None
+        start, stop = ranges[self.tp_rank]
+        elsewhere = (numbers < start) | (numbers >= stop)
+        arguments.put(name, (numbers - start).masked_fill(elsewhere, stop - start))
+
+    def start(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook of a block's module that begins at modules below."""
+        self._to_come = len(self.plan.input_of) + len(self.plan.output_of)
+
+    def enter_linear(self, block: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Forward pre-hook of a module below at whose input the block begins."""
+        return (self._enter_below(block, args[0]), *args[1:])
+
+    def enter_output(self, block: nn.Module, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        """Forward hook of a module below at whose output the block begins."""
+        return self._enter_below(block, output)
+
+    def _enter_below(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        self._to_come -= 1
+        if self._to_come <= 0:  # what runs before the last of several beginnings is replicated
+            self._begin(block, x.device)
+        if len(self.plan.input_of) + len(self.plan.output_of) > 1:
+            return sequence.enter(x, self.stack)
+        if self.on_parts and self.plan.input_of:
+            return self._gather(x)
+        return self.beginning.enter([x], self.stack)[0]
+
+    def _gather(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.stack is not None
+        (entered,) = self.beginning.enter([x], self.stack)
+        self.regather = self.stack.keep(x, entered)
+        if self.beginning.opening is not None:
+            self.beginning.opening.regather = self.regather
+        return entered
+
+    def _begin(self, module: nn.Module, device: torch.device) -> None:
+        # on parts of the sequence the whole layer has this rank's own random stream
+        if module.training and not self.on_parts and self._draws(module):
+            self.region.begin(device)
+
+    @property
+    def on_parts(self) -> bool:
+        """Whether this rank has a part of the tokens outside of the block."""
+        return self.stack is not None and self.stack.runs
+
+    @property
+    def stream(self) -> rng.ShardedRegion:
+        """The random stream that the inside of the block draws from."""
+        return self.layer_region if self.on_parts and self.layer_region is not None else self.region
+
+    def sum_output(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        """Forward hook of a module whose output is this rank's part of a sum."""
+        self.end()
+        return sequence.reduce(output, self.stack)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook (always called): a block that raised must not leave the sharded random stream on."""
+        self.end()
+
+    def end(self) -> None:
+        """Behind the block's sharded part."""
+        self.region.end()
+        if self.beside is None:
+            self.beginning.end()
+        if self.regather is not None:
+            self.regather.end()
+            self.regather = None
+
+
+class _Arguments:
+    """A call's arguments, by the names they have in the signature."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], positions: dict[str, int]):
+        self.args, self.kwargs, self.positions = list(args), dict(kwargs), positions
+
+    def tensor(self, name: str) -> torch.Tensor | None:
+        """The argument, if it was given and is a tensor."""
+        at = self.positions[name]
+        value = self.kwargs.get(name, self.args[at] if at < len(self.args) else None)
+        return value if isinstance(value, torch.Tensor) else None
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """Replace an argument that was given."""
+        if name in self.kwargs:
+            self.kwargs[name] = value
+        else:
+            self.args[self.positions[name]] = value
