@@ -41,7 +41,7 @@ POLICY = Policy(
 """
 RIGHT = {
     "COLUMNS": 'columns={"q_proj": q, "k_proj": kv, "v_proj": kv},',
-    "LOCAL": 'local={"num_key_value_groups": "groups"}',
+    "LOCAL": 'local_sizes={"num_key_value_groups": "groups"}',
     "NORMS": '"layers.*.input_layernorm", "layers.*.post_attention_layernorm", "norm"',
 }
 
@@ -160,7 +160,7 @@ def test_mistake_a_module_is_misspelt(tiny: str, tmp_path: Path, capsys: pytest.
 @pytest.mark.usefixtures("started")
 def test_mistake_the_numbers_are_wrong(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A block whose input is not named gets no sum in its backward: the forward is right, the gradients are not."""
-    wrong = policy(tmp_path, LOCAL='local={"num_key_value_groups": "groups"}, inputs=("position_embeddings",)')
+    wrong = policy(tmp_path, LOCAL='local_sizes={"num_key_value_groups": "groups"}, inputs=("position_embeddings",)')
     assert main(["verify", tiny, "--policy", wrong]) == 1
     shown = capsys.readouterr().out
     assert "FAILED: gradient deviates" in shown and "FAILED: weight deviates" in shown
@@ -203,7 +203,7 @@ def test_counts_of_the_whole_model_are_named() -> None:
     """Only what the forward reads, and no head size that happens to equal a count."""
     model, plan = counted()
     hint = hints.of_block(model, plan, "0.proj")
-    assert hint == "in 0, heads = 4 counts the whole model's, this rank has 2: add it to `local` as 'q_heads'"
+    assert hint == "in 0, heads = 4 counts the whole model's, this rank has 2: add it to `local_sizes` as 'q_heads'"
     plan.attributes["0", "heads"] = (2, 2)
     assert "what enters 0 is right" in hints.of_block(model, plan, "0")
     assert hints.of_block(model, plan, "1") == ""

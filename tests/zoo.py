@@ -193,7 +193,7 @@ def on_meta(config: Any, cls: type[nn.Module] | None = None) -> nn.Module:
 
 
 BELOW = (
-    *("columns", "row", "partial", "tensors", "wide_norms", "input_of", "output_of", "once", "replicated"),
+    *("columns", "row", "partial", "tensors", "sharded_norms", "input_of", "output_of", "bias_shards", "replicated"),
     "shared_dropouts",
 )
 """What a block says of modules and parameters below it."""
@@ -205,13 +205,13 @@ def written(policy: Policy) -> set[tuple[str, ...]]:
     for number, block in enumerate(policy.blocks):
         own = f"block {number} {block.path}"
         names.add((own,))
-        for what in (*BELOW, "local"):
+        for what in (*BELOW, "local_sizes"):
             names |= {(own, what, name) for name in getattr(block, what, ())}
     if policy.vocabulary is not None:
         embedding, head = policy.vocabulary.embedding, policy.vocabulary.head
         names |= {("embedding", name) for name in ((embedding,) if isinstance(embedding, str) else embedding)}
         names |= {("head", head)} if head else set()
-    names |= {("side_by_side", policy.side_by_side)} if policy.side_by_side else set()
+    names |= {("parallel_residual", policy.parallel_residual)} if policy.parallel_residual else set()
     names |= {("towers", pattern) for pattern in policy.towers}
     return names | {("linears", name) for name in policy.linears}
 
@@ -228,16 +228,16 @@ def found(policy: Policy, model: nn.Module) -> set[tuple[str, ...]]:
     planner = _Recorder(model, policy, Plan(2), model.config, settings)
     names: set[tuple[str, ...]] = set()
     for number, block in enumerate(policy.blocks):
-        paths = [path for path in planner._matching(block.path) if planner._has(path, block.having)]
+        paths = [path for path in planner._matching(block.path) if planner._has(path, block.requires)]
         own = f"block {number} {block.path}"
         names |= {(own,)} if paths else set()
         for what in BELOW:
             for name in getattr(block, what, ()):
                 if any(planner._has(path, name.removesuffix("?")) for path in paths):
                     names.add((own, what, name))
-        for name in block.local:
+        for name in block.local_sizes:
             if any(_has_attribute(planner.modules[path], name.removesuffix("?")) for path in paths):
-                names.add((own, "local", name))
+                names.add((own, "local_sizes", name))
     for kind, *rest in written(policy):
         if kind in ("embedding", "head", "towers") and any(matches(rest[0], path) for path in planner.modules):
             names.add((kind, rest[0]))
@@ -246,7 +246,7 @@ def found(policy: Policy, model: nn.Module) -> set[tuple[str, ...]]:
         parts = name.split(".")
         prefixes = [".".join(parts[:k]) for k in range(1, len(parts) + 1)]
         names |= {("replicated", p) for p in policy.replicated if any(matches(p, prefix) for prefix in prefixes)}
-    names |= {("side_by_side", policy.side_by_side)} if planner.plan.side_by_side else set()
+    names |= {("parallel_residual", policy.parallel_residual)} if planner.plan.parallel_residual else set()
     kinds = {type(module).__name__ for module in planner.modules.values()}
     return names | {("linears", name) for name in policy.linears if name in kinds}
 
@@ -274,7 +274,7 @@ def reductions(model_type: str, plan: Plan, below: str = "") -> tuple[int, int]:
     """All-reduces of activations in a forward and a backward of the model that the proof trains, or of one layer."""
     forward, backward = plan.reductions(below)
     if model_type in ONE_INPUT:
-        backward -= sum(f"{path}.".startswith(below) for path in plan.side_by_side)
+        backward -= sum(f"{path}.".startswith(below) for path in plan.parallel_residual)
     if not below and len(plan.embeddings) > 2:
         forward -= 1  # of the three names of a shared embedding, encoder and decoder use their own
     return forward, backward

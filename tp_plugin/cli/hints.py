@@ -80,12 +80,15 @@ def of_block(model: nn.Module, plan: Plan, path: str, rank: int = 0) -> str:
         return ""
     block = max(around, key=len)
     counts = "; ".join(
-        f"{name} = {whole} counts the whole model's, this rank has {mine}: add it to `local` as {meaning!r}"
+        f"{name} = {whole} counts the whole model's, this rank has {mine}: add it to `local_sizes` as {meaning!r}"
         for name, meaning, whole, mine in _whole_counts(model.get_submodule(block), plan, block, rank)
     )
     if counts:
         return f"in {block}, {counts}"
-    return f"what enters {block} is right, so look at this block's splits (order and counts of heads), `local`, `row`"
+    return (
+        f"what enters {block} is right, so look at this block's splits (order and counts of heads), `local_sizes`, "
+        "`row`"
+    )
 
 
 def of_gradient(name: str, plan: Plan, order: list[str]) -> str:

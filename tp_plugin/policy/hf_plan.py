@@ -102,8 +102,8 @@ def _block(config: Any, path: str, styles: Mapping[str, str]) -> Block:
             output_of=("kv_a_proj_with_mqa",),
             partial=("kv_a_layernorm", *partial),
             replicated=LATENT,
-            local={"num_heads?": "q_heads"},
-            having=row,
+            local_sizes={"num_heads?": "q_heads"},
+            requires=row,
             optional=True,
         )
     if {"q_proj", "k_proj", "v_proj"} & set(columns):
@@ -116,8 +116,8 @@ def _block(config: Any, path: str, styles: Mapping[str, str]) -> Block:
             inputs=("*",),
             tensors={f"{name}?": (q, 0) for name in tensors},
             partial=partial,
-            local=LOCAL,
-            having=row,
+            local_sizes=LOCAL,
+            requires=row,
             optional=True,
         )
     if partial:
@@ -127,7 +127,7 @@ def _block(config: Any, path: str, styles: Mapping[str, str]) -> Block:
         columns={name: even for name in columns},
         row={row: even},
         inputs=("*",),
-        having=row,
+        requires=row,
         optional=True,
     )
 

@@ -99,14 +99,14 @@ class Planner:
         Planner(self.model, policy, self.plan, config, self.settings, root=path).plan_all()
 
     def plan_block(self, block: Block) -> None:
-        paths = [path for path in self._matching(block.path) if self._has(path, block.having)]
+        paths = [path for path in self._matching(block.path) if self._has(path, block.requires)]
         if not paths and not block.optional:
-            self.fail(f"no module matches {block.path!r}" + (f" and has {block.having!r}" if block.having else ""))
+            self.fail(f"no module matches {block.path!r}" + (f" and has {block.requires!r}" if block.requires else ""))
         for path in paths:
             heads = self._heads(path, block) if isinstance(block, Attention) else _NO_HEADS
             if path in self.plan.blocks:
                 self.fail(f"{path} is two blocks")
-            entry = self._module_below(path, block.at) if block.at else path
+            entry = self._module_below(path, block.entry) if block.entry else path
             planned = BlockPlan(block.inputs, entry, heads if isinstance(block, Attention) else None)
             self.plan.blocks[path] = planned
             parted: tuple[str, ...] = ()
@@ -133,8 +133,8 @@ class Planner:
             else:
                 for name, (split, dim) in self._present(path, block.tensors).items():
                     self._tensor(f"{path}.{name}", split, dim, heads)
-            for name, split in self._present(path, block.wide_norms).items():
-                self._wide_norm(f"{path}.{name}", split, heads)
+            for name, split in self._present(path, block.sharded_norms).items():
+                self._sharded_norm(f"{path}.{name}", split, heads)
             planned.head_inputs = {name: (dim, heads.q_heads, heads.q) for name, dim in block.head_inputs.items()}
             planned.input_of = tuple(f"{path}.{name}" for name in self._present(path, dict.fromkeys(block.input_of)))
             planned.output_of = tuple(f"{path}.{name}" for name in self._present(path, dict.fromkeys(block.output_of)))
@@ -159,11 +159,11 @@ class Planner:
             raise PolicyError(f"{path}: {error}") from error
 
     def _experts(self, path: str, block: Experts, planned: BlockPlan) -> None:
-        planned.sums = True
+        planned.output_is_partial = True
         parted = self.settings["expert_parallel"] and bool(block.index)
         for name, (split, dim) in self._present(path, block.tensors).items():
             self._tensor(f"{path}.{name}", even if parted else split, 0 if parted else dim, _NO_HEADS)
-        once = self._present(path, dict.fromkeys(block.once))
+        once = self._present(path, dict.fromkeys(block.bias_shards))
         for name in once:
             self._tensor(f"{path}.{name}", even, 0 if parted else 1, _NO_HEADS)
         if parted:
@@ -184,7 +184,7 @@ class Planner:
             if hasattr(self.modules[path], "_is_expert_parallel"):  # transformers' grouped and batched forwards ask it
                 self.plan.attributes[path, "_is_expert_parallel"] = (True,) * self.plan.tp
         else:
-            planned.once = tuple(once)
+            planned.bias_shards = tuple(once)
 
     def _tensor(self, name: str, split: Split, dim: int, heads: HeadSplit) -> None:
         for claimed in self._below(name):
@@ -194,12 +194,12 @@ class Planner:
             except PolicyError as error:
                 self.fail(f"{claimed}: {error}")
 
-    def _wide_norm(self, path: str, split: Split, heads: HeadSplit) -> None:
+    def _sharded_norm(self, path: str, split: Split, heads: HeadSplit) -> None:
         self._tensor(f"{path}.weight", split, 0, heads)
-        self.plan.wide_norms[path] = self.parameters[f"{path}.weight"].shape[0]
+        self.plan.sharded_norms[path] = self.parameters[f"{path}.weight"].shape[0]
 
     def _attributes(self, path: str, block: Block, heads: HeadSplit) -> None:
-        for name, meaning in block.local.items():
+        for name, meaning in block.local_sizes.items():
             attribute = name.removesuffix("?")
             try:
                 whole = operator.attrgetter(attribute)(self.modules[path])
@@ -216,7 +216,7 @@ class Planner:
                 "width": lambda k: self._row_width(path, block, k),
             }
             if meaning not in counts:
-                self.fail(f"local[{attribute!r}] = {meaning!r}; write one of {', '.join(counts)}")
+                self.fail(f"local_sizes[{attribute!r}] = {meaning!r}; write one of {', '.join(counts)}")
             expected = {
                 "q_heads": heads.q_heads, "kv_heads": heads.kv_heads, "groups": heads.q_heads // heads.kv_heads
             }.get(meaning, whole)  # fmt: skip
@@ -296,20 +296,21 @@ class Planner:
             plan_vocabulary_adapters(self, path, module, layout)
 
     def pair_blocks(self) -> None:
-        """Find the layers whose two blocks stand side by side."""
-        pattern = self.policy.side_by_side
-        if not pattern or not self.policy.side_by_side_if(self.config):
+        """Find the layers whose two blocks share one residual addition."""
+        pattern = self.policy.parallel_residual
+        if not pattern or not self.policy.parallel_residual_if(self.config):
             return
         layers = list(self._matching(pattern))
         if not layers:
-            self.fail(f"no module matches side_by_side={pattern!r}")
+            self.fail(f"no module matches parallel_residual={pattern!r}")
         for layer in layers:
             blocks = [path for path in self.plan.blocks if path.startswith(f"{layer}.")]
             if len(blocks) != 2 or not all(self.plan.blocks[path].rows for path in blocks):
                 self.fail(
-                    f"side_by_side={pattern!r}: {layer} has {len(blocks)} blocks, not two with a row-parallel module"
+                    f"parallel_residual={pattern!r}: {layer} has {len(blocks)} blocks; it must have two, each with a "
+                    "row-parallel module"
                 )
-            self.plan.side_by_side[layer] = blocks[0], blocks[1]
+            self.plan.parallel_residual[layer] = blocks[0], blocks[1]
 
     def claim_replicated(self) -> None:
         unclaimed = []

@@ -24,7 +24,7 @@ def stacks(model: nn.Module, plan: Plan) -> dict[str, list[str]]:
         numbered = re.match(r"(.*)\.(\d+)(?:\.|$)", block)
         if numbered is None:
             raise PolicyError(f"sequence_parallel: {block} is in no list of layers; turn sequence_parallel off")
-        if planned.sums:
+        if planned.output_is_partial:
             raise PolicyError(f"sequence_parallel: {block} is a mixture of experts, whose router must see all tokens")
         found.setdefault(numbered[1], [])
     for stack in found:

@@ -220,7 +220,7 @@ def _fit_modules(model: nn.Module, plan: Plan, rank: int) -> None:
                 owner.config = copy.copy(owner.config)
             owner = getattr(owner, inner)
         setattr(owner, name, values[rank])
-    for path, width in plan.wide_norms.items():
+    for path, width in plan.sharded_norms.items():
         layout = plan.layouts[f"{path}.weight"]
         TPRMSNorm.install(model.get_submodule(path), width, layout.owned(rank))
 
@@ -242,11 +242,11 @@ def _hook_blocks(model: nn.Module, plan: Plan, rank: int) -> dict[str, ParallelB
             model.get_submodule(below).register_forward_pre_hook(enter)
         for below in planned.output_of:
             model.get_submodule(below).register_forward_hook(functools.partial(parallel.enter_output, block))
-        if planned.sums:
+        if planned.output_is_partial:
             block.register_forward_hook(parallel.sum_output)
         block.register_forward_hook(parallel.leave, always_call=True)
-        if planned.once:
-            layouts = {name: plan.layouts[f"{path}.{name}"] for name in planned.once}
+        if planned.bias_shards:
+            layouts = {name: plan.layouts[f"{path}.{name}"] for name in planned.bias_shards}
             held = {name: (layout.parts[rank][0], layout.shape[-1]) for name, layout in layouts.items()}
             part_biases(block, held)
         for row in planned.rows:
@@ -260,7 +260,7 @@ def _hook_blocks(model: nn.Module, plan: Plan, rank: int) -> dict[str, ParallelB
                 model.get_submodule(dropout).register_forward_pre_hook(beside.before)
                 model.get_submodule(dropout).register_forward_hook(beside.after, always_call=True)
 
-    for path, blocks in plan.side_by_side.items():
+    for path, blocks in plan.parallel_residual.items():
         rows = [plan.blocks[block].rows[0] for block in blocks]
         # an adapted row stands inside PEFT's layer
         outputs = {*blocks, *rows, *(row.removesuffix(".base_layer") for row in rows)}

@@ -53,8 +53,8 @@ class ParallelResidual:
         self.beginning.end()
         if kept is not None and output is not None:
             raise TPError(
-                f"{self.path} ran one block only of the two that its policy has side by side; remove side_by_side from "
-                "the policy"
+                f"{self.path} ran only one of the two blocks that its policy pairs; remove parallel_residual from the "
+                "policy"
             )
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
