@@ -36,6 +36,8 @@ class Options:
     tp_size: int = 1
     policy: str | None = None
     audit_every: int = 0
+    audit_tolerance: float = 1e-5
+    audit_repair: bool = False
     leave_whole: tuple[str, ...] = ()
     expert_parallel: bool = False
     sequence_parallel: bool = False
