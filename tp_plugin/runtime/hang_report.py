@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from tp_plugin.config.keys import ENV_NOTICE_AFTER
 from tp_plugin.mesh.hosts import comes_first
 from tp_plugin.mesh.roles import Mesh
 from tp_plugin.runtime.script_position import script_line
@@ -42,7 +43,7 @@ class HangReport:
     ):
         self._mesh, self._transport, self._sync_points, self._sessions = mesh, transport, sync_points, sessions
         self._deaths = deaths
-        self._notice = float(os.environ.get("TP_PLUGIN_NOTICE_AFTER", NOTICE))
+        self._notice = float(os.environ.get(ENV_NOTICE_AFTER, NOTICE))
         self._closed = threading.Event()
         transport.serve("where", self._where)
         mesh.context.waiting.explain = self._explain

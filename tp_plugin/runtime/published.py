@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from tp_plugin.config.keys import ENV_READ_TIMEOUT
 from tp_plugin.errors import DivergenceError
 from tp_plugin.runtime.progress import Progress
 from tp_plugin.runtime.transport import PeerTransport
 
-PATIENCE = float(os.environ.get("TP_PLUGIN_READ_TIMEOUT", "30"))
+PATIENCE = float(os.environ.get(ENV_READ_TIMEOUT, "30"))
 """Seconds that a read waits for a peer to reach the same step."""
 
 ELSEWHERE = "its weights are at another point of the program"

@@ -6,7 +6,7 @@ import atexit
 from typing import Any
 from weakref import WeakSet
 
-from tp_plugin.config.run_config import Options
+from tp_plugin.config.run_config import RunConfig
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.roles import Mesh, build_mesh
 from tp_plugin.runtime import crash_report
@@ -26,7 +26,7 @@ from tp_plugin.runtime.transport import PeerTransport
 class Runtime:
     """The parts of one process, each handed what it needs. Collective over the world when made."""
 
-    def __init__(self, config: Options, mesh: Mesh):
+    def __init__(self, config: RunConfig, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self.progress = Progress()
         self.last_loss = LastLoss()
@@ -52,7 +52,7 @@ class Runtime:
         self.transport.close()
 
 
-def start(config: Options, tp_size: int | None = None, device_type: str | None = None) -> Runtime:
+def start(config: RunConfig, tp_size: int | None = None, device_type: str | None = None) -> Runtime:
     """The Runtime of this process, made at the first call. Collective over the world.
 
     Args:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from tp_plugin.config.run_config import Options
+from tp_plugin.config.resolve import current_config
+from tp_plugin.config.run_config import RunConfig
 from tp_plugin.errors import TPError
 from tp_plugin.policy import ParamLayout, Plan, Policy, load, make_plan, policy_for
 from tp_plugin.policy.stacks import between, stacks
@@ -28,7 +29,7 @@ from tp_plugin.tensor.graphs import trace_once
 
 
 def parallelize(
-    model: nn.Module, tp_size: int | None = None, policy: Policy | None = None, *, options: Options | None = None
+    model: nn.Module, tp_size: int | None = None, policy: Policy | None = None, *, options: RunConfig | None = None
 ) -> nn.Module:
     """Shard ``model`` over its TP group, in place. Collective over the world; a second call does nothing.
 
@@ -42,7 +43,7 @@ def parallelize(
         PolicyError: no policy, or one that does not fit.
         TPError: ``tp_size`` does not divide the world or is not the run's, or the model is quantized.
     """
-    options = options or Options.from_environment()
+    options = options or current_config()
     tp_size = tp_size or options.tp_size
     roots = list(models_in(model)) if policy is None else [("", model)]
     if tp_size > 1 and not roots:
@@ -98,7 +99,7 @@ def models_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from walk("", module)
 
 
-def shard_model(model: nn.Module, plan: Plan, runtime: Runtime, options: Options) -> None:
+def shard_model(model: nn.Module, plan: Plan, runtime: Runtime, options: RunConfig) -> None:
     """Carry out ``plan`` on ``model``. Collective over the unit."""
     mesh = runtime.mesh
     warn_of_topology(model, plan, mesh, runtime.transport.machines)

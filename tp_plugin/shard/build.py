@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tp_plugin.config.run_config import Options
+from tp_plugin.config.run_config import RunConfig
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.groups import Group
 from tp_plugin.policy import BlockPlan, ParamLayout, Plan
@@ -62,7 +62,7 @@ class Parts:
 
 
 def build_parts(
-    model: nn.Module, plan: Plan, stacks: Mapping[str, list[str]], group: Group, peers: RemoteLogits, options: Options
+    model: nn.Module, plan: Plan, stacks: Mapping[str, list[str]], group: Group, peers: RemoteLogits, options: RunConfig
 ) -> Parts:
     """Make them, and fit the modules' sizes and forwards to this rank's shards.
 
@@ -133,7 +133,7 @@ def _residual(
     return residual
 
 
-def _overlap(model: nn.Module, planned: BlockPlan, plan: Plan, block_input: BlockInput, options: Options) -> None:
+def _overlap(model: nn.Module, planned: BlockPlan, plan: Plan, block_input: BlockInput, options: RunConfig) -> None:
     """Tell column-parallel linears of the input of their block, and put weights that may run as one back to back."""
     block_input.overlap, block_input.fuse = options.overlap, options.fuse
     linears: list[Any] = [model.get_submodule(column) for column in planned.columns]
