@@ -403,10 +403,10 @@ def _read_so_far() -> int:
 
 
 def sharded_case(folder: str, dtype: torch.dtype | None, optimizer_first: bool) -> dict[str, Any]:
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
     from tp_plugin.shard import lazy_load, parallelize
 
-    forget_mesh()
+    stop()
     plain = load(folder, dtype)
     with patched():
         lazy_load.read_bytes.clear()
@@ -449,10 +449,10 @@ def test_each_rank_reads_its_share(folders: dict[str, str], name: str, dtype: to
 
 def changed_case(folder: str, dtype: torch.dtype | None) -> bool:
     """One rank changed a weight before prepare: the leader's count, as ever."""
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
     from tp_plugin.shard import parallelize
 
-    forget_mesh()
+    stop()
     plain = load(folder, dtype)
     with patched():
         lazy = load(folder, dtype)
@@ -476,10 +476,10 @@ def test_ranks_agree_also_when_one_has_written(folders: dict[str, str], dtype: t
 
 def copies_case(folder: str, other: str) -> bool:
     """Each rank has files of its own (as on two hosts), and they differ."""
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
     from tp_plugin.shard import parallelize
 
-    forget_mesh()
+    stop()
     plain = load(folder)
     rank = torch.distributed.get_rank()
     with patched():
@@ -500,13 +500,13 @@ def test_files_that_differ_between_hosts_are_noticed(folders: dict[str, str], tm
 
 
 def memory_case(folder: str, dtype: torch.dtype | None) -> dict[str, int]:
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
     from tp_plugin.shard import lazy_load, parallelize
 
-    forget_mesh()
+    stop()
     with patched():
         parallelize(load(folder, dtype), 2)  # imports, groups, caches of the allocator
-        forget_mesh()
+        stop()
         before = _memory("VmRSS")
         with open("/proc/self/clear_refs", "w", encoding="ascii") as peak:
             peak.write("5")

@@ -23,13 +23,12 @@ class Pair:
     """A plain head, and the same one split over the ranks as the plugin does it."""
 
     def __init__(self, tp: int, vocabulary: int, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN):
-        from tp_plugin.mesh.groups import forget_mesh, init_mesh
-        from tp_plugin.runtime.transport import exchange
+        from tp_plugin.config.run_config import RunConfig
+        from tp_plugin.runtime.runtime import start, stop
         from tp_plugin.tensor.vocab import VocabularyColumns
 
-        forget_mesh()
-        mesh = init_mesh(tp)
-        exchange(mesh)
+        stop()
+        mesh = start(RunConfig(tp)).mesh
         self.group = mesh.tp
         torch.manual_seed(0)
         self.plain = nn.Linear(hidden, vocabulary).to(dtype)
@@ -52,7 +51,7 @@ class Pair:
 
     def apart(self, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """Relative deviations of the loss and of the gradients, and the bytes that the split head sent."""
-        from tp_plugin.mesh.groups import ledger
+        from counted import ledger
 
         ledger["bytes"].clear()
         found = self._run(self.split, loss_of)
@@ -98,7 +97,7 @@ def test_numbers(tp: int, vocabulary: int) -> None:
 
 
 def bytes_case(tp: int) -> dict[str, dict[str, int]]:
-    from tp_plugin.mesh.groups import ledger
+    from counted import ledger
 
     pair, found = Pair(tp, 97), {}
     for loss_of in (losses.causal, losses.smoothed, losses.accuracy, losses.log_probabilities, losses.sorted_columns):
@@ -236,10 +235,10 @@ def test_reading(tp: int) -> None:
 
 def _models() -> tuple[Any, nn.Module, nn.Module]:
     import tp_plugin
-    from tp_plugin.mesh.groups import forget_mesh
     from tp_plugin.policy import policy_for
+    from tp_plugin.runtime.runtime import stop
 
-    forget_mesh()
+    stop()
     config = config_for("llama")
     sharded, plain = build(config), build(config)
     tp_plugin.parallelize(sharded, tp_size=torch.distributed.get_world_size(), policy=policy_for(config))
@@ -442,15 +441,17 @@ def test_others_have_left_the_function() -> None:
 
 def kept_memory_case() -> tuple[int, int]:
     """Logits that a script drops are held for slower peers only until the ranks have met."""
-    from tp_plugin.mesh.groups import shelf
+
+    from tp_plugin.runtime.current import require
 
     config, sharded, _ = _models()
+    deferred = require().mesh.context.deferred
     outputs = _forward(sharded.train(), config, 0)
     loss = outputs.loss
     del outputs
-    held = len(shelf.before())
+    held = len(deferred.before())
     loss.backward()
-    return held, len(shelf.before())
+    return held, len(deferred.before())
 
 
 def test_dropped_logits_are_let_go() -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from test_launch import launch, seen
+from tp_plugin.engines.deepspeed.batch import multiplied_by_world
 
 from tp_plugin.config.run_config import RunConfig
 from tp_plugin.engines.deepspeed import batch
-from tp_plugin.engines.deepspeed.batch import multiplied_by_world
 from tp_plugin.engines.deepspeed.config import REFUSED, options_of, refuse, without_our_keys
 from tp_plugin.engines.deepspeed.initialize import _refuse_arguments
 from tp_plugin.errors import TPError

@@ -295,9 +295,9 @@ def model_types() -> list[str]:
 
 def fresh(**options: Any) -> None:
     """Every case begins alike: no mesh of an earlier one, its own options, generators equal on all ranks."""
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
 
-    forget_mesh()
+    stop()
     os.environ[ENV_OPTIONS] = json.dumps(options)
     random.seed(0)
     np.random.seed(0)  # equal generators: the guard has nothing to synchronise

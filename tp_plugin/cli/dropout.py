@@ -21,8 +21,8 @@ from tp_plugin.cli.inputs import loss_of
 from tp_plugin.cli.parity import LIMITS, on_one_rank
 from tp_plugin.cli.target import build
 from tp_plugin.errors import DivergenceError
-from tp_plugin.mesh.groups import require_mesh
 from tp_plugin.policy import Policy
+from tp_plugin.runtime.current import require
 from tp_plugin.shard.model_state import checksum
 
 PROBABILITY = 0.25
@@ -84,7 +84,7 @@ def prove_dropout(config: Any, policy: Policy, tp: int) -> Dropout:
     # the mesh comes with the first sharded model
     sharded = _sharded(with_dropouts(config, names[:1]), policy, tp)
     drawn = on_one_rank(
-        require_mesh(),
+        require().mesh,
         lambda: [_draws(build(with_dropouts(config, on), meta=False)) for on in ([], *([name] for name in names))],
     )
     quiet = drawn[0][1]  # routers may draw, too
@@ -129,7 +129,7 @@ def _one(
 
 def _all(config: Any, policy: Policy, tp: int, found: Dropout) -> None:
     """Train with all on, generators unequal before each forward; ranks must stay one model."""
-    mesh = require_mesh()
+    mesh = require().mesh
     model = _sharded(config, policy, tp).train()
     plan, record = model.tp_record.plan, model.tp_record  # type: ignore[union-attr]
     seen: dict[str, int] = {}
@@ -160,7 +160,7 @@ def _all(config: Any, policy: Policy, tp: int, found: Dropout) -> None:
         optimizer.zero_grad()
     if not all(math.isfinite(loss) for loss in losses):
         found.faults.append(f"with dropout on, losses are {losses}")
-    everyone = mesh.control.gather_objects((seen, losses))
+    everyone = mesh.unit_cpu.gather_objects((seen, losses))
     apart = [path for path in seen if len({outputs[path] for outputs, _ in everyone}) > 1]
     if apart:
         found.faults.append(f"with dropout on, ranks compute different outputs of {apart[0]}")

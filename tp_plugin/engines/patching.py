@@ -6,13 +6,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-_originals: list[tuple[Any, str, Any]] = []
+_undo: list[Callable[[], None]] = []
+"""What takes back each patch, in the order in which they were made."""
 
 
 def patch(owner: Any, name: str, replacement: Any) -> None:
     """Replace attribute ``name`` of a module or class and remember what stood there."""
-    _originals.append((owner, name, vars(owner)[name]))
+    undo(functools.partial(setattr, owner, name, vars(owner)[name]))
     setattr(owner, name, replacement)
+
+
+def undo(action: Callable[[], None]) -> None:
+    """Have :func:`unpatch_all` call ``action``: for what is registered with a library by a way of its own."""
+    _undo.append(action)
 
 
 def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -29,6 +35,5 @@ def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 def unpatch_all() -> None:
     """Put everything back, last patch first."""
-    while _originals:
-        owner, name, original = _originals.pop()
-        setattr(owner, name, original)
+    while _undo:
+        _undo.pop()()

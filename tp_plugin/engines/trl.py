@@ -9,8 +9,9 @@ import torch
 
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import current_mesh
-from tp_plugin.tensor.grad_norm import is_nameless_share, layout_of
+from tp_plugin.runtime.current import current, current_mesh
+from tp_plugin.shard.params import is_unnamed_shard
+from tp_plugin.tensor.param_entry import layout_of
 from tp_plugin.tensor.vocab.scores import scores
 
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -44,7 +45,7 @@ def install_rewards(trainer: Any) -> None:
 def _calculate_rewards(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """The leader's: a judge or a sandbox need not answer each rank alike."""
     rewards, mesh = original(self, *args, **kwargs), current_mesh()
-    return rewards if mesh is None else mesh.tp_for(rewards).broadcast(rewards.contiguous())
+    return rewards if mesh is None else mesh.unit_for(rewards).broadcast(rewards.contiguous())
 
 
 class _LogProbs:
@@ -67,7 +68,8 @@ class _LogProbs:
     ) -> tuple[torch.Tensor | None, ...]:
         """TRL's signature and results."""
         layout = layout_of(weight)
-        if layout is None and is_nameless_share(weight):
+        runtime = current()
+        if layout is None and runtime is not None and is_unnamed_shard(weight, [m.index for m in runtime.models]):
             raise TPError(
                 f"TRL's head was given a weight of {tuple(weight.shape)} that is not a parameter of the model, but has "
                 "the shape of this rank's rows of its vocabulary, and would be taken for all of it; do not copy "

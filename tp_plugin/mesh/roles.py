@@ -26,6 +26,29 @@ from tp_plugin.errors import TPError
 from tp_plugin.mesh.groups import CommContext, Group
 
 
+class LocalGroups:
+    """Process groups that only their own ranks make: the number of calls does not grow with the world.
+
+    torch names such a group by its ranks, and cannot make another one of the same ranks in the same world. So each is
+    made once, and kept for the next mesh.
+    """
+
+    def __init__(self) -> None:
+        self._world: dist.ProcessGroup | None = None
+        self._made: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}
+
+    def get(self, ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
+        """The group of ``ranks``. Collective over them at its first call."""
+        if self._world is not dist.group.WORLD:
+            self._world, self._made = dist.group.WORLD, {}
+        key = tuple(ranks), backend
+        if key not in self._made:
+            self._made[key] = dist.new_group(
+                list(ranks), backend=backend, timeout=world_timeout(), use_local_synchronization=True
+            )
+        return self._made[key]
+
+
 @dataclass
 class Mesh:
     """The groups of this rank, by role.
@@ -47,6 +70,7 @@ class Mesh:
     world: Group
     devices: DeviceMesh
     context: CommContext
+    local_groups: LocalGroups = field(default_factory=LocalGroups)
     _replicas: dict[tuple[int, ...], Group] = field(default_factory=dict)
 
     @property
@@ -75,7 +99,7 @@ class Mesh:
             if len(ranks) == self.tp_size:
                 self._replicas[key] = self.tp
             elif self.rank in ranks:
-                pg = _new_group(ranks, dist.get_backend())
+                pg = self.local_groups.get(ranks, dist.get_backend())
                 self._replicas[key] = Group("replicas", ranks, pg, self.context)
             else:
                 self._replicas[key] = Group("elsewhere", [self.rank], None, self.context)
@@ -86,22 +110,20 @@ class Mesh:
         return dist.is_initialized() and self.world.pg is dist.group.WORLD
 
     def close(self) -> None:
-        """End the process groups, whose threads would stay. Collective over the world."""
-        if not self.is_alive():
-            return
-        groups = (self.tp, self.unit_cpu, self.data, *self._replicas.values())
-        for pg in {id(group.pg): group.pg for group in groups}.values():
-            if pg is not None:
-                dist.destroy_process_group(pg)
+        """End the process groups of the device mesh, whose threads would stay. Collective over the world."""
+        if self.is_alive():
+            for group in (self.tp, self.data):
+                dist.destroy_process_group(group.pg)
 
 
-def build_mesh(tp_size: int, device_type: str | None = None) -> Mesh:
+def build_mesh(tp_size: int, device_type: str | None = None, local_groups: LocalGroups | None = None) -> Mesh:
     """Make the groups of ``tp_size`` × data-parallel ranks. Collective over the world.
 
     Args:
         tp_size: ranks of a TP group.
         device_type: where tensors of device groups lie; default the accelerator that the world's backend serves, else
             ``cpu``.
+        local_groups: groups that an earlier mesh of this world has made.
 
     Raises:
         TPError: torch.distributed is not initialised, or ``tp_size`` does not divide the world.
@@ -131,9 +153,10 @@ def build_mesh(tp_size: int, device_type: str | None = None) -> Mesh:
         return Group(name, dist.get_process_group_ranks(pg), pg, context)
 
     tp, data = role("tp", "tp"), role("data", "data")
-    unit_cpu = Group("unit_cpu", tp.ranks, _new_group(tp.ranks, "gloo") if tp_size > 1 else None, context)
+    local_groups = local_groups or LocalGroups()
+    unit_cpu = Group("unit_cpu", tp.ranks, local_groups.get(tp.ranks, "gloo") if tp_size > 1 else None, context)
     everyone = Group("world", range(world), dist.group.WORLD, context)
-    return Mesh(tp_size, dp_size, tp, tp, unit_cpu, data, data, everyone, devices, context)
+    return Mesh(tp_size, dp_size, tp, tp, unit_cpu, data, data, everyone, devices, context, local_groups)
 
 
 def check_world(tp_size: int, world: int) -> None:
@@ -153,14 +176,6 @@ def process_of(rank: int, tp_size: int) -> int:
 def leader_of(process: int, tp_size: int) -> int:
     """The global rank that speaks for the script's process ``process``; needs no groups."""
     return process * tp_size
-
-
-def _new_group(ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
-    # each rank makes its own group only: the number of calls does not grow with the world
-    pg: dist.ProcessGroup = dist.new_group(
-        list(ranks), backend=backend, timeout=world_timeout(), use_local_synchronization=True
-    )
-    return pg
 
 
 def _device_type() -> str:

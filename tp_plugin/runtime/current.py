@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING
 from tp_plugin.errors import TPError
 
 if TYPE_CHECKING:
+    from tp_plugin.mesh.roles import LocalGroups, Mesh
     from tp_plugin.runtime.runtime import Runtime
 
 
 class _Slot:
+    """What a process has: its Runtime, and the groups that the next one can use again."""
+
     runtime: Runtime | None = None
+    local_groups: LocalGroups | None = None
 
 
 slot = _Slot()
@@ -35,3 +39,8 @@ def require() -> Runtime:
     if slot.runtime is None:
         raise TPError("no tensor-parallel run in this process yet; call tp_plugin.parallelize first")
     return slot.runtime
+
+
+def current_mesh() -> Mesh | None:
+    """The groups of this process by role, or None before the Runtime is started."""
+    return None if slot.runtime is None else slot.runtime.mesh

@@ -1,6 +1,6 @@
 """One-sided reads: a rank fetches its peers' shards whenever the script asks for full tensors.
 
-What keeps this exact: a read is answered only when both ranks' weights are of one step (:meth:`Source.clock`). A peer
+What keeps this exact: a read is answered only when both ranks' weights are of one step (:meth:`Source.is_at`). A peer
 that lags is waited for; a peer that has moved on is an error on the reader.
 """
 
@@ -36,10 +36,13 @@ class Source(Protocol):
     """Something whose local tensors other ranks may read."""
 
     def clock(self) -> object:
-        """A value that is equal on two ranks exactly when their weights are of one step."""
+        """When in the program this rank's tensors are, for :meth:`is_at` of another rank."""
 
-    def explain_mismatch(self, theirs: object) -> str:
-        """What is the matter with these weights, if another rank's clock is ``theirs``."""
+    def is_at(self, theirs: Any) -> bool:
+        """Whether this rank's tensors are of the same step as those of a rank whose clock is ``theirs``."""
+
+    def explain_mismatch(self, theirs: Any) -> str:
+        """What is the matter with these tensors, if they are not."""
 
     def local(self, key: str) -> torch.Tensor:
         """This rank's tensor of that name."""
@@ -110,13 +113,13 @@ class PublishedTensors:
         module: nn.Module = found[0].module()
         return module
 
-    def _answer(self, uid: str, key: str, theirs: object) -> torch.Tensor:
+    def _answer(self, uid: str, key: str, theirs: Any) -> torch.Tensor:
         deadline = time.monotonic() + PATIENCE
-        while (source := self._sources.get(uid)) is None or source.clock() != theirs:
+        while (source := self._sources.get(uid)) is None or not source.is_at(theirs):
             if time.monotonic() > deadline:
                 raise DivergenceError(source.explain_mismatch(theirs) if source else "no such model")
             time.sleep(0.005)
         tensor = self._progress.to_host(source.local(key))
-        if source.clock() != theirs:
+        if not source.is_at(theirs):
             raise DivergenceError("its weights changed while they were read")
         return tensor

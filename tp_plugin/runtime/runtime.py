@@ -75,7 +75,8 @@ def start(config: RunConfig, tp_size: int | None = None, device_type: str | None
         return running
     if running is not None:
         running.close()
-    slot.runtime = Runtime(config, build_mesh(tp_size, device_type))
+    mesh = build_mesh(tp_size, device_type, slot.local_groups)
+    slot.runtime, slot.local_groups = Runtime(config, mesh), mesh.local_groups
     return slot.runtime
 
 

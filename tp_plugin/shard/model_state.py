@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import weakref
 import zlib
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +22,27 @@ from tp_plugin.shard.lazy_full_tensor import LazyFullTensor
 from tp_plugin.shard.params import ParamIndex
 
 _numbers = itertools.count()
+
+SAMPLED, SAMPLES = 64, 16
+"""Replicated parameters of which elements are compared before a read, and how many of each."""
+
+DRIFT = 1e-5
+"""Relative difference up to which these are equal: replicas may be some rounding apart, and the leader's count."""
+
+
+class Clock(NamedTuple):
+    """When in the program a rank's weights are: in-place updates, optimizer steps, elements of replicated parameters."""
+
+    moved: int
+    steps: int
+    sample: list[float]
+
+
+def _agree(mine: list[float], theirs: list[float]) -> bool:
+    return len(mine) == len(theirs) and all(
+        a == b or abs(a - b) <= DRIFT * max(abs(a), abs(b)) or not (math.isfinite(a) or math.isfinite(b))
+        for a, b in zip(mine, theirs, strict=True)
+    )
 
 
 class ModelState:
@@ -103,18 +125,48 @@ class ModelState:
             self.attached = True
             self.index.attach(self.plan, self.mesh)
 
+    def follow_renames(self) -> None:
+        """Follow modules that moved in the model since its tensors were last listed (PEFT unloads adapters)."""
+        model = self.model()
+        assert model is not None
+        self.index.rename()
+        for path, module in model.named_modules():
+            hooks: Any = getattr(module, "tp_state_hooks", None)
+            if hooks is not None:
+                hooks.path = path
+        self.start_counting()
+
     def start_counting(self) -> None:
         """Take the parameters' present versions as zero: ranks may have come here by different in-place copies."""
         self._versions = {name: p._version for name, p in self.index.tensors().items()}
 
-    def clock(self) -> tuple[int, int]:
-        """In-place updates of all parameters, and optimizer steps: equal on ranks whose weights are of one step."""
+    def clock(self) -> Clock:
+        """When in the program this rank's weights are."""
         moved = sum(p._version - self._versions.get(name, 0) for name, p in self.index.tensors().items())
-        return moved, self.steps()
+        return Clock(moved, self.steps(), self._sample())
 
-    def explain_mismatch(self, theirs: object) -> str:
+    def is_at(self, theirs: Clock) -> bool:
+        """Whether this rank's weights are of the same step as those of a rank whose clock is ``theirs``."""
+        mine = self.clock()
+        return mine[:2] == theirs[:2] and _agree(mine.sample, theirs.sample)
+
+    def explain_mismatch(self, theirs: Clock) -> str:
         """Why a rank whose clock is ``theirs`` cannot read here."""
+        if self.clock()[:2] == theirs[:2]:
+            return (
+                "its replicated parameters hold other values after as many updates: they were changed on one rank "
+                "alone, or have drifted apart (`tp_plugin: {audit_every: 1}` says when and which)"
+            )
         return ELSEWHERE
+
+    def _sample(self) -> list[float]:
+        """Some elements of replicated parameters: those that ``.data`` was written to have no other sign of it."""
+        chosen = []
+        for name, parameter in self.index.tensors().items():
+            flat = held(parameter.detach()).reshape(-1)
+            if not self.index.layouts[name].is_sharded and flat.numel() and len(chosen) < SAMPLED:
+                chosen.append(flat[:: -(-flat.numel() // SAMPLES)].float())
+        return self.runtime.progress.to_host(torch.cat(chosen)).tolist() if chosen else []
 
     def local(self, key: str) -> torch.Tensor:
         """This rank's tensor named ``key`` (a parameter's first name in the model)."""

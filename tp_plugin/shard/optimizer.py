@@ -103,6 +103,10 @@ class OptimizerStates:
         steps = [float(s["step"]) for p in self._parameters if "step" in (s := self._state.get(p, {}))]
         return sum(steps), len(values)
 
+    def is_at(self, theirs: object) -> bool:
+        """Whether this rank's states are of the same step as those of a rank whose clock is ``theirs``."""
+        return self.clock() == theirs
+
     def explain_mismatch(self, theirs: object) -> str:
         """Why a rank whose clock is ``theirs`` cannot read here."""
         return ELSEWHERE

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_plugin.mesh.dtensor_utils import held
 from tp_plugin.mesh.roles import Mesh
 from tp_plugin.policy import ParamLayout, Plan
 from tp_plugin.tensor.param_entry import ParamEntry, bind, entry_of
@@ -93,18 +94,28 @@ class ParamIndex:
 
 
 def layouts_of(tensors: Sequence[torch.Tensor], indexes: Iterable[ParamIndex]) -> list[ParamLayout | None]:
-    """The layout of each tensor's parameter: ``tensors`` are parameters of the indexed models, or their ``.grad``."""
-    of_gradient: dict[int, ParamLayout] = {}
+    """The layout of each tensor's parameter; None for tensors of no indexed model.
+
+    Args:
+        tensors: parameters, their ``.grad``, or aliases of these (``p.grad.detach()``), which share their elements.
+    """
+    of_gradient: dict[object, ParamLayout] = {}
     for index in indexes:
         for parameter in index.tensors().values():
             entry = entry_of(parameter)
             if entry is not None and parameter.grad is not None:
-                of_gradient[id(parameter.grad)] = entry.layout
-    found: list[ParamLayout | None] = []
-    for tensor in tensors:
-        entry = entry_of(tensor)
-        found.append(of_gradient.get(id(tensor)) if entry is None else entry.layout)
-    return found
+                of_gradient[_elements(parameter.grad)] = entry.layout
+    entries = [entry_of(tensor) for tensor in tensors]
+    return [
+        of_gradient.get(_elements(tensor)) if entry is None else entry.layout
+        for tensor, entry in zip(tensors, entries, strict=True)
+    ]
+
+
+def _elements(tensor: torch.Tensor) -> object:
+    """Equal for two live tensors of the same elements; no others are compared."""
+    local = held(tensor)
+    return local.untyped_storage()._cdata, local.storage_offset(), local.numel()
 
 
 def is_unnamed_shard(tensor: torch.Tensor, indexes: Iterable[ParamIndex]) -> bool:
