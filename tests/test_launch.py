@@ -263,7 +263,10 @@ def decided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         arguments, environment = rest[:2] if name in ACCEPTED else ([], {})
         launcher = ["trl"] if "trl" in arguments else []
         options = [word for word in arguments if word != "trl"]
-        cases[name] = ([*launcher, "--config_file", str(config), *options, *([] if launcher else ["x.py"])], environment)
+        cases[name] = (
+            [*launcher, "--config_file", str(config), *options, *([] if launcher else ["x.py"])],
+            environment,
+        )
     return decide(cases)
 
 
