@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from tp_plugin.errors import TPError
 from tp_plugin.shard import NOT_ELEMENTWISE
@@ -109,5 +109,5 @@ def check_batch_sizes(config: Mapping[str, Any], tp_size: int, dp_size: int, war
         )
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and value > 0
