@@ -297,7 +297,7 @@ def unequal_case() -> dict[str, Any]:
     from tp_plugin.engines.accelerate import operations
 
     mesh = pair(2)[1].tp_record.mesh
-    over = operations.OverDP()
+    over = operations.DPScopedDist()
     value = torch.tensor([float(rank()), 1.0])
     gathered = [torch.zeros(2) for _ in range(mesh.dp_size)]
     over.all_gather(gathered, value)
