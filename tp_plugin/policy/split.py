@@ -53,6 +53,9 @@ class HeadSplit:
         return max(b for _, b in self.kv)
 
 
+NO_HEADS = HeadSplit(((0, 1),), ((0, 1),))
+"""For splits of what has no heads."""
+
 Split = Callable[[int, int, HeadSplit], Parts]
 
 
