@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tp_plugin.mesh.groups import require_mesh
+from tp_plugin.mesh.groups import Group
 from tp_plugin.tensor import regions
 
 
 class VocabularyRows:
     """Hooks of an embedding that holds the rows ``[start, stop)`` of the vocabulary."""
 
-    def __init__(self, start: int, stop: int, padding: int | None):
+    def __init__(self, start: int, stop: int, padding: int | None, group: Group):
+        self.group = group
         self.start, self.stop, self.whole_padding = start, stop, padding
         inside = padding is not None and start <= padding < stop
         self.padding = padding - start if padding is not None and inside else None
@@ -40,7 +41,7 @@ class VocabularyRows:
     def summed(self, output: torch.Tensor) -> torch.Tensor:
         """The rows of the ids last given to :meth:`local`, from those of the ranks."""
         blank = output.masked_fill(self._elsewhere.pop().unsqueeze(-1), 0)
-        return regions.reduce_from_tp(blank, require_mesh().tp)
+        return regions.reduce_from_tp(blank, self.group)
 
 
 class AdaptedRows:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_plugin.mesh.groups import require_mesh
-from tp_plugin.runtime.remote_logits import Held, desk
+from tp_plugin.runtime.current import require
 from tp_plugin.tensor import regions
 from tp_plugin.tensor.first_order import first_order
 from tp_plugin.tensor.graphs import end_graph, skip
 from tp_plugin.tensor.vocab.expr import ALL, Expr, Local, Values, pad
+from tp_plugin.tensor.vocab.held import Held
 from tp_plugin.tensor.vocab.reductions import pieces
 from tp_plugin.tensor.vocab.tensor import Incoming, Logits, Vocabulary, incoming
 
@@ -31,12 +31,12 @@ class VocabularyColumns:
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """``f`` at the head's input. A graph ends here: torch.compile cannot trace deferred logits."""
         end_graph()  # before what the model's forward does with them
-        return (regions.copy_to_tp(args[0], require_mesh().tp), *args[1:])
+        return (regions.copy_to_tp(args[0], require().mesh.tp), *args[1:])
 
     def after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         """Local logits (…, columns) → logits (…, vocabulary), gathered only if that is asked for."""
-        group = require_mesh().tp
-        if group.size == 1 or desk().link.sync_points.reads_all:
+        group = require().mesh.tp
+        if group.size == 1 or require().remote_logits.wants_full:
             return regions.gather_from_tp(output, group)[..., : self.vocabulary.size]
         if type(module).forward is nn.Linear.forward and "forward" not in vars(module):
             # what nn.Linear recorded is dropped: its backward would need the gradient of all logits at once
@@ -62,7 +62,7 @@ def deferred(
 
 
 def _held(output: torch.Tensor) -> Held:
-    return Held(output.detach().reshape(-1, output.shape[-1]))
+    return require().remote_logits.hold(output.detach().reshape(-1, output.shape[-1]))
 
 
 def _logits(held: Held, lead: torch.Size, vocabulary: Vocabulary) -> Logits:

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tp_plugin.mesh.groups import require_mesh
-from tp_plugin.runtime.remote_logits import desk
+from tp_plugin.runtime.current import require
 from tp_plugin.tensor.vocab.expr import ALL, Values, digest, pad
 from tp_plugin.tensor.vocab.tensor import Logits, blank, elementwise, incoming
 
@@ -119,7 +118,7 @@ def gather(logits: Logits) -> torch.Tensor:
     """All columns (rows, vocabulary): one all-gather if all ranks are here, else from the other ranks' threads."""
     with torch.no_grad():
         expr, tensors = logits.ordered()
-        mesh, vocabulary = require_mesh(), logits.vocabulary
+        mesh, vocabulary = require().mesh, logits.vocabulary
         columns = [vocabulary.owned(rank) for rank in range(mesh.tp_size)]
         if together("gather", logits):
             first, last = vocabulary.mine
@@ -130,7 +129,7 @@ def gather(logits: Logits) -> torch.Tensor:
             for rank, (first, last) in enumerate(columns):
                 if first < last:
                     there = {
-                        leaf: desk().read(rank, leaf, tensor) if leaf.number and rank != mesh.tp.rank else tensor
+                        leaf: require().remote_logits.read(rank, leaf, tensor) if leaf.number and rank != mesh.tp.rank else tensor
                         for leaf, tensor in tensors.items()
                     }
                     parts.append(expr.pick(ALL, (first, last), Values(there, first)))
@@ -141,7 +140,7 @@ def together(operation: str, logits: Logits, *more: torch.Tensor) -> bool:
     """Whether all ranks are at this operation on the same logits (and ``more``), so that it may communicate."""
     expr, tensors = logits.ordered()
     newest = max((leaf.number for leaf in expr.leaves() if leaf.number), default=None)
-    return desk().together(f"{operation} {expr.signature(tensors)} {' '.join(digest(each) for each in more)}", newest)
+    return require().remote_logits.propose(f"{operation} {expr.signature(tensors)} {' '.join(digest(each) for each in more)}", newest)
 
 
 def is_vocabulary(logits: Any, dim: Any) -> bool:

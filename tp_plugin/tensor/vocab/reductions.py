@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tp_plugin.mesh.groups import require_mesh
+from tp_plugin.runtime.current import require
 from tp_plugin.tensor.first_order import first_order
 from tp_plugin.tensor.vocab.expr import Apply, Cast, Expr, Leaf, OneHot, PerRow, StatisticsGradient, Values, take
 from tp_plugin.tensor.vocab.tensor import Logits, Vocabulary, blank, incoming, recalled, remember
@@ -75,7 +75,7 @@ def statistics(source: Source, labels: torch.Tensor | None, with_sum: bool) -> t
         if with_sum:
             mine[3, rows] = block.sum(-1)
         mine[1, rows] = (block - _finite(mine[0, rows]).unsqueeze(-1)).exp_().sum(-1)
-    everyone = torch.stack(require_mesh().tp.all_gather(mine))
+    everyone = torch.stack(require().mesh.tp.all_gather(mine))
     highest = _finite(everyone[:, 0].amax(0))
     # added in one order on every rank: the results are equal
     found = everyone[:, 1:].sum(0)
@@ -156,7 +156,7 @@ def row_sums(source: Source) -> torch.Tensor:
     found = torch.zeros(source.rows, dtype=wide(source.expr.dtype), device=source.device)
     for rows, block in source.blocks():
         found[rows] = block.sum(-1, dtype=found.dtype)
-    return require_mesh().tp.all_reduce(found)
+    return require().mesh.tp.all_reduce(found)
 
 
 class RowSum(torch.autograd.Function):
@@ -187,7 +187,7 @@ class Take(torch.autograd.Function):
         found = torch.zeros(at.shape, dtype=ctx.dtype, device=at.device)
         for rows, block in source.blocks():
             found[rows] = take(block, at[rows], source.vocabulary.mine)
-        return require_mesh().tp.all_reduce(found)
+        return require().mesh.tp.all_reduce(found)
 
     @staticmethod
     @first_order
@@ -210,7 +210,7 @@ def largest(logits: Logits, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         found, at = _top(block, min(k, block.shape[-1]))
         entries[rows, : at.shape[1]] = found
         places[rows, : at.shape[1]] = at + source.vocabulary.mine[0]
-    group = require_mesh().tp
+    group = require().mesh.tp
     everyone, where = (torch.cat(group.all_gather(part), -1) for part in (entries, places))
     found, at = _top(everyone, k)
     return found, where.gather(-1, at)

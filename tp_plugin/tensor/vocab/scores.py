@@ -8,8 +8,8 @@ from collections.abc import Collection
 import torch
 import torch.nn.functional as F
 
-from tp_plugin.mesh.groups import require_mesh
 from tp_plugin.policy import ParamLayout
+from tp_plugin.runtime.current import require
 from tp_plugin.tensor import regions
 from tp_plugin.tensor.vocab.head import Fetched, deferred
 from tp_plugin.tensor.vocab.reductions import LogSoftmax, RowSum, Statistics, largest
@@ -41,7 +41,7 @@ def scores(
     One all-gather of three numbers per token; two reductions more for the entropy, two for ``is_top1``, one for each of
     the others.
     """
-    group = require_mesh().tp
+    group = require().mesh.tp
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     entered = regions.copy_to_tp(hidden, group)

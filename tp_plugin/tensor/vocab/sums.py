@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tp_plugin.runtime.remote_logits import desk
+from tp_plugin.runtime.current import require
 from tp_plugin.tensor.vocab.ops import Handler, handles, is_vocabulary, together
 from tp_plugin.tensor.vocab.pointwise import cast
 from tp_plugin.tensor.vocab.reductions import LogSoftmax, RowSum, Statistics, Take, largest, wide
@@ -158,7 +158,7 @@ def _cross_entropy(
     if size_average is not None or reduce is not None:
         return NotImplemented
     # inside a forward all ranks are at the model's own loss
-    if not desk().link.sync_points.inside and not together("cross_entropy", input, target):
+    if not require().remote_logits.in_forward and not together("cross_entropy", input, target):
         return NotImplemented
     labels = target.reshape(-1)
     ignored = labels == ignore_index

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tp_plugin.mesh.groups import require_mesh
-from tp_plugin.runtime.remote_logits import Held
+from tp_plugin.runtime.current import require
 from tp_plugin.tensor.first_order import first_order
 from tp_plugin.tensor.vocab.expr import Apply, Cast, Columns, Expr, Leaf, Reordered, Whole
+from tp_plugin.tensor.vocab.held import Held
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Vocabulary:
     @property
     def mine(self) -> Columns:
         """The entries of this rank."""
-        return self.owned(require_mesh().tp.rank)
+        return self.owned(require().mesh.tp.rank)
 
 
 class Logits(torch.Tensor):
