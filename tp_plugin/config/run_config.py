@@ -79,7 +79,9 @@ def _whole_number(value: object, key: str, place: str, least: int = 0) -> int:
 
 def _fraction(value: object, key: str, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise TPError(f"{key}: expected a number from 0 to below 1, found {value!r}{place}; write for example `{key}: 1e-5`")
+        raise TPError(
+            f"{key}: expected a number from 0 to below 1, found {value!r}{place}; write for example `{key}: 1e-5`"
+        )
     return float(value)
 
 

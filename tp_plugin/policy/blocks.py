@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from tp_plugin.policy.renamed import renamed_keywords
 from tp_plugin.policy.split import Blocks, Split, aligned, even, kv, q
@@ -32,7 +32,7 @@ class Block:
         columns: column-parallel modules below it (weight split by output features), each with its split.
         row: row-parallel modules below it (weight split by input features), each with its split.
         inputs: names of the forward's arguments that carry activations into the block (``*``: the first one, whatever
-            its name); empty if it begins elsewhere.
+            its name, and all others that require a gradient when it runs); empty if it begins elsewhere.
         entry: the module below ``path`` at whose ``inputs`` the block begins, where those are not the block's own: a
             residual that the block adds itself must not pass there.
         input_of, output_of: modules below ``path`` at whose input or output the block begins, if it has no ``inputs``
@@ -152,6 +152,8 @@ class Policy:
             ``{"vision_tower": "vision_config"}``. Each is sharded by the policy for that config, which sees nothing
             but the tower, as this policy's own patterns see nothing of it.
         rest_replicated: whether every parameter outside the blocks is replicated without being named.
+        origin: "registered" by its author, or "derived" from the ``base_model_tp_plan`` of a transformers config.
+        proven: whether a test of this project proves a derived policy; a registered one is its author's to prove.
     """
 
     model_types: tuple[str, ...]
@@ -163,3 +165,5 @@ class Policy:
     parallel_residual_if: Callable[[Any], bool] = lambda config: True
     towers: Mapping[str, str] = field(default_factory=dict)
     rest_replicated: bool = False
+    origin: Literal["registered", "derived"] = "registered"
+    proven: bool = True

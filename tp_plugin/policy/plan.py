@@ -16,7 +16,7 @@ class BlockPlan:
     """One block of a model. Paths are whole paths in the model.
 
     Attributes:
-        inputs: names of the arguments of the forward of ``entry`` at which it begins.
+        inputs: names of the arguments of the forward of ``entry`` at which it begins (``*``: all differentiable ones).
         entry: path of the module whose arguments those are.
         heads: which heads each rank computes, of attention.
         input_of, output_of: paths of modules at whose input or output it begins otherwise.
@@ -56,6 +56,7 @@ class Plan:
         sharded_norms: path of a norm over a sharded width → its whole width.
         embeddings, heads: paths of vocabulary-parallel modules.
         adapted_embeddings: (path, name) of LoRA adapters around embeddings.
+        unproven: model types (the model's, its towers') whose policy was derived and is proven by no test.
         dropouts: paths of dropouts inside or beside a block that follow their input → is it "replicated" or "sharded".
     """
 
@@ -72,6 +73,7 @@ class Plan:
     heads: list[str] = field(default_factory=list)
     adapted_embeddings: list[tuple[str, str]] = field(default_factory=list)
     dropouts: dict[str, str] = field(default_factory=dict)
+    unproven: list[str] = field(default_factory=list)
 
     def query_heads(self, path: str) -> Parts:
         """Each rank's query heads of the attention at ``path``, as ranges in the order of the whole model's."""

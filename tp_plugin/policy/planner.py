@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tp_plugin.errors import PolicyError
 from tp_plugin.policy.blocks import Policy
+from tp_plugin.policy.derived_check import check_derived
 from tp_plugin.policy.layout import ParamLayout
 from tp_plugin.policy.names import matches, prefixes
 from tp_plugin.policy.plan import Plan
@@ -42,6 +43,10 @@ def plan_scope(scope: Scope) -> None:
     """Claim every parameter of the model or tower."""
     plan_named(scope)
     replicate_rest(scope)
+    if scope.policy.origin == "derived":
+        check_derived(scope)
+        if not scope.policy.proven:
+            scope.plan.unproven += scope.policy.model_types
 
 
 def plan_named(scope: Scope) -> None:

@@ -129,7 +129,9 @@ def gather(logits: Logits) -> torch.Tensor:
             for rank, (first, last) in enumerate(columns):
                 if first < last:
                     there = {
-                        leaf: require().remote_logits.read(rank, leaf, tensor) if leaf.number and rank != mesh.tp.rank else tensor
+                        leaf: require().remote_logits.read(rank, leaf, tensor)
+                        if leaf.number and rank != mesh.tp.rank
+                        else tensor
                         for leaf, tensor in tensors.items()
                     }
                     parts.append(expr.pick(ALL, (first, last), Values(there, first)))
@@ -140,7 +142,9 @@ def together(operation: str, logits: Logits, *more: torch.Tensor) -> bool:
     """Whether all ranks are at this operation on the same logits (and ``more``), so that it may communicate."""
     expr, tensors = logits.ordered()
     newest = max((leaf.number for leaf in expr.leaves() if leaf.number), default=None)
-    return require().remote_logits.propose(f"{operation} {expr.signature(tensors)} {' '.join(digest(each) for each in more)}", newest)
+    return require().remote_logits.propose(
+        f"{operation} {expr.signature(tensors)} {' '.join(digest(each) for each in more)}", newest
+    )
 
 
 def is_vocabulary(logits: Any, dim: Any) -> bool:
