@@ -266,7 +266,7 @@ class Counted(GatedAttention):
             "self_attn",
             lambda: Counted(GatedConfig()),
             {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise"), "o_proj": "rowwise"},
-            r"layers\.0\.self_attn\.total_heads = 4 seems to count heads, of which each rank has a share once q_proj, ",
+            r"layers\.0\.self_attn\.total_heads = 4 seems to count heads, of which each rank computes some once q_proj",
         ),
         (
             "self_attn",

@@ -40,8 +40,8 @@ class Block:
             no module of its own).
         partial: replicated modules or parameters that every rank applies to its own shard only (a norm over
             ``head_dim``): their gradient is summed over the TP group.
-        replicated: modules or parameters before the place where the block begins: whole, like those outside.
-        tensors: parameters that are split along a dimension without being a linear layer's, with split and dimension:
+        replicated: modules or parameters before the place where the block begins: replicated, like those outside.
+        tensors: parameters of no linear layer that are split along a dimension, with split and dimension:
             ``{"sinks": (q, 0)}``.
         head_inputs: arguments of the forward with a dimension of query heads (position biases, ALiBi), of which each
             rank takes its heads: the dimension, counted from the last (-3 is that of (batch, heads, q, k) and of
@@ -98,7 +98,7 @@ class MLP(Block):
     inputs: tuple[str, ...] = ("x",)
 
 
-@renamed_keywords(**BLOCK_KEYWORDS, once="bias_shards")
+@renamed_keywords(**BLOCK_KEYWORDS, once="bias_shards", eager_parts="eager_supports_ep")
 @dataclass(frozen=True)
 class Experts(Block):
     """Experts whose weights are stacked in tensors (expert, …), each split inside; the module's output is the sum.
@@ -107,9 +107,10 @@ class Experts(Block):
 
     Attributes:
         bias_shards: biases that every expert adds to its output: split by output features, and added where they lie.
-        index: the forward's argument with the experts' numbers (tokens, k); empty if the experts cannot be parted.
+        index: the forward's argument with the experts' numbers (tokens, k); empty if there is none, so that whole experts
+            cannot be distributed.
         count: the module's attribute with the number of experts; an ``index`` of that number means no expert.
-        eager_parts: whether the module's own forward (``experts_implementation: eager``) knows such a number.
+        eager_supports_ep: whether the module's own forward (``experts_implementation: eager``) knows such a number.
     """
 
     path: str = "layers.*.mlp.experts"
@@ -122,7 +123,7 @@ class Experts(Block):
     bias_shards: tuple[str, ...] = ()
     index: str = "top_k_index"
     count: str = "num_experts"
-    eager_parts: bool = True
+    eager_supports_ep: bool = True
 
 
 @dataclass(frozen=True)

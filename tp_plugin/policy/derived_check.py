@@ -54,8 +54,8 @@ def _check_head_counts(scope: Scope, path: str, block: BlockPlan) -> None:
         if block.heads is None or value in (block.heads.q_heads, block.heads.kv_heads):
             columns = ", ".join(column.removeprefix(f"{path}.") for column in block.columns)
             scope.fail(
-                f"{path}.{name} = {value} seems to count heads, of which each rank has a share once {columns} (colwise) are "
-                f"split, but the plan does not say how it changes; {WRITE}"
+                f"{path}.{name} = {value} seems to count heads, of which each rank computes some once {columns} "
+                f"(colwise) are split, but the plan does not say how it changes; {WRITE}"
             )
 
 
@@ -77,16 +77,15 @@ def _check_attention(scope: Scope, block: BlockPlan) -> None:
     assert block.heads is not None
     q_heads, kv_heads = block.heads.q_heads, block.heads.kv_heads
     row = _width(_layout(scope.plan, block.rows[0])) / q_heads
-    widths = {column: _width(_layout(scope.plan, column)) for column in block.columns}
-    by_name = {column.removesuffix(".base_layer").rpartition(".")[2]: width for column, width in widths.items()}
-    key = by_name["k_proj"] / kv_heads if "k_proj" in by_name else row
-    for column, width in widths.items():
-        name = column.removesuffix(".base_layer").rpartition(".")[2]
+    columns = {column.removesuffix(".base_layer").rpartition(".")[2]: column for column in block.columns}
+    widths = {name: _width(_layout(scope.plan, column)) for name, column in columns.items()}
+    key = widths["k_proj"] / kv_heads if "k_proj" in widths else row
+    for name, width in widths.items():
         heads = kv_heads if name in ("k_proj", "v_proj") else q_heads
         expected = {"q_proj": (key,), "k_proj": (key,), "v_proj": (row,)}.get(name, (row, 1))
         if width / heads not in expected:
             scope.fail(
-                f"{column} (colwise) gives {width} features, {width / heads:g} for each of {heads} heads, where "
+                f"{columns[name]} (colwise) gives {width} features, {width / heads:g} for each of {heads} heads, where "
                 f"{' or '.join(f'{one:g}' for one in expected)} would match k_proj and {block.rows[0]} (rowwise); if "
                 f"it is several linears fused, the plan does not say how to split it; {WRITE}"
             )

@@ -118,8 +118,8 @@ def _block(config: Any, path: str, styles: Mapping[str, str]) -> Block:
         if projections - set(columns):
             raise PolicyError(
                 f"base_model_tp_plan of {config.model_type!r}: {path} has {', '.join(columns)} (colwise) but no "
-                f"{', '.join(sorted(projections - set(columns)))}; whose heads are in which cannot be told. Write a policy "
-                "(README, 'Add an architecture')"
+                f"{', '.join(sorted(projections - set(columns)))}, so the order of its heads is unknown. Write a "
+                "policy (README, 'Add an architecture')"
             )
         kinds: dict[str, Split] = {"k_proj": kv, "v_proj": kv}
         tensors = [name for name in columns if not name.endswith("proj")]

@@ -36,7 +36,7 @@ def _distribute(scope: Scope, path: str, block: Experts, planned: BlockPlan) -> 
     if not isinstance(count, int):
         scope.fail(f"{path} has no attribute {block.count!r} with the number of experts")
     implementation = getattr(getattr(module, "config", None), "_experts_implementation", "eager")
-    if implementation == "eager" and not block.eager_parts:
+    if implementation == "eager" and not block.eager_supports_ep:
         scope.fail(
             f"expert_parallel: the forward of {path} knows no experts on other ranks; load the model with "
             "experts_implementation='grouped_mm' (or 'batched_mm')"
