@@ -107,8 +107,8 @@ class Experts(Block):
 
     Attributes:
         bias_shards: biases that every expert adds to its output: split by output features, and added where they lie.
-        index: the forward's argument with the experts' numbers (tokens, k); empty if there is none, so that whole experts
-            cannot be distributed.
+        index: the forward's argument with the experts' numbers (tokens, k); empty if there is none: then whole
+            experts cannot be distributed.
         count: the module's attribute with the number of experts; an ``index`` of that number means no expert.
         eager_supports_ep: whether the module's own forward (``experts_implementation: eager``) knows such a number.
     """
