@@ -5,6 +5,7 @@ Keeping the objects keeps everything that was built on them before: optimizers, 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from tp_plugin.config.resolve import current_config
 from tp_plugin.config.run_config import RunConfig
 from tp_plugin.errors import TPError
 from tp_plugin.policy import ParamLayout, Plan, Policy, load, make_plan, policy_for
+from tp_plugin.policy.derived_check import unproven_warning
 from tp_plugin.policy.stacks import between, stacks
 from tp_plugin.runtime.batch_guard import BatchGuard
 from tp_plugin.runtime.runtime import Runtime, start
@@ -63,6 +65,9 @@ def parallelize(
             parted, whole = options.expert_parallel, options.leave_whole
             plans.append((root, make_plan(root, chosen, tp_size, expert_parallel=parted, leave_whole=whole)))
     runtime = start(options, tp_size)
+    derived = unproven_warning([plan for _, plan in plans]) if policy is None and tp_size > 1 else None
+    if derived and runtime.mesh.rank == 0:
+        warnings.warn(derived, stacklevel=2)
     if plans or not sharded:
         # the whole of a wrapper, not only the models in it: a head of its own must start equal on all ranks too
         agree_on_weights(model, runtime.mesh, settled={id(p) for root in sharded for p in root.parameters()})

@@ -109,7 +109,6 @@ def _fit_modules(model: nn.Module, plan: Plan, group: Group) -> None:
 def _block(model: nn.Module, path: str, planned: BlockPlan, plan: Plan, group: Group) -> ParallelBlock:
     signature = inspect.signature(model.get_submodule(planned.entry).forward)
     positions = {name: at for at, name in enumerate(signature.parameters)}
-    planned.inputs = tuple(next(iter(positions)) if name == "*" else name for name in planned.inputs)
     block = ParallelBlock(path, planned, positions, group)
     if planned.bias_shards:
         layouts = {name: plan.layouts[f"{path}.{name}"] for name in planned.bias_shards}

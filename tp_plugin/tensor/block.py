@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_plugin.errors import TPError
 from tp_plugin.mesh.groups import Group
 from tp_plugin.policy import BlockPlan
 from tp_plugin.policy.layout import Range
 from tp_plugin.tensor import regions, rng, sequence
+from tp_plugin.tensor.arguments import Arguments
+from tp_plugin.tensor.bypass_check import BypassCheck
 from tp_plugin.tensor.parallel_residual import ParallelResidual
 from tp_plugin.tensor.wgrad_overlap import BlockInput
 
@@ -29,33 +32,42 @@ class ParallelBlock:
         residual: the parallel residual that the block belongs to.
         stack: the stack of layers whose tokens are split, under sequence parallelism.
         layer_region: the random stream of the layer around the block then.
+        bypass: the check of a block whose inputs are not named.
     """
 
     def __init__(self, path: str, plan: BlockPlan, positions: dict[str, int], group: Group):
-        self.plan, self.positions, self.group = plan, positions, group
+        self.path, self.plan, self.positions, self.group = path, plan, positions, group
         self.region = rng.ShardedRegion(path, group.rank)
         self.block_input = BlockInput(group)
         self.residual: ParallelResidual | None = None
         self.stack: sequence.Stack | None = None
         self.layer_region: rng.ShardedRegion | None = None
         self.regather: sequence.Regather | None = None
+        self.bypass = BypassCheck(path) if "*" in plan.inputs else None
         self._draws = rng.Dropouts()
         self._to_come = 0
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Forward pre-hook (with kwargs) of the block's entry."""
-        arguments = _Arguments(args, kwargs, self.positions)
-        inputs = {name: arguments.tensor(name) for name in self.plan.inputs}
-        entering = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+        arguments = Arguments(args, kwargs, self.positions)
+        entering = arguments.inputs(self.plan.inputs)
         if self.residual is not None and len(entering) == 1:
             entered = [self.residual.enter(tensor) for tensor in entering.values()]
         elif self.on_own_tokens:
             first, *others = entering.values()  # a cross-attention's other input is whole
+            if others and self.bypass is not None:
+                raise TPError(
+                    f"sequence_parallel: {self.path} takes {len(entering)} differentiable inputs, and its derived "
+                    "policy does not say which of them are split along the sequence; turn sequence_parallel off, or "
+                    "write a policy (README, 'Add an architecture')"
+                )
             entered = [self._gather(first), *regions.copy_all_to_tp(others, self.group)]
         else:
             entered = self.block_input.enter(list(entering.values()), None)
-        for name, tensor in zip(entering, entered, strict=True):
-            arguments.put(name, tensor)
+        for place, tensor in zip(entering, entered, strict=True):
+            arguments.replace(place, tensor)
+        if self.bypass is not None:
+            self.bypass.enter(entered)
         for name, (dim, heads, ranges) in self.plan.head_inputs.items():
             bias = arguments.tensor(name)
             if bias is not None:
@@ -70,7 +82,7 @@ class ParallelBlock:
             self._begin(module, next(iter(entering.values())).device)
         return tuple(arguments.args), arguments.kwargs
 
-    def _local_experts(self, arguments: _Arguments, name: str, ranges: tuple[Range, ...]) -> None:
+    def _local_experts(self, arguments: Arguments, name: str, ranges: tuple[Range, ...]) -> None:
         """Experts' numbers → this rank's; those of other ranks become the number after the last, which is no expert."""
         numbers = arguments.tensor(name)
         assert numbers is not None
@@ -139,6 +151,8 @@ class ParallelBlock:
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook (always called): a block that raised must not leave the sharded random stream on."""
         self.end()
+        if self.bypass is not None:
+            self.bypass.leave(output)
 
     def end(self) -> None:
         """Behind the block's sharded part."""
@@ -148,23 +162,3 @@ class ParallelBlock:
         if self.regather is not None:
             self.regather.end()
             self.regather = None
-
-
-class _Arguments:
-    """A call's arguments, by the names they have in the signature."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], positions: dict[str, int]):
-        self.args, self.kwargs, self.positions = list(args), dict(kwargs), positions
-
-    def tensor(self, name: str) -> torch.Tensor | None:
-        """The argument, if it was given and is a tensor."""
-        at = self.positions[name]
-        value = self.kwargs.get(name, self.args[at] if at < len(self.args) else None)
-        return value if isinstance(value, torch.Tensor) else None
-
-    def put(self, name: str, value: torch.Tensor) -> None:
-        """Replace an argument that was given."""
-        if name in self.kwargs:
-            self.kwargs[name] = value
-        else:
-            self.args[self.positions[name]] = value
