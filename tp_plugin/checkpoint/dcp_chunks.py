@@ -92,7 +92,7 @@ class DCPShardView(torch.Tensor):
             "torch.distributed.checkpoint. For full tensors use StateDictOptions(full_state_dict=True)"
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DCPShardView(shape={tuple(self.shape)}, dtype={self.dtype}, rank={self.tp_rank})"
 
     def _chunks(self, owned: bool = False) -> list[Chunk]:
