@@ -85,8 +85,8 @@ def recover(folder: Path) -> None:
         return
     moves = []
     for name in (*sealed["files"], MANIFEST):
-        inside(folder, f"{ASIDE}/{name}", aside / MANIFEST)
-        moves.append((aside / name, inside(folder, name, aside / MANIFEST)))
+        target = inside(folder, name, aside / MANIFEST)
+        moves.append((inside(folder, f"{ASIDE}/{name}", aside / MANIFEST), target))
     for source, target in moves:
         target.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # it is there already
