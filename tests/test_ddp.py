@@ -14,7 +14,7 @@ from test_save_state import accelerated
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from workers import run
 
-from tp_plugin.config.run_config import OPTIONS
+from tp_plugin.config.keys import ENV_OPTIONS
 
 STEPS, MICRO = 3, 2
 LLAMA = {"tie_word_embeddings": False, "use_cache": False}
@@ -33,7 +33,7 @@ def train(tp: int, model_type: str, overrides: dict[str, Any], options: dict[str
 
     if tp == 1:
         return _train(tp, make(), None, how if how == "hook" else "")
-    os.environ[OPTIONS] = json.dumps(options)
+    os.environ[ENV_OPTIONS] = json.dumps(options)
     try:
         with accelerated(tp):
             from accelerate import Accelerator
@@ -47,7 +47,7 @@ def train(tp: int, model_type: str, overrides: dict[str, Any], options: dict[str
                 model = torch.compile(model, backend="aot_eager")
             return _train(tp, model, accelerator, how)
     finally:
-        del os.environ[OPTIONS]
+        del os.environ[ENV_OPTIONS]
 
 
 def _train(tp: int, model: Any, accelerator: Any, how: str) -> dict[str, Any]:

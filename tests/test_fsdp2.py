@@ -41,7 +41,7 @@ def make(tp: int, model_type: str, overrides: dict[str, Any], **settings: Any) -
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     import tp_plugin
-    from tp_plugin.config.run_config import OPTIONS
+    from tp_plugin.config.keys import ENV_OPTIONS
     from tp_plugin.mesh.groups import forget_mesh
     from tp_plugin.shard import local_states
 
@@ -54,7 +54,7 @@ def make(tp: int, model_type: str, overrides: dict[str, Any], **settings: Any) -
     options = {name: settings.pop(name) for name in OPTIONS_OF_OURS & settings.keys()}
     compiled = settings.pop("compiled", "")
     if tp > 1:
-        os.environ[OPTIONS] = json.dumps(options)
+        os.environ[ENV_OPTIONS] = json.dumps(options)
         model = tp_plugin.parallelize(model, tp_size=tp)
     precision = settings.pop("mixed_precision", "no")
     settings = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True} | settings
@@ -336,14 +336,14 @@ def ddp_counts(sequence: bool) -> dict[str, int]:
 
 def count_without(sequence: bool) -> dict[str, int]:
     import tp_plugin
-    from tp_plugin.config.run_config import OPTIONS
+    from tp_plugin.config.keys import ENV_OPTIONS
     from tp_plugin.engines import torch_utils
     from tp_plugin.mesh.groups import forget_mesh, ledger
 
     forget_mesh()
     torch_utils.install()
     model = build(config_for("llama", **LLAMA[1], vocab_size=96))
-    os.environ[OPTIONS] = json.dumps({"sequence_parallel": sequence})
+    os.environ[ENV_OPTIONS] = json.dumps({"sequence_parallel": sequence})
     tp_plugin.parallelize(model, tp_size=2)
     before = dict(ledger["count"])
     for micro in range(MICRO):

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tp_plugin.config.run_config import Options
+from tp_plugin.config.resolve import current_config
+from tp_plugin.config.run_config import RunConfig
 from tp_plugin.errors import TPError
 from tp_plugin.launch import autoload
 
@@ -185,17 +186,17 @@ def test_one_process_is_refused_when_the_state_is_made() -> None:
 
 
 def test_options_survive_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = Options.parse("4", {"policy": "a:B", "audit_every": 5, "leave_whole": ["bert"]})
+    options = RunConfig.parse("4", {"policy": "a:B", "audit_every": 5, "leave_whole": ["bert"]})
     for key, value in options.to_environment().items():
         monkeypatch.setenv(key, value)
     monkeypatch.delenv("TP_PLUGIN_DISABLE", raising=False)
-    assert Options.from_environment() == options == Options(4, "a:B", 5, ("bert",))
+    assert current_config() == options == RunConfig(4, "a:B", 5, ("bert",))
 
 
 @pytest.mark.parametrize("bad", [0, -1, "x", None, True, 1.5])
 def test_bad_sizes(bad: Any) -> None:
     with pytest.raises(TPError, match="tp_size: expected a whole number"):
-        Options.parse(bad)
+        RunConfig.parse(bad)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def test_bad_sizes(bad: Any) -> None:
 )
 def test_bad_options(mapping: dict[str, Any], message: str) -> None:
     with pytest.raises(TPError, match=message):
-        Options.parse(2, mapping)
+        RunConfig.parse(2, mapping)
 
 
 @pytest.mark.parametrize(

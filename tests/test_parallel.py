@@ -328,12 +328,12 @@ def test_the_leaders_value_is_the_groups(ranks: int) -> None:
 
 def audit_beside_case() -> str:
     """A home-made head around a sharded model."""
-    from tp_plugin.config.run_config import Options
+    from tp_plugin.config.run_config import RunConfig
     from tp_plugin.shard import parallelize
 
     whole, _ = pair(2, **GQA)
     model = parallelize(
-        torch.nn.ModuleDict({"body": whole, "score": torch.nn.Linear(3, 1)}), 2, options=Options(2, audit_every=1)
+        torch.nn.ModuleDict({"body": whole, "score": torch.nn.Linear(3, 1)}), 2, options=RunConfig(2, audit_every=1)
     )
     model["body"](**batch(97, 0))
     with torch.no_grad():
@@ -342,9 +342,9 @@ def audit_beside_case() -> str:
 
 
 def audit_case() -> str:
-    from tp_plugin.config.run_config import Options
+    from tp_plugin.config.run_config import RunConfig
 
-    _, sharded = pair(2, options=Options(2, audit_every=2), **GQA)
+    _, sharded = pair(2, options=RunConfig(2, audit_every=2), **GQA)
     sharded(**batch(97, 0))
     sharded(**batch(97, 0))  # audited, and equal
     with torch.no_grad():

@@ -69,11 +69,11 @@ def test_collectives() -> None:
 def kept(tp: int, sequence_parallel: bool) -> float:
     """Run on every rank: bytes that autograd keeps of a layer: a third of what five layers keep beyond two."""
     import tp_plugin
-    from tp_plugin.config.run_config import OPTIONS
+    from tp_plugin.config.keys import ENV_OPTIONS
     from tp_plugin.mesh.groups import forget_mesh
 
     forget_mesh()
-    os.environ[OPTIONS] = json.dumps({"sequence_parallel": sequence_parallel})
+    os.environ[ENV_OPTIONS] = json.dumps({"sequence_parallel": sequence_parallel})
     found = []
     for layers in (2, 5):
         size = {"n_layer": layers, "n_embd": 64, "n_head": 4, "n_inner": 256, "vocab_size": 8}
@@ -103,11 +103,11 @@ def test_activations_of_a_layer(tp: int) -> None:
 def trained(change: str) -> tuple[list[float], list[tuple[int, ...]], float]:
     """Run on every rank: losses of two steps, the shapes that norms saw, the distance to the whole model's weights."""
     import tp_plugin
-    from tp_plugin.config.run_config import OPTIONS
+    from tp_plugin.config.keys import ENV_OPTIONS
     from tp_plugin.mesh.groups import forget_mesh
 
     forget_mesh()
-    os.environ[OPTIONS] = json.dumps({"sequence_parallel": True})
+    os.environ[ENV_OPTIONS] = json.dumps({"sequence_parallel": True})
     whole = build(config_for("llama", attention_dropout=0.3 if change == "dropout" else 0.0))
     sharded = copy.deepcopy(whole)
     tp_plugin.parallelize(sharded, tp_size=2)

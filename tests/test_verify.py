@@ -16,7 +16,7 @@ from zoo import fresh
 from tp_plugin.cli import hints
 from tp_plugin.cli.main import main
 from tp_plugin.cli.parity import Result, prove_here
-from tp_plugin.config.run_config import OPTIONS
+from tp_plugin.config.keys import ENV_OPTIONS
 from tp_plugin.errors import TPError
 from tp_plugin.policy import BlockPlan, HeadSplit, ParamLayout, Plan
 
@@ -72,7 +72,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof runs on ranks that are there already."""
 
     def prove(config: Any, reference: str | None, tp: int) -> list[Result]:
-        results = run(tp, proven, config, reference, tp, json.loads(os.environ[OPTIONS]))
+        results = run(tp, proven, config, reference, tp, json.loads(os.environ[ENV_OPTIONS]))
         for result in results:
             if isinstance(result, TPError):
                 raise result

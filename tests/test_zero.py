@@ -12,7 +12,7 @@ import torch
 from models import adapted, batch, build, config_for
 from workers import run
 
-from tp_plugin.config.run_config import OPTIONS
+from tp_plugin.config.keys import ENV_OPTIONS
 
 STEPS, MICRO = 3, 2
 
@@ -61,9 +61,9 @@ def train(
     import deepspeed
 
     plain_again()
-    os.environ.pop(OPTIONS, None)
+    os.environ.pop(ENV_OPTIONS, None)
     if options and tp > 1:
-        os.environ[OPTIONS] = json.dumps(options)
+        os.environ[ENV_OPTIONS] = json.dumps(options)
     settings = config_for(model_type, **overrides)
     # every rank another model: the leader's of the first TP group is what is trained
     model = build(settings, seed=torch.distributed.get_rank() if seeds and tp > 1 else 0)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_launch import launch, seen
 
-from tp_plugin.config.run_config import Options
+from tp_plugin.config.run_config import RunConfig
 from tp_plugin.engines.deepspeed import batch
 from tp_plugin.engines.deepspeed.batch import multiplied_by_world
 from tp_plugin.engines.deepspeed.config import REFUSED, options_of, refuse, without_our_keys
@@ -109,7 +109,7 @@ class PipelineModule(torch.nn.Linear):
 )
 def test_arguments_that_do_not_go(given: dict[str, Any], message: str) -> None:
     with pytest.raises(TPError, match=message):
-        _refuse_arguments(given, Options(2))
+        _refuse_arguments(given, RunConfig(2))
 
 
 def test_ordinary_configs_pass() -> None:
@@ -119,10 +119,10 @@ def test_ordinary_configs_pass() -> None:
 def test_one_place_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TP_PLUGIN_TP_SIZE", "TP_PLUGIN_OPTIONS", "TP_PLUGIN_DISABLE"):
         monkeypatch.delenv(name, raising=False)
-    assert options_of({}, "x") == Options()
-    assert options_of({"tp_size": 2}, "x") == Options(2)
+    assert options_of({}, "x") == RunConfig()
+    assert options_of({"tp_size": 2}, "x") == RunConfig(2)
     monkeypatch.setenv("TP_PLUGIN_TP_SIZE", "2")
-    assert options_of({}, "x") == options_of({"tp_size": 2}, "x") == Options(2)
+    assert options_of({}, "x") == options_of({"tp_size": 2}, "x") == RunConfig(2)
     with pytest.raises(TPError, match="tp_size is 4 in x, but 2 in the environment"):
         options_of({"tp_size": 4}, "x")
     for keys, message in {

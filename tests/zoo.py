@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from tp_plugin.cli.dropout import Dropout, dropouts, prove_dropout
 from tp_plugin.cli.parity import Result, compare
 from tp_plugin.cli.target import build, typical_share
-from tp_plugin.config.run_config import OPTIONS
+from tp_plugin.config.keys import ENV_OPTIONS
 from tp_plugin.policy import Attention, Experts, Plan, Policy, make_plan, policies, policy_for
 from tp_plugin.policy.hf_plan import PROVEN
 from tp_plugin.policy.names import matches
@@ -298,7 +298,7 @@ def fresh(**options: Any) -> None:
     from tp_plugin.mesh.groups import forget_mesh
 
     forget_mesh()
-    os.environ[OPTIONS] = json.dumps(options)
+    os.environ[ENV_OPTIONS] = json.dumps(options)
     random.seed(0)
     np.random.seed(0)  # equal generators: the guard has nothing to synchronise
     torch.use_deterministic_algorithms(True)

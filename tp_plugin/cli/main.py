@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tp_plugin.config.keys import ENV_DISABLE
 from tp_plugin.errors import TPError
 
 
@@ -15,14 +16,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     arguments = _parser().parse_args(argv)
     # the tool itself is one plain process
-    before, os.environ["TP_PLUGIN_DISABLE"] = os.environ.get("TP_PLUGIN_DISABLE", ""), "1"
+    before, os.environ[ENV_DISABLE] = os.environ.get(ENV_DISABLE, ""), "1"
     try:
         return _run(arguments)
     except TPError as error:
         print(f"tp-plugin {arguments.command}: {error}", file=sys.stderr)
         return 1
     finally:
-        os.environ["TP_PLUGIN_DISABLE"] = before
+        os.environ[ENV_DISABLE] = before
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -16,7 +17,8 @@ from torch import nn
 
 from tp_plugin.cli.parity import Result, prove
 from tp_plugin.cli.target import PROVEN_SIZE, build, named_policy, read_config, small_config
-from tp_plugin.config.run_config import OPTIONS, Options
+from tp_plugin.config.keys import ENV_OPTIONS
+from tp_plugin.config.resolve import current_config
 from tp_plugin.errors import PolicyError, TPError
 from tp_plugin.policy import Plan, Policy, make_plan, policy_for
 
@@ -51,8 +53,8 @@ def verify(target: str, tp: int, reference: str | None, *, dry_run: bool = False
     proven = config if numel <= PROVEN_SIZE else small_config(config)
     if numel > PROVEN_SIZE:
         console.print(f"The proof runs on a small {config.model_type} (this one has {numel / 1e6:,.0f} M parameters).")
-    options = dataclasses.replace(Options.from_environment(), expert_parallel=expert_parallel)
-    os.environ[OPTIONS] = options.to_environment()[OPTIONS]  # for the ranks
+    options = dataclasses.replace(current_config(), expert_parallel=expert_parallel)
+    os.environ[ENV_OPTIONS] = json.dumps(options.as_written().options)  # for the ranks
     results = prove(proven, reference, tp)
     console.print(_proof(results))
     sent = results[0].sent

@@ -12,7 +12,7 @@ import torch.utils.data.distributed
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.utils import clip_grad
 
-from tp_plugin.config.run_config import Options
+from tp_plugin.config.resolve import current_config
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.dtensor_utils import is_split
@@ -123,7 +123,7 @@ class _Replicas:
 def _tp_size() -> int:
     mesh = sys.modules.get("tp_plugin.mesh.groups")
     current = mesh.current_mesh() if mesh is not None else None
-    return int(current.tp_size) if current is not None else Options.from_environment().tp_size
+    return int(current.tp_size) if current is not None else current_config().tp_size
 
 
 def _layouts() -> Any:

@@ -12,7 +12,8 @@ from zlib import crc32
 
 from torch import nn
 
-from tp_plugin.config.run_config import Options
+from tp_plugin.config.resolve import current_config
+from tp_plugin.config.run_config import RunConfig
 from tp_plugin.engines import loading, saving
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
@@ -79,7 +80,7 @@ def _from_pretrained(original: Any) -> classmethod[Any, Any, Any]:
             quantized = quantized or written.get("quantization_config")
             config = written.get("model_type")
         if quantized is not None:
-            _refuse_quantized(config, Options.from_environment())
+            _refuse_quantized(config, current_config())
         return original(cls, name, *args, **kwargs)
 
     return classmethod(from_pretrained)
@@ -87,15 +88,15 @@ def _from_pretrained(original: Any) -> classmethod[Any, Any, Any]:
 
 def _init(original: Any, self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
     # from_pretrained and from_config both come here, before any weight is read
-    check_before_load(config, Options.from_environment())
+    check_before_load(config, current_config())
     original(self, config, *args, **kwargs)
 
 
 def _is_off() -> bool:
-    return Options.from_environment().tp_size == 1
+    return current_config().tp_size == 1
 
 
-def check_before_load(config: Any, options: Options) -> None:
+def check_before_load(config: Any, options: RunConfig) -> None:
     """Refuse what cannot be trained tensor-parallel, while nothing is lost.
 
     Raises:
@@ -119,7 +120,7 @@ def check_before_load(config: Any, options: Options) -> None:
         _refuse_quantized(config, options)
 
 
-def _refuse_quantized(config: Any, options: Options) -> None:
+def _refuse_quantized(config: Any, options: RunConfig) -> None:
     model_type = config if isinstance(config, str) else getattr(config, "model_type", None)
     if options.tp_size > 1 and model_type not in options.leave_whole:
         raise TPError(

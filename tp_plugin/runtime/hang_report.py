@@ -11,6 +11,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from tp_plugin.config.keys import ENV_NOTICE_AFTER
 from tp_plugin.mesh import groups
 from tp_plugin.mesh.hosts import comes_first
 from tp_plugin.runtime import crash_report
@@ -42,7 +43,7 @@ class HangReport:
         self.exchange, self.mesh = exchange, exchange.mesh
         exchange.services["where"] = self._where
         groups.explain = self._explain
-        self._notice = float(os.environ.get("TP_PLUGIN_NOTICE_AFTER", NOTICE))
+        self._notice = float(os.environ.get(ENV_NOTICE_AFTER, NOTICE))
         self._closed = threading.Event()
         threading.Thread(target=self._look, name="tp-watch", daemon=True).start()
 

@@ -31,6 +31,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from tp_plugin.config.keys import ENV_READ_TIMEOUT
 from tp_plugin.errors import DivergenceError
 from tp_plugin.mesh import groups
 from tp_plugin.mesh.groups import Mesh
@@ -38,7 +39,7 @@ from tp_plugin.mesh.hosts import Machine, address
 from tp_plugin.runtime import hang_report
 from tp_plugin.runtime.sync_points import END, SyncPoints
 
-PATIENCE = float(os.environ.get("TP_PLUGIN_READ_TIMEOUT", "30"))
+PATIENCE = float(os.environ.get(ENV_READ_TIMEOUT, "30"))
 """Seconds that a read waits for a peer to reach the same point of the program."""
 
 GRACE = 5.0

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tp_plugin.config.run_config import Options
+from tp_plugin.config.resolve import current_config
+from tp_plugin.config.run_config import RunConfig
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.groups import Mesh, init_mesh
 from tp_plugin.policy import ParamLayout, Plan, Policy, load, make_plan, policy_for
@@ -46,7 +47,7 @@ from tp_plugin.tensor.wgrad_overlap import BlockInput
 
 
 def parallelize(
-    model: nn.Module, tp_size: int | None = None, policy: Policy | None = None, *, options: Options | None = None
+    model: nn.Module, tp_size: int | None = None, policy: Policy | None = None, *, options: RunConfig | None = None
 ) -> nn.Module:
     """Shard ``model`` over its TP group, in place. Collective over the world; a second call does nothing.
 
@@ -60,7 +61,7 @@ def parallelize(
         PolicyError: no policy, or one that does not fit.
         TPError: ``tp_size`` does not divide the world or is not the run's, or the model is quantized.
     """
-    options = options or Options.from_environment()
+    options = options or current_config()
     tp_size = tp_size or options.tp_size
     roots = list(models_in(model)) if policy is None else [("", model)]
     if tp_size > 1 and not roots:
@@ -116,7 +117,7 @@ def models_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from walk("", module)
 
 
-def shard_model(model: nn.Module, plan: Plan, mesh: Mesh, options: Options) -> None:
+def shard_model(model: nn.Module, plan: Plan, mesh: Mesh, options: RunConfig) -> None:
     """Carry out ``plan`` on ``model``: slice parameters, change row-parallel layers, put hooks where data crosses."""
     link = exchange(mesh)
     warn_of_crossing(model, plan, link)
@@ -274,7 +275,7 @@ def _hook_blocks(model: nn.Module, plan: Plan, rank: int) -> dict[str, ParallelB
     return parallels
 
 
-def _begin_together(model: nn.Module, plan: Plan, parallels: Mapping[str, ParallelBlock], options: Options) -> None:
+def _begin_together(model: nn.Module, plan: Plan, parallels: Mapping[str, ParallelBlock], options: RunConfig) -> None:
     """Tell column-parallel linears of the beginning of their block, and put weights that may run as one together."""
     if not (options.overlap or options.fuse):
         return

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_plugin.config.run_config import Options
+from tp_plugin.config.resolve import current_config
 from tp_plugin.engines import saving
 from tp_plugin.engines.accelerate import save_state
 from tp_plugin.engines.accelerate.operations import TorchOverDP
@@ -108,7 +108,7 @@ def _shard(accelerator: Any, model: nn.Module) -> None:
         import deepspeed
 
         assert getattr(deepspeed.initialize, "tp_patched", False), "ZeRO would reduce gradients over the whole world"
-    options = Options.from_environment()
+    options = current_config()
     if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
         fsdp2.spread_what_was_loaded(model, mesh)
     if type(model).__name__ in options.leave_whole or (_is_beside(model) and totals()["parameter_bytes"]):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tp_plugin.config.run_config import Options
+from tp_plugin.config.resolve import current_config
 from tp_plugin.engines.fsdp2 import config as fsdp2
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
@@ -73,7 +73,7 @@ def _init(original: Any, self: Any, cpu: bool = False, **kwargs: Any) -> None:
     cls = type(self)
     if cls._shared_state != {}:
         return original(self, cpu, **kwargs)
-    options = Options.from_environment()
+    options = current_config()
     _refuse_engines()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         # without this, Accelerate takes each rank for a lone process, or starts only one
