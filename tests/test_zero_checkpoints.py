@@ -14,7 +14,7 @@ from workers import run
 
 from tp_plugin.cli.export import export
 from tp_plugin.cli.reshard import reshard
-from tp_plugin.config.run_config import OPTIONS
+from tp_plugin.config.keys import ENV_OPTIONS
 from tp_plugin.errors import TPError
 
 BEFORE, AFTER = 2, 3
@@ -44,7 +44,7 @@ def engine_for(tp, model, stage, lora=False, options=None, **changes):
     import deepspeed
 
     plain_again()
-    os.environ[OPTIONS] = json.dumps(options or {})
+    os.environ[ENV_OPTIONS] = json.dumps(options or {})
     settings = config_for(model[0], **model[1])
     net = build(settings)
     if lora:

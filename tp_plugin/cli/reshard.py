@@ -24,7 +24,7 @@ from tp_plugin.checkpoint.deepspeed_source import DeepSpeedCheckpoint
 from tp_plugin.checkpoint.deepspeed_target import TargetRank, model_file, optimizer_file
 from tp_plugin.checkpoint.folders import complete_or_absent
 from tp_plugin.checkpoint.safe_paths import copy_inside
-from tp_plugin.config.run_config import Options
+from tp_plugin.config.run_config import RunConfig
 from tp_plugin.engines.tied_names import tied_names
 from tp_plugin.errors import TPError
 from tp_plugin.policy import ParamLayout, load, make_plan, policy_for
@@ -103,11 +103,11 @@ def _layouts(source: DeepSpeedCheckpoint, tp: int) -> dict[str, ParamLayout]:
     if tp == source.tp:
         return source.layouts
     model = _empty_model(source, tp)
-    return _planned(model, _saved_options(source, model), tp)
+    return _planned(model, _saved_config(source, model), tp)
 
 
-def _saved_options(source: DeepSpeedCheckpoint, model: nn.Module) -> Options:
-    """The options of the run that saved the checkpoint.
+def _saved_config(source: DeepSpeedCheckpoint, model: nn.Module) -> RunConfig:
+    """The config of the run that saved the checkpoint.
 
     Raises:
         TPError: the checkpoint's layouts are not those of its policy and options.
@@ -117,12 +117,12 @@ def _saved_options(source: DeepSpeedCheckpoint, model: nn.Module) -> Options:
     candidates = [written] if written is not None else [{}, {"expert_parallel": True}]
     wrong = None
     for candidate in candidates:
-        options = Options.parse(source.tp, candidate, f"{source.folder / SIDECAR}: tp_plugin")
+        config = RunConfig.parse(source.tp, candidate, str(source.folder / SIDECAR))
         if source.tp == 1:
-            return options
-        wrong = _first_difference(source.layouts, _planned(model, options, source.tp))
+            return config
+        wrong = _first_difference(source.layouts, _planned(model, config, source.tp))
         if wrong is None:
-            return options
+            return config
     raise TPError(
         f"{source.folder} was not saved in the layouts that {SIDECAR} leads to ({wrong} differs), but with a policy or "
         "options that it does not name; resume from it directly under the plugin, or reshard to --tp 1"
@@ -149,9 +149,9 @@ def _empty_model(source: DeepSpeedCheckpoint, tp: int) -> nn.Module:
         return cls(transformers.AutoConfig.for_model(**config))  # type: ignore[no-any-return]
 
 
-def _planned(model: nn.Module, options: Options, tp: int) -> dict[str, ParamLayout]:
-    policy = load(options.policy) if options.policy else policy_for(model.config)
-    parallel, whole = options.expert_parallel, options.leave_whole
+def _planned(model: nn.Module, config: RunConfig, tp: int) -> dict[str, ParamLayout]:
+    policy = load(config.policy) if config.policy else policy_for(model.config)
+    parallel, whole = config.expert_parallel, config.leave_whole
     plan = make_plan(model, policy, tp, expert_parallel=parallel, leave_whole=whole)
     return {**plan.layouts, **{alias: plan.layouts[owner] for alias, owner in tied_names(model).items()}}
 

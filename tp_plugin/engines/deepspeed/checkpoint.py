@@ -6,7 +6,6 @@ own two files, and they are made from the saved ones (checkpoint/deepspeed_targe
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ from tp_plugin.checkpoint import deepspeed_target
 from tp_plugin.checkpoint.deepspeed_layout import SIDECAR, read_sidecar, sharded, write_sidecar
 from tp_plugin.checkpoint.deepspeed_source import DeepSpeedCheckpoint
 from tp_plugin.checkpoint.safe_paths import inside
-from tp_plugin.config.run_config import OPTIONS, Options
+from tp_plugin.config.run_config import RunConfig
 from tp_plugin.engines.patching import wrap
 from tp_plugin.engines.tied_names import tied_names
 from tp_plugin.errors import TPError
@@ -68,9 +67,9 @@ def _fp32_state_dict(original: Any, folder: Any, exclude_frozen_parameters: bool
     return OrderedDict((name, tensor) for name, tensor in source.full_masters() if name not in frozen)
 
 
-def link(engine: Any, options: Options, records: Iterable[Any]) -> None:
-    """Let the engine know the run's options, and the records of its models its steps (which tell weights apart)."""
-    engine.tp_options = options
+def link(engine: Any, config: RunConfig, records: Iterable[Any]) -> None:
+    """Let the engine know the run's config, and the records of its models its steps (which tell weights apart)."""
+    engine.tp_config = config
     weak = weakref.ref(engine)
 
     def steps() -> int:
@@ -108,10 +107,10 @@ def _save_model_file(original: Any, self: Any, save_dir: Any, tag: Any, *args: A
     return result
 
 
-def _run_options(engine: Any) -> dict[str, Any]:
+def _run_options(engine: Any) -> Any:
     """The mapping ``tp_plugin:`` of this run, as the user may have written it."""
-    options: Options = getattr(engine, "tp_options", Options())
-    return dict(json.loads(options.to_environment()[OPTIONS]))
+    config: RunConfig = getattr(engine, "tp_config", RunConfig())
+    return config.as_written().options
 
 
 def _model_config(module: Any) -> dict[str, Any] | None:
