@@ -94,7 +94,7 @@ def _policies() -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from tp_plugin.cli.target import typical_share
+    from tp_plugin.cli.models import typical_share
     from tp_plugin.policy import policies
 
     def flat(name: str | tuple[str, ...] | None) -> tuple[str, ...]:
