@@ -29,7 +29,7 @@ def tensors(output: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 def asked(model: torch.nn.Module, **how: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """What a training forward returns, and the gradients of a loss that is made of all of it."""
-    from tp_plugin.cli.inputs import batch
+    from tp_plugin.cli.random_batch import batch
 
     torch.manual_seed(3)
     output = model.train()(**batch(model, 0), output_attentions=True, output_hidden_states=True, **how)
@@ -41,7 +41,7 @@ def asked(model: torch.nn.Module, **how: Any) -> tuple[dict[str, torch.Tensor], 
 
 
 def returned_case(tp: int, model_type: str, overrides: dict[str, Any], how: dict[str, Any], **options: bool) -> Any:
-    from tp_plugin.cli.target import build
+    from tp_plugin.cli.models import build
     from tp_plugin.config.run_config import RunConfig
     from tp_plugin.runtime.current import require
     from tp_plugin.shard import parallelize

@@ -11,7 +11,8 @@ from models import build, config_for
 from workers import WorkerError, run
 from zoo import fresh
 
-from tp_plugin.cli.parity import Result, compare
+from tp_plugin.cli.parity import compare
+from tp_plugin.cli.parity_result import Result
 from tp_plugin.policy import policy_for
 
 LAYERS = 2
@@ -168,8 +169,8 @@ def test_experts_implementation(model_type: str, expert_parallel: bool, implemen
 def shared_dropout_case() -> list[float]:
     """Losses of the whole and the sharded DeBERTa from equal generators; all dropouts but the probabilities' on."""
     import tp_plugin
-    from tp_plugin.cli.inputs import loss_of
-    from tp_plugin.cli.target import build
+    from tp_plugin.cli.models import build
+    from tp_plugin.cli.random_batch import loss_of
     from tp_plugin.runtime.runtime import stop
 
     stop()

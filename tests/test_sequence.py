@@ -15,7 +15,7 @@ from models import build, config_for
 from test_parity import LAYERS, assert_parity, parity
 from workers import WorkerError, run
 
-from tp_plugin.cli.parity import Result
+from tp_plugin.cli.parity_result import Result
 
 USUAL = ("llama", "qwen3", "gpt2", "gptj", "bert", "t5", "falcon")
 OTHERS = (
@@ -157,7 +157,7 @@ def test_reentrant_checkpoints_are_refused() -> None:
     ],
 )
 def test_what_cannot_be_split_is_refused(model_type: str, message: str) -> None:
-    from tp_plugin.cli.target import build as build_on_meta
+    from tp_plugin.cli.models import build as build_on_meta
     from tp_plugin.policy import make_plan, policy_for
     from tp_plugin.policy.stacks import stacks
 

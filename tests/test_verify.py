@@ -13,9 +13,10 @@ from torch import nn
 from workers import run
 from zoo import fresh
 
-from tp_plugin.cli import hints
 from tp_plugin.cli.main import main
-from tp_plugin.cli.parity import Result, prove_here
+from tp_plugin.cli.parity_result import Result
+from tp_plugin.cli.policy_hints import explain_failures, hint_for_block
+from tp_plugin.cli.proof import prove_here
 from tp_plugin.config.keys import ENV_OPTIONS
 from tp_plugin.errors import TPError
 from tp_plugin.policy import BlockPlan, HeadSplit, ParamLayout, Plan
@@ -202,23 +203,23 @@ def counted() -> tuple[nn.Module, Plan]:
 def test_counts_of_the_whole_model_are_named() -> None:
     """Only what the forward reads, and no head size that happens to equal a count."""
     model, plan = counted()
-    hint = hints.of_block(model, plan, "0.proj")
+    hint = hint_for_block(model, plan, "0.proj")
     assert hint == "in 0, heads = 4 counts the whole model's, this rank has 2: add it to `local_sizes` as 'q_heads'"
     plan.attributes["0", "heads"] = (2, 2)
-    assert "what enters 0 is right" in hints.of_block(model, plan, "0")
-    assert hints.of_block(model, plan, "1") == ""
+    assert "what enters 0 is right" in hint_for_block(model, plan, "0")
+    assert hint_for_block(model, plan, "1") == ""
 
 
 def test_an_exception_names_the_innermost_module() -> None:
     model, plan = counted()
     with (
         pytest.raises(TPError, match=r"the whole model cannot run: 0\.proj \(Linear\) raised RuntimeError: mat1"),
-        hints.explained(model, None),
+        explain_failures(model, None),
     ):
         model[0].proj(torch.ones(1, 8))
     with (
         pytest.raises(TPError, match=r"the sharded model cannot run: 0 \(Counted\) raised .* in 0, heads = 4"),
-        hints.explained(model, plan),
+        explain_failures(model, plan),
     ):
         model(torch.ones(1, 8))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

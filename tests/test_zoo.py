@@ -13,8 +13,8 @@ from torch import nn
 from workers import run
 
 import tp_plugin
-from tp_plugin.cli.inputs import LENGTH, SAMPLES
 from tp_plugin.cli.main import main
+from tp_plugin.cli.random_batch import LENGTH, SAMPLES
 from tp_plugin.errors import PolicyError
 from tp_plugin.policy import make_plan, policies, policy_for, registry
 

@@ -23,9 +23,10 @@ from models import OWN, config_for
 from torch import nn
 from transformers import PreTrainedModel
 
-from tp_plugin.cli.dropout import Dropout, dropouts, prove_dropout
-from tp_plugin.cli.parity import Result, compare
-from tp_plugin.cli.target import build, typical_share
+from tp_plugin.cli.dropout import dropouts, prove_dropout
+from tp_plugin.cli.models import build, typical_share
+from tp_plugin.cli.parity import compare
+from tp_plugin.cli.parity_result import DropoutResult, Result
 from tp_plugin.config.keys import ENV_OPTIONS
 from tp_plugin.policy import Attention, Experts, Plan, Policy, make_plan, policies, policy_for
 from tp_plugin.policy.hf_plan import PROVEN
@@ -306,7 +307,7 @@ def prove(case: Case) -> Result:
     return compare(case.config(), policy_for(case.model_type), case.tp, steps=6)
 
 
-def prove_with_dropout(model_type: str, tp: int) -> Dropout:
+def prove_with_dropout(model_type: str, tp: int) -> DropoutResult:
     """Run on every rank: what dropouts draw, and whether the ranks stay one model."""
     fresh()
     return prove_dropout(config_for(model_type), policy_for(model_type), tp)
@@ -324,7 +325,7 @@ def faults(results: list[Result]) -> list[str]:
     return sorted(found)
 
 
-def dropout_faults(model_type: str, results: list[Dropout]) -> list[str]:
+def dropout_faults(model_type: str, results: list[DropoutResult]) -> list[str]:
     """Likewise; a dropout of activations that are whole on every rank must be one process'."""
     found = {fault for result in results for fault in result.faults}
     if any(result.equal != results[0].equal for result in results):

@@ -10,39 +10,25 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 import tp_plugin
-from tp_plugin.cli.inputs import loss_of
-from tp_plugin.cli.parity import LIMITS, on_one_rank
-from tp_plugin.cli.target import build
+from tp_plugin.cli.local_ranks import on_first_rank
+from tp_plugin.cli.models import build
+from tp_plugin.cli.parity_result import LIMITS, DropoutResult
+from tp_plugin.cli.random_batch import loss_of
 from tp_plugin.errors import DivergenceError
 from tp_plugin.policy import Policy
 from tp_plugin.runtime.current import require
+from tp_plugin.shard.audit import audit
 from tp_plugin.shard.model_state import checksum
 
 PROBABILITY = 0.25
 SEED = 5
 STEPS, MICRO = 3, 2
-
-
-@dataclass
-class Dropout:
-    """What one rank found.
-
-    Attributes:
-        equal: names in the config of dropouts that give one process' loss exactly (up to the order of additions).
-        own: names of those that each rank draws for its own share.
-        faults: what is wrong, in words.
-    """
-
-    equal: list[str] = field(default_factory=list)
-    own: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
 
 
 def dropouts(config: Any, prefix: str = "") -> Iterator[str]:
@@ -75,15 +61,15 @@ def with_dropouts(config: Any, names: list[str]) -> Any:
     return changed
 
 
-def prove_dropout(config: Any, policy: Policy, tp: int) -> Dropout:
+def prove_dropout(config: Any, policy: Policy, tp: int) -> DropoutResult:
     """Run on every rank of an initialised world of ``tp``."""
-    found = Dropout()
+    found = DropoutResult()
     names = list(dropouts(config))
     if not names:
         return found
     # the mesh comes with the first sharded model
     sharded = _sharded(with_dropouts(config, names[:1]), policy, tp)
-    drawn = on_one_rank(
+    drawn = on_first_rank(
         require().mesh,
         lambda: [_draws(build(with_dropouts(config, on), meta=False)) for on in ([], *([name] for name in names))],
     )
@@ -113,7 +99,7 @@ def _one(
     quiet: torch.Tensor,
     expected: tuple[float, torch.Tensor],
     own: tuple[float, torch.Tensor],
-    found: Dropout,
+    found: DropoutResult,
 ) -> None:
     """Whether a single dropout draws what one process draws; a name that draws nothing is left out."""
     if torch.equal(expected[1], quiet):
@@ -127,7 +113,7 @@ def _one(
         found.faults.append(f"with {name} on, the loss deviates by {apart:.1e} though its masks are one process'")
 
 
-def _all(config: Any, policy: Policy, tp: int, found: Dropout) -> None:
+def _all(config: Any, policy: Policy, tp: int, found: DropoutResult) -> None:
     """Train with all on, generators unequal before each forward; ranks must stay one model."""
     mesh = require().mesh
     model = _sharded(config, policy, tp).train()
@@ -167,6 +153,6 @@ def _all(config: Any, policy: Policy, tp: int, found: Dropout) -> None:
     if any(other != losses for _, other in everyone):
         found.faults.append("with dropout on, ranks see different losses")
     try:
-        record.audit()
+        audit(record, 0.0, repair=False)
     except DivergenceError as error:
         found.faults.append(str(error))

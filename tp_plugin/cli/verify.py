@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from tp_plugin.cli.parity import Result, prove
-from tp_plugin.cli.target import PROVEN_SIZE, build, named_policy, read_config, small_config
+from tp_plugin.cli.models import PROVEN_SIZE, build, named_policy, read_config, small_config
+from tp_plugin.cli.parity_result import Result
+from tp_plugin.cli.proof import prove
 from tp_plugin.config.keys import ENV_OPTIONS
 from tp_plugin.config.resolve import current_config
 from tp_plugin.errors import PolicyError, TPError

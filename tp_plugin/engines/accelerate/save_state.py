@@ -20,8 +20,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from tp_plugin.checkpoint import atomic_dir
+from tp_plugin.checkpoint import atomic_dir, safe_pickle
 from tp_plugin.engines.patching import wrap
+from tp_plugin.engines.tied_names import tied_names
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.roles import Mesh
 from tp_plugin.runtime.current import current_mesh, require
@@ -123,7 +124,7 @@ def _about(accelerator: Any, mesh: Mesh) -> dict[str, Any]:
                 "class": type(root).__name__,
                 "inside": type(model).__name__ if root is not model else None,
                 "config": config.to_dict() if hasattr(config, "to_dict") else None,
-                "aliases": _aliases(root),
+                "aliases": {plain_name(name): plain_name(owner) for name, owner in tied_names(root).items()},
             }
         )
     return {
@@ -132,14 +133,6 @@ def _about(accelerator: Any, mesh: Mesh) -> dict[str, Any]:
         "dp_size": mesh.dp_size,
         "models": models,
     }
-
-
-def _aliases(model: Any) -> dict[str, str]:
-    first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        first.setdefault(id(parameter), plain_name(name))
-    named = ((plain_name(name), first[id(p)]) for name, p in model.named_parameters(remove_duplicate=False))
-    return {name: owner for name, owner in named if owner != name}
 
 
 def _engine(accelerator: Any) -> str:
@@ -215,7 +208,7 @@ def _take_step(accelerator: Any, folder: Path) -> None:
         return
     first = folder / "random_states_0.pkl"
     if first.exists():
-        accelerator.step = torch.load(first, map_location="cpu", weights_only=False).get("step", accelerator.step)
+        accelerator.step = safe_pickle.load(first).get("step", accelerator.step)
         warnings.warn(
             f"{folder} has no generators of process {accelerator.process_index}; its random numbers start anew",
             stacklevel=4,

@@ -105,7 +105,7 @@ def _initialize(original: Any, *args: Any, **kwargs: Any) -> Any:
     given["mpu"] = Mpu(runtime.mesh)
     _use_torch_adam_on_cpu(config)
     engine, *rest = original(*call.args, **call.kwargs)
-    checkpoint.link(engine, [root.tp_record for _, root in models_in(model) if is_sharded(root)])
+    checkpoint.link(engine, options, [root.tp_record for _, root in models_in(model) if is_sharded(root)])
     return (engine, *rest)
 
 

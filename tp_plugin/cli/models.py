@@ -1,4 +1,4 @@
-"""What ``tp-plugin verify`` is asked about: a model type, a config file or a local checkpoint, and a policy."""
+"""The model and the policy that ``tp-plugin verify`` is asked about, and small models of the same architecture."""
 
 from __future__ import annotations
 
