@@ -25,11 +25,11 @@ class Pair:
     def __init__(self, tp: int, vocabulary: int, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN):
         from tp_plugin.mesh.groups import forget_mesh, init_mesh
         from tp_plugin.runtime.transport import exchange
-        from tp_plugin.tensor.vocab import VocabularyColumns
+        from tp_plugin.tensor.vocab import Vocabulary, VocabularyColumns
 
         forget_mesh()
         mesh = init_mesh(tp)
-        exchange(mesh)
+        peers = exchange(mesh).desk
         self.group = mesh.tp
         torch.manual_seed(0)
         self.plain = nn.Linear(hidden, vocabulary).to(dtype)
@@ -41,7 +41,7 @@ class Pair:
         self.padding = (0, tp * width - vocabulary)
         self.split.weight.data = F.pad(self.plain.weight.data, (0, 0, *self.padding))[self.rows].clone()
         self.split.bias.data = F.pad(self.plain.bias.data, self.padding)[self.rows].clone()
-        columns = VocabularyColumns(vocabulary, width)
+        columns = VocabularyColumns(Vocabulary(vocabulary, width, mesh.tp, peers))
         self.split.register_forward_pre_hook(columns.before)
         self.split.register_forward_hook(columns.after, prepend=True)
 
@@ -221,8 +221,7 @@ def reading_case(tp: int) -> None:
 def whole(logits: torch.Tensor) -> torch.Tensor:
     """Another gather than the one under test."""
     found = [None] * torch.distributed.get_world_size()
-    (leaf,) = logits.tensors  # type: ignore[attr-defined]
-    torch.distributed.all_gather_object(found, logits.tensors[leaf])  # type: ignore[attr-defined]
+    torch.distributed.all_gather_object(found, logits.expr.data)  # type: ignore[attr-defined]
     return torch.cat(found, -1)[:, : logits.shape[-1]].reshape(logits.shape).clone()
 
 

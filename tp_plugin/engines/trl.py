@@ -9,8 +9,10 @@ import torch
 
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import current_mesh
+from tp_plugin.mesh.groups import current_mesh, require_mesh
+from tp_plugin.runtime.transport import exchange
 from tp_plugin.tensor.grad_norm import is_nameless_share, layout_of
+from tp_plugin.tensor.vocab import Vocabulary
 from tp_plugin.tensor.vocab.scores import scores
 
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -80,7 +82,10 @@ class _LogProbs:
         # under ZeRO-3 TRL has gathered the head for now, and partitions it again before the backward
         settings: dict[str, Any] = {"fetched": functools.partial(self.fetched, weight, bias)}
         settings |= {"scale": logit_scale, "softcap": final_logit_softcapping, "temperature": temperature}
-        found = scores(hidden, weight, bias, targets, layout, outputs, **settings)
+        mesh = require_mesh()
+        width = layout.local_shape(mesh.tp.rank)[0]
+        vocabulary = Vocabulary(layout.shape[0], width, mesh.tp, exchange(mesh).desk)
+        found = scores(hidden, weight, bias, targets, vocabulary, outputs, **settings)
         return found["log_probs"], *(found.get(name) for name in OPTIONAL)
 
 

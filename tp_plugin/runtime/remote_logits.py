@@ -23,7 +23,7 @@ import torch
 from tp_plugin.errors import DivergenceError
 from tp_plugin.mesh import groups as mesh
 from tp_plugin.runtime.transport import PeerTransport, exchange
-from tp_plugin.tensor.vocab.expr import Leaf
+from tp_plugin.tensor.vocab.peers import Held, Number
 
 PATIENCE = 10.0
 """Seconds that a rank waits for others that are nowhere, such as in a barrier of the script's own.
@@ -38,26 +38,12 @@ _VERDICTS = 64
 """Decisions that a leader remembers for peers that have not asked yet."""
 
 
-class Held:
-    """A head's output (tokens, columns) on this rank, for as long as a script may read it here or on another rank."""
-
-    def __init__(self, data: torch.Tensor):
-        at = desk()
-        at.serial = at.serial + 1 if at.clock == at.link.sync_points.clock else 0
-        at.clock = at.link.sync_points.clock
-        self.leaf, self.data = Leaf((at.clock, at.serial)), data
-        self.ready = torch.cuda.current_stream(data.device).record_event() if data.is_cuda else None
-        at.held[self.leaf.number] = self
-        # a peer may be behind, and read what is gone here: it stays until all have met in a collective
-        weakref.finalize(self, mesh.shelf.put, self.leaf.number, (data, self.ready)).atexit = False
-
-
 class RemoteLogits:
-    """This rank's part in the reading of logits: what its thread tells the other ranks."""
+    """This rank's part in the reading of logits, a :class:`~tp_plugin.tensor.vocab.peers.PeerReads`."""
 
     def __init__(self, link: PeerTransport):
         self.link = link
-        self.held: weakref.WeakValueDictionary[Any, Held] = weakref.WeakValueDictionary()
+        self.held: weakref.WeakValueDictionary[Number, Held] = weakref.WeakValueDictionary()
         self.clock, self.serial = -1, 0
         self._lock = threading.Lock()
         self._at: str | None = None
@@ -67,13 +53,33 @@ class RemoteLogits:
         link.services |= {"claim": self._claimed, "whereabouts": self._whereabouts, "verdict": self._verdict}
         link.tensors["columns"] = self._columns
 
-    def together(self, operation: str, newest: tuple[int, int] | None = None) -> bool:
-        """Whether all ranks of the group are at ``operation`` now, and may communicate.
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteLogits:
+        return self  # the hooks of a copied model read through the same connections
 
-        Args:
-            newest: the last made of the heads' outputs that it reads. A rank that has not made it is in that forward
-                still, as all ranks met at its beginning, and is waited for: in a collective of FSDP2 or ZeRO-3 it
-                waits for another replica, not for this rank.
+    @property
+    def wants_full(self) -> bool:
+        """See :class:`~tp_plugin.tensor.vocab.peers.PeerReads`."""
+        return self.link.sync_points.reads_all
+
+    @property
+    def in_forward(self) -> bool:
+        """See :class:`~tp_plugin.tensor.vocab.peers.PeerReads`."""
+        return self.link.sync_points.inside > 0
+
+    def hold(self, data: torch.Tensor) -> Held:
+        """See :class:`~tp_plugin.tensor.vocab.peers.PeerReads`."""
+        clock = self.link.sync_points.clock
+        self.serial = self.serial + 1 if self.clock == clock else 0
+        self.clock = clock
+        held = Held((self.clock, self.serial), data, mesh.shelf.put)
+        self.held[held.number] = held
+        return held
+
+    def propose(self, operation: str, newest: Number | None) -> bool:
+        """See :class:`~tp_plugin.tensor.vocab.peers.PeerReads`.
+
+        A rank that has not made ``newest`` is in that forward still, as all ranks met at its beginning, and is waited
+        for: in a collective of FSDP2 or ZeRO-3 it waits for another replica, not for this rank.
         """
         with self._lock:
             self._at, self._claim = operation, None
@@ -85,15 +91,15 @@ class RemoteLogits:
             with self._lock:
                 self._at = None
 
-    def read(self, rank: int, leaf: Leaf, like: torch.Tensor) -> torch.Tensor:
-        """The columns of TP rank ``rank``."""
+    def read(self, rank: int, number: Number, device: torch.device) -> torch.Tensor:
+        """See :class:`~tp_plugin.tensor.vocab.peers.PeerReads`."""
         try:
-            found = self.link.fetch(rank, "columns", leaf.number)
+            found = self.link.fetch(rank, "columns", number)
         except (EOFError, OSError) as error:
             raise DivergenceError(f"cannot read the logits of TP rank {rank}, which has left ({error})") from error
-        return found.to(like.device)
+        return found.to(device)
 
-    def _lead(self, operation: str, newest: tuple[int, int] | None) -> bool:
+    def _lead(self, operation: str, newest: Number | None) -> bool:
         self._count += 1
         token = self._count
         with self._lock:
@@ -117,7 +123,7 @@ class RemoteLogits:
         self._verdicts[token] = verdict
         return verdict
 
-    def _follow(self, operation: str, newest: tuple[int, int] | None) -> bool:
+    def _follow(self, operation: str, newest: Number | None) -> bool:
         pause = _Pause()
         while True:
             claim = self._claim
@@ -146,7 +152,7 @@ class RemoteLogits:
         except (EOFError, OSError):
             return "elsewhere"  # that rank is gone
 
-    def _whereabouts(self, operation: str, meetings: int, newest: tuple[int, int] | None) -> str:
+    def _whereabouts(self, operation: str, meetings: int, newest: Number | None) -> str:
         if self._at == operation:
             return "here"
         if self._at is not None or mesh.meetings > meetings:
@@ -155,7 +161,7 @@ class RemoteLogits:
             return "coming"
         return "waiting" if in_torch_collective() else "behind"
 
-    def _claimed(self, operation: str, meetings: int, newest: tuple[int, int] | None, token: int) -> str:
+    def _claimed(self, operation: str, meetings: int, newest: Number | None, token: int) -> str:
         with self._lock:
             where = self._whereabouts(operation, meetings, newest)
             if where == "here":
@@ -165,7 +171,7 @@ class RemoteLogits:
     def _verdict(self, token: int) -> bool | None:
         return self._verdicts.get(token, False)  # one that is forgotten was not to communicate
 
-    def _columns(self, number: tuple[int, int]) -> torch.Tensor:
+    def _columns(self, number: Number) -> torch.Tensor:
         held = self.held.get(number)
         found = (held.data, held.ready) if held is not None else mesh.shelf.get(number)
         if found is None:
@@ -221,5 +227,5 @@ class _Pause:
 
 
 def desk() -> RemoteLogits:
-    """The desk of this process."""
+    """The one of this process."""
     return exchange(mesh.require_mesh()).desk

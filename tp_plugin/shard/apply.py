@@ -23,7 +23,7 @@ from tp_plugin.mesh.groups import Mesh, init_mesh
 from tp_plugin.policy import ParamLayout, Plan, Policy, load, make_plan, policy_for
 from tp_plugin.policy.stacks import between, stacks
 from tp_plugin.runtime.batch_guard import Guard
-from tp_plugin.runtime.transport import exchange
+from tp_plugin.runtime.transport import PeerTransport, exchange
 from tp_plugin.shard import lazy_load, state_dict
 from tp_plugin.shard.model_state import ShardRecord
 from tp_plugin.shard.replicas import agree_on_weights
@@ -41,7 +41,7 @@ from tp_plugin.tensor.outputs import LayerOutputs
 from tp_plugin.tensor.parallel_residual import ParallelResidual
 from tp_plugin.tensor.replicas import Piece, ReplicaSum
 from tp_plugin.tensor.sequence import LayerRegion, Stack
-from tp_plugin.tensor.vocab import VocabularyColumns
+from tp_plugin.tensor.vocab import Vocabulary, VocabularyColumns
 from tp_plugin.tensor.wgrad_overlap import BlockInput
 
 
@@ -132,7 +132,7 @@ def shard_model(model: nn.Module, plan: Plan, mesh: Mesh, options: Options) -> N
     _begin_together(model, plan, parallels, options)
     made = _hook_stacks(model, found, parallels, mesh.tp.rank)
     _hook_outputs(model, plan, made)
-    _hook_vocabulary(model, plan, mesh.tp.rank)
+    _hook_vocabulary(model, plan, mesh, link)
 
     record = ShardRecord(model, plan, mesh, link)
     model.tp_record = record  # type: ignore[assignment]
@@ -338,27 +338,29 @@ def _hook_outputs(model: nn.Module, plan: Plan, made: Mapping[str, Stack]) -> No
             model.get_submodule(owner).register_forward_hook(LayerOutputs(heads, parted), prepend=True)
 
 
-def _hook_vocabulary(model: nn.Module, plan: Plan, rank: int) -> None:
+def _hook_vocabulary(model: nn.Module, plan: Plan, mesh: Mesh, link: PeerTransport) -> None:
+    group, rank, peers = mesh.tp, mesh.tp.rank, link.desk
     for path in plan.embeddings:
         embedding, layout = model.get_submodule(path), plan.layouts[f"{path}.weight"]
         if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
             raise TPError(f"{path} must be an nn.Embedding without max_norm to be split by vocabulary rows")
         start, stop = (layout.parts[rank] or ((layout.shape[0], layout.shape[0]),))[0]
         embedding.num_embeddings = layout.local_shape(rank)[0]
-        rows = VocabularyRows(start, stop, embedding.padding_idx)
+        rows = VocabularyRows(layout.shape[0], start, stop, embedding.padding_idx, group)
         embedding.register_forward_pre_hook(rows.before)
         embedding.register_forward_hook(rows.after)
     for path, name in plan.adapted_embeddings:
         adapted: Any = model.get_submodule(path)
         layout = plan.layouts[f"{path}.lora_embedding_A.{name}"]
         start, stop = (layout.parts[rank] or ((layout.shape[1], layout.shape[1]),))[0]
-        adapted._embed = AdaptedRows(VocabularyRows(start, stop, adapted.get_base_layer().padding_idx))
+        padding = adapted.get_base_layer().padding_idx
+        adapted._embed = AdaptedRows(VocabularyRows(layout.shape[1], start, stop, padding, group))
     if plan.heads:
         trace_once(type(model).forward)
     for path in plan.heads:
         head, layout = model.get_submodule(path), plan.layouts[f"{path}.weight"]
         fit_sizes(head, layout, rank)
-        columns = VocabularyColumns(layout.shape[0], layout.local_shape(rank)[0])
+        columns = VocabularyColumns(Vocabulary(layout.shape[0], layout.local_shape(rank)[0], group, peers))
         head.register_forward_pre_hook(columns.before)
         head.register_forward_hook(columns.after, prepend=True)  # other hooks see whole logits
 

@@ -8,12 +8,11 @@ from collections.abc import Collection
 import torch
 import torch.nn.functional as F
 
-from tp_plugin.mesh.groups import require_mesh
-from tp_plugin.policy import ParamLayout
 from tp_plugin.tensor import regions
 from tp_plugin.tensor.vocab.head import Fetched, deferred
-from tp_plugin.tensor.vocab.reductions import LogSoftmax, RowSum, Statistics, largest
-from tp_plugin.tensor.vocab.tensor import Logits, Vocabulary
+from tp_plugin.tensor.vocab.logits import Logits
+from tp_plugin.tensor.vocab.statistics import LogSoftmax, RowSum, Statistics, largest
+from tp_plugin.tensor.vocab.vocabulary import Vocabulary
 
 
 def scores(
@@ -21,7 +20,7 @@ def scores(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
-    layout: ParamLayout,
+    vocabulary: Vocabulary,
     wanted: Collection[str],
     *,
     scale: float = 1.0,
@@ -33,21 +32,19 @@ def scores(
 
     Args:
         hidden: what the head is given, (tokens, width).
-        weight, bias: this rank's rows of the head, laid out by ``layout``.
-        targets: one vocabulary entry per token.
+        weight, bias: this rank's rows of the head, (columns, width) and (columns,).
+        targets: one vocabulary entry per token, (tokens,).
         wanted: of ``entropy``, ``is_top1``, ``mean_logits`` and ``log_sum_sq_probs``; ``log_probs`` comes always.
         fetched: what gathers the weight for the backward, where it is partitioned in between; now it is there.
 
     One all-gather of three numbers per token; two reductions more for the entropy, two for ``is_top1``, one for each of
     the others.
     """
-    group = require_mesh().tp
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    entered = regions.copy_to_tp(hidden, group)
+    entered = regions.copy_to_tp(hidden, vocabulary.group)
     with torch.no_grad():
         own = F.linear(entered.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    vocabulary = Vocabulary(layout.shape[0], layout.local_shape(group.rank)[0])
     logits = _transformed(
         deferred(entered, weight, bias, own, vocabulary, fetched).float(), scale, softcap, temperature
     )
