@@ -124,7 +124,7 @@ def test_bytes() -> None:
 
 def bf16_case(tp: int) -> dict[str, tuple[float, float]]:
     """Distances from fp64 of the split head in bf16 and of the plain one."""
-    pair, exact, found = Pair(tp, 97, torch.bfloat16), Pair(tp, 97, torch.bfloat16), {}
+    exact, pair, found = Pair(tp, 97, torch.bfloat16), Pair(tp, 97, torch.bfloat16), {}  # the last one has the groups
     exact.plain.double()
     for loss_of in (losses.causal, losses.capped, losses.scaled, losses.biased, losses.smoothed, losses.distilled):
         want = exact._run(exact.plain, lambda logits, of=loss_of: of(logits).double())

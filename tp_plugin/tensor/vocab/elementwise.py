@@ -1,7 +1,6 @@
 """Element-wise functions of deferred logits: casts, scaling, soft-capping, biases, and the terms of divergences.
 
-Each rank computes them on its own columns, where and when these are needed. An operand may be a number, another
-:class:`Logits` of the same shape, or a tensor without a gradient that every rank has.
+Each rank computes them on its own columns, where and when these are needed.
 """
 
 from __future__ import annotations
@@ -13,63 +12,82 @@ from typing import Any
 import torch
 
 from tp_plugin.tensor.vocab.expr import Apply, Expr, Full, PerRow
-from tp_plugin.tensor.vocab.logits import Deferred, Logits, incoming, new_strides, tracks
+from tp_plugin.tensor.vocab.logits import Deferred, Logits, incoming, new_strides
 from tp_plugin.tensor.vocab.registry import HANDLERS, Handler, functions, handles
+from tp_plugin.tensor.vocab.statistics import row_sums
 
 
 def elementwise(function: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """``function`` of at least one Logits, and of tensors, numbers and dtypes; NotImplemented if an operand is unfit."""
+    """``function`` of at least one Logits and of other operands; NotImplemented if it cannot be deferred.
+
+    Args:
+        args: Logits of one shape, numbers, dtypes; tensors that every rank has: without dimensions, of a number for
+            each token (…, 1), or of a number for each entry of the vocabulary. Logits and numbers per token may have
+            a gradient, which is a sum over the vocabulary for the latter: one all-reduce in the backward.
+    """
     first = next(arg for arg in args if isinstance(arg, Logits))
-    operands = [_operand(arg, first) for arg in args]
+    parents = [_aligned(arg, first) for arg in args]
+    operands = [_operand(parent, first) for parent in parents]
     if any(operand is NotImplemented for operand in operands):
         return NotImplemented
-    metas = [
-        torch.empty((1,) * first.dim() if isinstance(operand, Expr) else (), dtype=operand.dtype, device="meta")
-        if isinstance(operand, Expr | torch.Tensor)
-        else operand
-        for operand in operands
-    ]
-    expr = Apply(function, tuple(operands), function(*metas, **kwargs).dtype, kwargs)
-    parents = [arg for arg in args if isinstance(arg, Logits)]
-    held = tuple(one for parent in parents for one in parent.held)
+    dtype = function(*(_meta(operand, first.dim()) for operand in operands), **kwargs).dtype
+    expr = Apply(function, tuple(operands), dtype, kwargs)
+    held = tuple(one for arg in args if isinstance(arg, Logits) for one in arg.held)
     made = Logits.make(first.vocabulary, expr, new_strides(first), first.device, held)
-    if not any(tracks(parent) for parent in parents) or not expr.dtype.is_floating_point:
+    positions = [at for at, parent in enumerate(parents) if isinstance(parent, torch.Tensor) and parent.requires_grad]
+    if not positions or not torch.is_grad_enabled() or not dtype.is_floating_point:
         return made
-    positions = [position for position, arg in enumerate(args) if isinstance(arg, Logits)]
-    return Deferred.apply((made,), expr, lambda expr, grad, at: expr.gradient(positions[at], grad), *parents)
+    gradient = functools.partial(_gradient, positions, first.vocabulary)
+    return Deferred.apply((made,), expr, gradient, *(parents[at] for at in positions))
+
+
+def _aligned(value: Any, logits: Logits) -> Any:
+    """A tensor with as many dimensions as ``logits``, that of the vocabulary last; one number per token as (rows, 1)."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, Logits) or not 0 < value.dim() <= logits.dim():
+        return value
+    value = value[(None,) * (logits.dim() - value.dim())].movedim(logits.axis, -1)
+    per_row = value.shape[-1] == 1 != logits.vocabulary.size
+    fits = all(length in (1, full) for length, full in zip(value.shape, logits.lead, strict=False))
+    return value.expand(*logits.lead, 1).reshape(-1, 1) if per_row and fits else value
 
 
 def _operand(value: Any, logits: Logits) -> Any:
-    """``value`` as an argument of :class:`Apply`, or NotImplemented."""
+    """What :class:`Apply` takes for an aligned ``value``, or NotImplemented."""
     if isinstance(value, Logits):
-        fits = value.shape == logits.shape and value.axis == logits.axis
-        return value.expr if fits else NotImplemented
+        return value.expr if value.shape == logits.shape and value.axis == logits.axis else NotImplemented
     if not isinstance(value, torch.Tensor):
         return value
+    if value.shape == (logits.rows, 1) and value.device == logits.device:
+        return PerRow(value.detach())
     if value.requires_grad and torch.is_grad_enabled():
-        return NotImplemented  # its gradient is a sum over all columns
-    value = value.detach()
+        return NotImplemented  # its gradient has columns of all ranks, or is a sum over all tokens
     if value.dim() == 0:
-        return value
-    lead, size = logits.lead, logits.vocabulary.size
-    shape = (1,) * (logits.dim() - value.dim()) + tuple(value.shape)
-    fits = all(length in (1, full) for length, full in zip(shape, logits.shape, strict=False))
-    transposed = logits.axis != logits.dim() - 1
-    if value.dim() > logits.dim() or transposed or not fits or value.device != logits.device:
-        return NotImplemented
-    if shape[-1] == 1 != size:
-        return PerRow(value.reshape(shape).expand(*lead, 1).reshape(-1, 1))
-    flat = value.reshape(-1, size)
-    if len(flat) == 1 or shape[:-1] == tuple(lead):
-        return Full(flat)
-    return Full(flat, torch.arange(len(flat), device=value.device).view(shape[:-1]).expand(lead).reshape(-1))
+        return value.detach()
+    one_for_all = value.shape[:-1].numel() == 1
+    fits = value.shape[-1] == logits.vocabulary.size and (one_for_all or value.shape[:-1] == logits.lead)
+    return (
+        Full(value.detach().reshape(-1, value.shape[-1])) if fits and value.device == logits.device else NotImplemented
+    )
+
+
+def _meta(operand: Any, dims: int) -> Any:
+    """An operand without values, from which torch tells the result's dtype."""
+    if not isinstance(operand, Expr | torch.Tensor):
+        return operand
+    return torch.empty((1,) * dims if isinstance(operand, Expr) else (), dtype=operand.dtype, device="meta")
+
+
+def _gradient(positions: list[int], vocabulary: Any, expr: Apply, grad: Expr, at: int) -> Expr | torch.Tensor:
+    found, operand = expr.gradient(positions[at], grad), expr.args[positions[at]]
+    if not isinstance(operand, PerRow):
+        return found
+    return row_sums(found, len(operand.data), vocabulary, operand.data.device).unsqueeze(-1).to(operand.dtype)
 
 
 def _handler(func: Handler) -> Handler:
     def handler(*args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(value, torch.Tensor) for value in kwargs.values()):
-            return NotImplemented
-        return elementwise(func, args, kwargs)
+        is_plain = not any(isinstance(value, torch.Tensor) for value in kwargs.values())
+        return elementwise(func, args, kwargs) if is_plain else NotImplemented
 
     return handler
 
@@ -110,25 +128,14 @@ def _cpu(logits: Logits, *args: Any, **kwargs: Any) -> Any:
     return logits if logits.device.type == "cpu" else NotImplemented
 
 
-@handles("detach")
-def _alias(logits: Logits) -> Logits:
-    """The same values outside of the graph."""
-    return logits.alias()
-
-
-HANDLERS[torch.Tensor.data.__get__] = _alias  # type: ignore[attr-defined]
-HANDLERS[torch.ops.aten.detach.default] = HANDLERS[torch.ops.aten.alias.default] = _alias
-
-
 def _add_gradients(one: torch.Tensor, other: torch.Tensor) -> Any:
     """The sum of two gradients, as autograd's engine forms it."""
     if one.shape != other.shape:
         return NotImplemented
     like = next(each for each in (one, other) if isinstance(each, Logits))
-    both = tuple(
-        Logits.make(like.vocabulary, incoming(each, like.axis), new_strides(like), like.device) for each in (one, other)
-    )
-    return elementwise(torch.add, both, {})
+    both = (incoming(each, like.axis) for each in (one, other))
+    made = (Logits.make(like.vocabulary, each, new_strides(like), like.device) for each in both)
+    return elementwise(torch.add, tuple(made), {})
 
 
 HANDLERS[torch.ops.aten.add.Tensor] = _add_gradients

@@ -20,7 +20,7 @@ from tp_plugin.errors import TPError
 from tp_plugin.tensor.first_order import first_order
 from tp_plugin.tensor.vocab.expr import ALL, Expr, Full, HeadOutput, Slot, digest, heads, pad, signature, visit
 from tp_plugin.tensor.vocab.peers import Held
-from tp_plugin.tensor.vocab.registry import HANDLERS, OF_THE_WRAPPER, note_gather
+from tp_plugin.tensor.vocab.registry import HANDLERS, OF_THE_WRAPPER, handles, note_gather
 from tp_plugin.tensor.vocab.vocabulary import Vocabulary
 
 
@@ -42,6 +42,7 @@ class Logits(torch.Tensor):
     axis: int
     held: tuple[Held, ...]
     _root: Logits | None
+    _plain: tuple[torch.Tensor, int] | None  # what plain() gave, with its version
     _gathered: dict[Any, tuple[torch.Tensor, int]]  # of a root: gathered views by their strides, with their versions
     _written: torch.Tensor | None  # of a root: all columns, once something was written into them
 
@@ -63,7 +64,7 @@ class Logits(torch.Tensor):
         made.vocabulary, made.expr, made.strides, made.held = vocabulary, expr, shape, held
         made.axis = axis_of(shape, vocabulary.size)
         assert made.axis is not None
-        made._root, made._gathered, made._written = root, {}, None
+        made._root, made._plain, made._gathered, made._written = root, None, {}, None
         result: Logits = made
         return result
 
@@ -82,26 +83,28 @@ class Logits(torch.Tensor):
         """Tokens."""
         return self.numel() // self.vocabulary.size
 
-    def alias(self) -> Logits:
-        """The same values in the same memory, outside of the graph."""
-        return Logits.make(self.vocabulary, self.expr, self.strides, self.device, self.held, self.root)
-
     def plain(self) -> torch.Tensor:
-        """All columns as an ordinary tensor in autograd's graph; communicates at the first call."""
+        """All columns as an ordinary tensor in autograd's graph, the same at each call; the first communicates."""
         root = self.root
-        if root._written is not None:
-            with torch._C.DisableTorchFunctionSubclass():
-                is_detached = root.requires_grad and not self.requires_grad
-            found = root._written if self is root else _view(root._written, self.strides)
-            return found.detach() if is_detached else found
-        return Gathered.apply(self) if tracks(self) else self.gathered()
+        if root._written is None:
+            if self._plain is None:
+                with torch.enable_grad():
+                    values = Gathered.apply(self) if self.requires_grad else self.gathered()
+                self._plain = values, values._version
+            return self._plain[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            is_detached = root.requires_grad and not self.requires_grad
+        found = root._written if self is root else _view(root._written, self.strides)
+        return found.detach() if is_detached else found
 
     def gathered(self) -> torch.Tensor:
         """All columns outside of the graph; all results share memory."""
         root = self.root
         if root._written is not None:
             return _view(root._written.detach(), self.strides)
-        key, whole = ((each.shape, each.strides.stride(), each.strides.storage_offset()) for each in (self, root))
+        key, whole = (
+            (each.strides.shape, each.strides.stride(), each.strides.storage_offset()) for each in (self, root)
+        )
         if whole in root._gathered:
             return _view(root._gathered[whole][0], self.strides).detach()
         if key not in root._gathered:
@@ -110,20 +113,27 @@ class Logits(torch.Tensor):
             root._gathered[key] = values, values._version
         return root._gathered[key][0].detach()
 
-    def refuse_stale(self) -> None:
-        """Raise if gathered columns were written into by another way than by these logits."""
+    def note_writes(self) -> None:
+        """See whether something was written into the memory of what :meth:`plain` gave, such as by ``x[..., 3] += 1``.
+
+        Raises:
+            TPError: it was, but through another view of the same memory.
+        """
         root = self.root
-        if root._written is None and any(values._version != version for values, version in root._gathered.values()):
-            raise TPError(
-                "a tensor that shares memory with these logits was written into, which their losses would not see; "
-                "clone() it before, or write into the logits themselves (logits[..., :4] = value)"
-            )
+        if root._written is None:
+            if self._plain is not None and self._plain[0]._version != self._plain[1]:
+                self.write(self._plain[0])
+            elif any(values._version != version for values, version in root._gathered.values()):
+                raise TPError(
+                    "a tensor that shares memory with these logits was written into, which their losses would not see; "
+                    "clone() it before, or write into the logits themselves (logits[..., :4] = value)"
+                )
 
     def write(self, values: torch.Tensor) -> None:
-        """A function has written into ``values``, which are this tensor's: from now on all views of it are plain."""
+        """What :meth:`plain` gave was written into: from now on the logits and all views of them are plain tensors."""
         root = self.root
         if root._written is not None:
-            return  # they are a view of it
+            return  # ``values`` is a view of it
         if self.strides is root.strides and values.requires_grad >= root.requires_grad:
             root._written = values
             return
@@ -139,12 +149,12 @@ class Logits(torch.Tensor):
     ) -> Any:
         kwargs = dict(kwargs or {})
         given = [arg for arg in tree_leaves((args, kwargs)) if isinstance(arg, Logits)]
+        for logits in given if func not in OF_THE_WRAPPER else ():
+            logits.note_writes()
         written = any(logits.root._written is not None for logits in given)
         if func is torch.Tensor.__hash__ or (func in OF_THE_WRAPPER and not written):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        for logits in given:
-            logits.refuse_stale()
         if not written:
             result = HANDLERS[func](*args, **kwargs) if func in HANDLERS else NotImplemented
             if result is not NotImplemented:
@@ -184,6 +194,15 @@ def call_gathered(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
             logits.write(values)
             result = logits.plain() if result is values else result
     return result
+
+
+@handles("detach")
+def _alias(logits: Logits) -> Logits:
+    return Logits.make(logits.vocabulary, logits.expr, logits.strides, logits.device, logits.held, logits.root)
+
+
+HANDLERS[torch.Tensor.data.__get__] = _alias  # type: ignore[attr-defined]
+HANDLERS[torch.ops.aten.detach.default] = HANDLERS[torch.ops.aten.alias.default] = _alias
 
 
 def _view(memory: torch.Tensor, strides: torch.Tensor) -> torch.Tensor:
@@ -292,20 +311,26 @@ class Gathered(torch.autograd.Function):
 
 
 class Deferred(torch.autograd.Function):
-    """A deferred result of one Logits or several.
+    """A deferred result of Logits and of ordinary tensors.
 
     Args:
         box: the result, in a tuple: autograd takes it for an output.
         saved: expressions and tensors that ``gradient`` takes.
-        gradient: ``(saved, gradient of the result, position) → gradient of the parent at position``, as expressions.
+        gradient: ``(saved, gradient of the result, position) → gradient of the parent at position``: expressions,
+            or a tensor if that parent is an ordinary one.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, box: tuple[Logits], saved: Any, gradient: Callable[[Any, Expr, int], Expr], *parents: Logits
+        ctx: Any,
+        box: tuple[Logits],
+        saved: Any,
+        gradient: Callable[[Any, Expr, int], Expr | torch.Tensor],
+        *parents: torch.Tensor,
     ) -> Logits:
         remember(ctx, box[0], saved)
-        ctx.gradient, ctx.parents = gradient, [new_strides(parent) for parent in parents]
+        ctx.gradient = gradient
+        ctx.parents = [new_strides(parent) if isinstance(parent, Logits) else None for parent in parents]
         return box[0]
 
     @staticmethod
@@ -317,5 +342,6 @@ class Deferred(torch.autograd.Function):
             for position, strides in enumerate(ctx.parents):
                 if ctx.needs_input_grad[3 + position]:
                     found = ctx.gradient(saved, expr, position)
-                    grads[3 + position] = Logits.make(ctx.vocabulary, found, strides, ctx.device)
+                    made = isinstance(found, torch.Tensor)
+                    grads[3 + position] = found if made else Logits.make(ctx.vocabulary, found, strides, ctx.device)
         return tuple(grads)

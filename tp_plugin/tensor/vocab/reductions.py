@@ -1,4 +1,4 @@
-"""Functions of torch that need some numbers per token from the other ranks, and the losses that scripts make of them."""
+"""Functions of torch that need some numbers per token from the other ranks, and the losses made of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tp_plugin.tensor.vocab.elementwise import cast, elementwise
 from tp_plugin.tensor.vocab.logits import Logits, together
 from tp_plugin.tensor.vocab.registry import Handler, handles
-from tp_plugin.tensor.vocab.statistics import LogSoftmax, RowSum, Statistics, Take, largest, wide
+from tp_plugin.tensor.vocab.statistics import RowSum, Statistics, Take, largest, wide
 
 
 def _is_vocabulary(logits: Any, dim: Any) -> bool:
@@ -39,23 +39,30 @@ def _dtype_of(func: Handler, logits: Logits) -> torch.dtype:
 def _log_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
     if not _ready("log_softmax", input, dim):
         return NotImplemented
-    return LogSoftmax.apply(input, dtype or _dtype_of(lambda table: table.log_softmax(-1), input))
+    return cast(log_probabilities(input), dtype or _dtype_of(lambda table: table.log_softmax(-1), input))
 
 
 @handles("softmax")
 def _softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
     if not _ready("softmax", input, dim):
         return NotImplemented
-    dtype = dtype or _dtype_of(lambda table: table.softmax(-1), input)
-    return cast(elementwise(torch.exp, (LogSoftmax.apply(input, wide(dtype)),), {}), dtype)
+    return cast(log_probabilities(input).exp(), dtype or _dtype_of(lambda table: table.softmax(-1), input))
 
 
 @handles("logsumexp")
 def _logsumexp(input: Any, dim: Any, keepdim: bool = False) -> Any:
     if not _ready("logsumexp", input, dim):
         return NotImplemented
-    labels = torch.zeros(input.rows, dtype=torch.int64, device=input.device)
-    return _per_row(Statistics.apply(input, labels, False)[0], input, keepdim).to(input.dtype)
+    return _per_row(Statistics.apply(input, None, False)[0], input, keepdim).to(input.dtype)
+
+
+def log_probabilities(logits: Logits) -> Any:
+    """Logarithms of probabilities, deferred, in the dtype that sums are in. All ranks must call it.
+
+    One all-gather of two numbers per token, one all-reduce of one in the backward.
+    """
+    logits = cast(logits, wide(logits.dtype))  # first, so that the gradient's two terms are added before it is rounded
+    return logits - _per_row(Statistics.apply(logits, None, False)[0], logits, keepdim=True)
 
 
 @handles("sum")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -54,12 +55,6 @@ def _log_gather(name: str) -> None:
     )
 
 
-_PROPERTIES = (
-    "shape dtype device layout requires_grad grad_fn is_leaf ndim _version is_cuda is_cpu is_meta is_sparse "
-    "is_quantized is_nested is_mkldnn is_xpu is_mps is_ipu is_xla is_vulkan is_sparse_csr is_maia is_mtia grad "
-    "output_nr names itemsize nbytes retains_grad _backward_hooks _post_accumulate_grad_hooks _base _cdata _grad "
-    "_grad_fn _has_symbolic_sizes_strides _python_dispatch grad_dtype name volatile"
-)
 _METHODS = (
     "size dim ndimension numel nelement element_size is_floating_point is_complex is_signed stride is_contiguous "
     "storage_offset register_hook retain_grad get_device is_inference is_conj is_neg __len__ __hash__ _is_view "
@@ -68,12 +63,10 @@ _METHODS = (
 
 
 def _of_the_wrapper() -> frozenset[Any]:
-    found = {*functions(_METHODS), torch.autograd.grad, torch.autograd.backward}
-    for name in _PROPERTIES.split():
-        descriptor: Any = getattr(torch.Tensor, name, None)
-        if hasattr(descriptor, "__get__"):
-            found.add(descriptor.__get__)
-    return frozenset(found)
+    values = {"data", "T", "mT", "H", "mH", "real", "imag"}
+    properties = (value for name, value in vars(torch._C.TensorBase).items() if name not in values)
+    getters = [each.__get__ for each in properties if isinstance(each, types.GetSetDescriptorType)]
+    return frozenset([*getters, *functions(_METHODS), torch.autograd.grad, torch.autograd.backward])
 
 
 OF_THE_WRAPPER = _of_the_wrapper()

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from tp_plugin.tensor import regions
 from tp_plugin.tensor.vocab.head import Fetched, deferred
 from tp_plugin.tensor.vocab.logits import Logits
-from tp_plugin.tensor.vocab.statistics import LogSoftmax, RowSum, Statistics, largest
+from tp_plugin.tensor.vocab.reductions import log_probabilities
+from tp_plugin.tensor.vocab.statistics import RowSum, Statistics, largest
 from tp_plugin.tensor.vocab.vocabulary import Vocabulary
 
 
@@ -52,7 +53,7 @@ def scores(
     log_sum, entry, *total = Statistics.apply(logits, targets, "mean_logits" in wanted)
     found = {"log_probs": entry - log_sum}
     if "entropy" in wanted:
-        log = LogSoftmax.apply(logits, torch.float32)
+        log = log_probabilities(logits)
         found["entropy"] = -RowSum.apply(log.exp() * log)
     with torch.no_grad():
         if "mean_logits" in wanted:
@@ -60,7 +61,7 @@ def scores(
         if "is_top1" in wanted:
             found["is_top1"] = largest(logits, 1)[1].squeeze(-1) == targets
         if "log_sum_sq_probs" in wanted:
-            found["log_sum_sq_probs"] = Statistics.apply(2 * logits, targets, False)[0] - 2 * log_sum
+            found["log_sum_sq_probs"] = Statistics.apply(2 * logits, None, False)[0] - 2 * log_sum
     return found
 
 

@@ -15,7 +15,7 @@ Columns = tuple[int, int]
 class Vocabulary:
     """A vocabulary of ``size`` entries of which each rank of the TP group ``group`` has ``width`` columns.
 
-    What the last ranks have beyond ``size`` is padding. A copied model shares ``group`` and ``peers`` with its original.
+    What the last ranks have beyond ``size`` is padding. A copied model shares its original's ``group`` and ``peers``.
     """
 
     size: int
