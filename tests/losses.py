@@ -194,14 +194,14 @@ def gradient_of_logits(logits: torch.Tensor) -> torch.Tensor:
 
 
 LOCAL: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
-    causal, of_a_batch, masked, another_ignored, capped, scaled, biased, shifted, smoothed, trainer_smoothed, weighted,
+    causal, of_a_batch, masked, another_ignored, capped, scaled, biased, shifted, smoothed, trainer_smoothed,
     by_token, selected, nothing_to_learn, log_probabilities, selective_log_softmax, negative_log_likelihood, entropy,
     entropy_of_softmax, transposed, transposed_probabilities, distilled, distilled_from_logarithms, z_loss, highest,
     accuracy, passed_on,
 )  # fmt: skip
 """For which ranks exchange some numbers per token and no columns."""
 
-WHOLE = (sorted_columns, class_probabilities, loss_and_columns, written_into, gradient_of_logits)
+WHOLE = (weighted, sorted_columns, class_probabilities, loss_and_columns, written_into, gradient_of_logits)
 """For which the columns are gathered."""
 
 

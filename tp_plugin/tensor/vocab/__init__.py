@@ -3,7 +3,7 @@
 What stays split, with what it communicates per token in the forward, and who uses it:
 
 - Views of whole rows, copies, casts, ``logits[mask]``: nothing. Every trainer; sequences shifted by one.
-- ``+ - * /`` with a number, a bias over the vocabulary or logits of the same shape, ``neg``, ``tanh``, ``exp``: nothing.
+- ``+ - * /`` with numbers, one per token, a bias over the vocabulary, other logits; ``neg tanh exp``: nothing.
   Cohere (scale), Granite (division), Gemma (soft-capping), BART (bias), TRL (temperature, entropy), label smoothing.
 - ``cross_entropy`` with labels: one all-gather of 3 numbers, 4 with ``label_smoothing``. Every model's own loss.
 - ``log_softmax``, ``softmax``, ``logsumexp``: one all-gather of 2 or 3 numbers. TRL's log-probabilities, distillation.

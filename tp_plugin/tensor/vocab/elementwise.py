@@ -42,7 +42,7 @@ def elementwise(function: Callable[..., torch.Tensor], args: tuple[Any, ...], kw
 
 
 def _aligned(value: Any, logits: Logits) -> Any:
-    """A tensor with as many dimensions as ``logits``, that of the vocabulary last; one number per token as (rows, 1)."""
+    """A tensor with as many dimensions as ``logits``, the vocabulary last; one number per token as (rows, 1)."""
     if not isinstance(value, torch.Tensor) or isinstance(value, Logits) or not 0 < value.dim() <= logits.dim():
         return value
     value = value[(None,) * (logits.dim() - value.dim())].movedim(logits.axis, -1)

@@ -39,7 +39,7 @@ class Expr:
 
 @dataclass(eq=False)
 class HeadOutput(Expr):
-    """A head's output (tokens, width) on the rank whose first column is ``start``; other ranks know it by ``number``."""
+    """A head's output (tokens, width) on the rank whose columns begin at ``start``; other ranks know its ``number``."""
 
     data: torch.Tensor
     start: int
@@ -75,60 +75,62 @@ class Full(Expr):
 
 @dataclass(eq=False)
 class PerRow(Expr):
-    """A tensor (tokens, 1) that every rank has: the same number in all columns."""
+    """A tensor (tokens, 1) that every rank has: the same number in all columns.
+
+    Without ``is_broadcast`` it is (tokens, k), and given to a function as it is.
+    """
 
     data: torch.Tensor
+    is_broadcast: bool = True
 
     def __post_init__(self) -> None:
         self.dtype = self.data.dtype
 
     def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
-        return self.data[rows].expand(-1, columns[1] - columns[0])
+        return self.data[rows].expand(-1, columns[1] - columns[0]) if self.is_broadcast else self.data[rows]
 
 
 @dataclass(eq=False)
 class Apply(Expr):
-    """An element-wise function of expressions, numbers and tensors without dimensions."""
+    """``function`` of the blocks of expressions among ``args``, and of numbers and tensors without dimensions.
+
+    With ``of_columns`` it is given ``columns`` as well. It takes about ``temporaries`` of a block's size.
+    """
 
     function: Callable[..., torch.Tensor]
     args: tuple[Any, ...]
     dtype: torch.dtype
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    of_columns: bool = False
+    temporaries: int = 1
 
     def __post_init__(self) -> None:
-        self.depth = 1 + sum(arg.depth for arg in self.args if isinstance(arg, Expr))
+        self.depth = self.temporaries + sum(arg.depth for arg in self.args if isinstance(arg, Expr))
 
     def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
-        return self.function(*self.operands(rows, columns), **self.kwargs)
-
-    def operands(self, rows: Rows, columns: Columns) -> list[Any]:
-        """The arguments' blocks."""
-        return [arg.block(rows, columns) if isinstance(arg, Expr) else arg for arg in self.args]
+        args = [arg.block(rows, columns) if isinstance(arg, Expr) else arg for arg in self.args]
+        kwargs = {**self.kwargs, "columns": columns} if self.of_columns else self.kwargs
+        return self.function(*args, **kwargs)
 
     def gradient(self, position: int, grad: Expr) -> Expr:
-        """The gradient with respect to the argument at ``position``, given the one of the result."""
+        """The gradient with respect to the argument at ``position`` of an element-wise function, given the result's."""
         dtype = self.args[position].dtype
-        return cast(grad, dtype) if self.function is torch.Tensor.to else Derivative(self, position, grad, dtype)
+        if self.function is torch.Tensor.to:
+            return cast(grad, dtype)
+        of = {"function": self.function, "position": position, "kwargs": self.kwargs}
+        return Apply(derivative, (grad, *self.args), dtype, of, temporaries=3 + self.depth)
 
 
-@dataclass(eq=False)
-class Derivative(Expr):
-    """What autograd makes of one element-wise function, block by block."""
-
-    of: Apply
-    position: int
-    grad: Expr
-    dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        self.depth = 2 * self.of.depth + self.grad.depth + 2
-
-    def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
-        args = self.of.operands(rows, columns)
-        with torch.enable_grad():
-            args[self.position] = args[self.position].detach().requires_grad_()
-            result = self.of.function(*args, **self.of.kwargs)
-        return torch.autograd.grad(result, args[self.position], self.grad.block(rows, columns).to(result.dtype))[0]
+def derivative(
+    grad: torch.Tensor, *args: Any, function: Callable[..., torch.Tensor], position: int, kwargs: Mapping[str, Any]
+) -> torch.Tensor:
+    """What autograd makes of ``grad`` behind ``function(*args, **kwargs)`` for the argument at ``position``."""
+    inputs = list(args)
+    with torch.enable_grad():
+        inputs[position] = inputs[position].detach().requires_grad_()
+        result = function(*inputs, **kwargs)
+    found: torch.Tensor = torch.autograd.grad(result, inputs[position], grad.to(result.dtype))[0]
+    return found
 
 
 @dataclass(eq=False)
@@ -147,19 +149,6 @@ class TakeRows(Expr):
         if not self.has_gaps:
             return self.of.block(index, columns)
         return self.of.block(index.clamp(min=0), columns).masked_fill((index < 0).unsqueeze(-1), 0)
-
-
-@dataclass(eq=False)
-class OneHot(Expr):
-    """Numbers ``weight`` (tokens, k) at the vocabulary entries ``at`` (tokens, k), zero elsewhere."""
-
-    at: torch.Tensor
-    weight: torch.Tensor
-    dtype: torch.dtype
-
-    def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
-        at, weight = self.at[rows], self.weight[rows]
-        return add_one_hot(weight.new_zeros(len(at), columns[1] - columns[0]), at, weight, columns).to(self.dtype)
 
 
 def cast(expr: Expr, dtype: torch.dtype) -> Expr:
@@ -191,17 +180,17 @@ def visit(value: Any, replace: Callable[[Any], Any]) -> Any:
     return value
 
 
-def heads(expr: Expr) -> list[HeadOutput]:
-    """The heads' outputs in an expression, perhaps more than once."""
-    found = []
+def newest(value: Any) -> Number | None:
+    """The number of the last made of the heads' outputs in an expression, or a tuple of such."""
+    found: list[Number] = []
 
     def note(node: Any) -> Any:
         if isinstance(node, HeadOutput):
-            found.append(node)
+            found.append(node.number)
         return node
 
-    visit(expr, note)
-    return found
+    visit(value, note)
+    return max(found, default=None)
 
 
 def signature(value: Any) -> str:
@@ -212,9 +201,11 @@ def signature(value: Any) -> str:
         return digest(value)
     if isinstance(value, Expr) and dataclasses.is_dataclass(value):
         value = (type(value), *(getattr(value, each.name) for each in dataclasses.fields(value)))
+    if isinstance(value, Mapping):
+        value = tuple(value.items())
     if isinstance(value, tuple):
         return f"({' '.join(signature(each) for each in value)})"
-    return getattr(value, "__name__", None) or repr(value)
+    return str(getattr(value, "__name__", value))
 
 
 def digest(tensor: torch.Tensor) -> str:

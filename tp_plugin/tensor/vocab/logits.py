@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tp_plugin.errors import TPError
 from tp_plugin.tensor.first_order import first_order
-from tp_plugin.tensor.vocab.expr import ALL, Expr, Full, HeadOutput, Slot, digest, heads, pad, signature, visit
+from tp_plugin.tensor.vocab.expr import Expr, Full, Slot, visit
+from tp_plugin.tensor.vocab.gather import gather
 from tp_plugin.tensor.vocab.peers import Held
 from tp_plugin.tensor.vocab.registry import HANDLERS, OF_THE_WRAPPER, handles, note_gather
 from tp_plugin.tensor.vocab.vocabulary import Vocabulary
@@ -109,31 +110,33 @@ class Logits(torch.Tensor):
             return _view(root._gathered[whole][0], self.strides).detach()
         if key not in root._gathered:
             with torch.inference_mode(False), torch.no_grad():  # inference tensors have no version
-                values = gather(self).view(*self.lead, self.vocabulary.size).movedim(-1, self.axis)
+                values = (
+                    gather(self.expr, self.vocabulary, self.device)
+                    .view(*self.lead, self.vocabulary.size)
+                    .movedim(-1, self.axis)
+                )
             root._gathered[key] = values, values._version
         return root._gathered[key][0].detach()
 
     def note_writes(self) -> None:
-        """See whether something was written into the memory of what :meth:`plain` gave, such as by ``x[..., 3] += 1``.
+        """See whether something was written into what :meth:`plain` gave, or into a view of it (``x[..., 3] += 1``).
+
+        If so, these logits and all views of them are ordinary tensors from now on.
 
         Raises:
-            TPError: it was, but through another view of the same memory.
+            TPError: it was written into through another view of the same memory.
         """
         root = self.root
-        if root._written is None:
-            if self._plain is not None and self._plain[0]._version != self._plain[1]:
-                self.write(self._plain[0])
-            elif any(values._version != version for values, version in root._gathered.values()):
+        if root._written is not None:
+            return
+        if self._plain is None or self._plain[0]._version == self._plain[1]:
+            if any(values._version != version for values, version in root._gathered.values()):
                 raise TPError(
                     "a tensor that shares memory with these logits was written into, which their losses would not see; "
                     "clone() it before, or write into the logits themselves (logits[..., :4] = value)"
                 )
-
-    def write(self, values: torch.Tensor) -> None:
-        """What :meth:`plain` gave was written into: from now on the logits and all views of them are plain tensors."""
-        root = self.root
-        if root._written is not None:
-            return  # ``values`` is a view of it
+            return
+        values = self._plain[0]
         if self.strides is root.strides and values.requires_grad >= root.requires_grad:
             root._written = values
             return
@@ -179,20 +182,14 @@ class Logits(torch.Tensor):
 
 
 def call_gathered(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """``func`` of ordinary tensors in place of logits; if it writes into them, the logits have been written into."""
-    given: list[tuple[Logits, torch.Tensor, int]] = []
-
-    def plain(logits: Logits) -> torch.Tensor:
-        found = logits.plain()
-        given.append((logits, found, found._version))
-        return found
-
-    args, kwargs = tree_map_only(Logits, plain, (args, kwargs))
+    """``func`` of ordinary tensors in place of logits; what it writes into them is written into the logits."""
+    given = [arg for arg in tree_leaves((args, kwargs)) if isinstance(arg, Logits)]
+    values = [logits.plain() for logits in given]
+    args, kwargs = tree_map_only(Logits, Logits.plain, (args, kwargs))
     result = func(*args, **kwargs)
-    for logits, values, version in given:
-        if values._version != version:
-            logits.write(values)
-            result = logits.plain() if result is values else result
+    for logits, plain in zip(given, values, strict=True):
+        logits.note_writes()
+        result = logits.plain() if result is plain else result
     return result
 
 
@@ -227,35 +224,6 @@ def tracks(logits: Logits) -> bool:
 def new_strides(like: Logits) -> torch.Tensor:
     """``strides`` of a new tensor of the same sizes, its rows in the order of ``like``."""
     return torch.empty((*like.lead, like.vocabulary.size), device="meta").movedim(-1, like.axis)
-
-
-def gather(logits: Logits) -> torch.Tensor:
-    """All columns (rows, vocabulary): one all-gather if all ranks are here, else from the other ranks' threads."""
-    vocabulary, expr = logits.vocabulary, logits.expr
-    group, peers = vocabulary.group, vocabulary.peers
-    columns = [vocabulary.owned(rank) for rank in range(group.size)]
-    if together("gather", logits):
-        own = pad(expr.block(ALL, vocabulary.mine), vocabulary.width)
-        parts = [part[:, : last - first] for part, (first, last) in zip(group.all_gather(own), columns, strict=True)]
-        return torch.cat(parts, -1)
-
-    def of_rank(rank: int) -> Expr:
-        def read(node: Any) -> Any:
-            if not isinstance(node, HeadOutput) or rank == group.rank:
-                return node
-            return HeadOutput(peers.read(rank, node.number, logits.device), rank * vocabulary.width, node.number)
-
-        found: Expr = visit(expr, read)
-        return found
-
-    return torch.cat([of_rank(rank).block(ALL, each) for rank, each in enumerate(columns) if each[0] < each[1]], -1)
-
-
-def together(operation: str, logits: Logits, *more: torch.Tensor) -> bool:
-    """Whether all ranks are at this operation on the same logits (and ``more``), so that it may communicate."""
-    newest = max((head.number for head in heads(logits.expr)), default=None)
-    what = f"{operation} {signature(logits.expr)} {' '.join(digest(each) for each in more)}"
-    return logits.vocabulary.peers.propose(what, newest)
 
 
 def incoming(grad: torch.Tensor, axis: int = -1) -> Expr:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from tp_plugin.tensor.vocab.elementwise import cast, elementwise
-from tp_plugin.tensor.vocab.logits import Logits, together
+from tp_plugin.tensor.vocab.gather import together
+from tp_plugin.tensor.vocab.logits import Logits
 from tp_plugin.tensor.vocab.registry import Handler, handles
 from tp_plugin.tensor.vocab.statistics import RowSum, Statistics, Take, largest, wide
 
@@ -20,7 +21,7 @@ def _is_vocabulary(logits: Any, dim: Any) -> bool:
 
 def _ready(name: str, logits: Any, dim: Any) -> bool:
     """Whether the function reduces the vocabulary and all ranks are at it."""
-    return _is_vocabulary(logits, dim) and together(name, logits)
+    return _is_vocabulary(logits, dim) and together(name, logits.vocabulary, logits.expr)
 
 
 def _per_row(found: torch.Tensor, logits: Logits, keepdim: bool = False) -> torch.Tensor:
@@ -71,7 +72,7 @@ def _sum(input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = Non
         (dim,) = dim
     if not isinstance(input, Logits) or not input.is_floating_point():
         return NotImplemented
-    if not (dim is None or _is_vocabulary(input, dim)) or not together("sum", input):
+    if not (dim is None or _is_vocabulary(input, dim)) or not together("sum", input.vocabulary, input.expr):
         return NotImplemented
     found = RowSum.apply(input)
     found = found.sum() if dim is None else _per_row(found, input, keepdim)
@@ -92,7 +93,7 @@ def _gather(input: Any, dim: Any, index: Any, *, sparse_grad: bool = False) -> A
     if not _is_vocabulary(input, dim) or isinstance(index, Logits) or index.dim() != input.dim() or sparse_grad:
         return NotImplemented
     moved = index.movedim(input.axis, -1)
-    if moved.shape[:-1] != input.lead or not together("gather", input, index):
+    if moved.shape[:-1] != input.lead or not together("gather", input.vocabulary, input.expr, index):
         return NotImplemented
     at = moved.reshape(input.rows, -1)
     _check_range(at, None, input.vocabulary.size, "index {} is out of bounds for dimension -1 with size {}")
@@ -124,7 +125,7 @@ def _max(input: Any, dim: Any = None, keepdim: bool = False) -> Any:
 def _topk(input: Any, k: int, dim: Any = -1, largest: bool = True, sorted: bool = True) -> Any:
     if not _is_vocabulary(input, dim) or not largest or not 1 <= k <= input.vocabulary.size:
         return NotImplemented
-    if not together(f"topk {k}", input):
+    if not together(f"topk {k}", input.vocabulary, input.expr):
         return NotImplemented
     values, at = (part.reshape(*input.lead, k).movedim(-1, input.axis) for part in _top(input, k))
     return torch.return_types.topk((values, at))
@@ -148,10 +149,10 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    if not _has_labels(input, target, size_average, reduce) or (weight is not None and label_smoothing):
+    if not _has_labels(input, target, weight, size_average, reduce):
         return NotImplemented
     # inside a forward all ranks are at the model's own loss
-    if not input.vocabulary.peers.in_forward and not together("cross_entropy", input, target):
+    if not input.vocabulary.peers.in_forward and not together("cross_entropy", input.vocabulary, input.expr, target):
         return NotImplemented
     labels, ignored = _labels(input, target, ignore_index)
     log_sum, entry, *total = Statistics.apply(input, labels, label_smoothing > 0)
@@ -161,7 +162,7 @@ def _cross_entropy(
     dtype = _dtype_of(
         lambda table: F.cross_entropy(table, torch.zeros(1, dtype=torch.int64, device=table.device)), input
     )
-    return _reduce(loss, labels, ignored, weight, reduction, target.shape).to(dtype)
+    return _reduce(loss, ignored, reduction, target.shape).to(dtype)
 
 
 @handles("nll_loss")
@@ -174,16 +175,18 @@ def _nll_loss(
     reduce: Any = None,
     reduction: str = "mean",
 ) -> Any:
-    if not _has_labels(input, target, size_average, reduce) or not together("nll_loss", input, target):
+    if not _has_labels(input, target, weight, size_average, reduce) or not together(
+        "nll_loss", input.vocabulary, input.expr, target
+    ):
         return NotImplemented
     labels, ignored = _labels(input, target, ignore_index)
     found = Take.apply(input, labels.unsqueeze(-1)).squeeze(-1)
-    return _reduce(-found, labels, ignored, weight, reduction, target.shape)
+    return _reduce(-found, ignored, reduction, target.shape)
 
 
-def _has_labels(input: Any, target: torch.Tensor, *deprecated: Any) -> bool:
+def _has_labels(input: Any, target: torch.Tensor, *unsupported: Any) -> bool:
     """Whether targets are labels (not probabilities) for classes in dimension 1 (of one sample: 0)."""
-    if not isinstance(input, Logits) or any(each is not None for each in deprecated):
+    if not isinstance(input, Logits) or any(each is not None for each in unsupported):
         return False
     return input.axis == (input.dim() > 1) and target.shape == input.lead
 
@@ -196,22 +199,11 @@ def _labels(logits: Logits, target: torch.Tensor, ignore_index: int) -> tuple[to
     return labels.masked_fill(ignored, 0), ignored
 
 
-def _reduce(
-    loss: torch.Tensor,
-    labels: torch.Tensor,
-    ignored: torch.Tensor,
-    weight: torch.Tensor | None,
-    reduction: str,
-    shape: torch.Size,
-) -> torch.Tensor:
-    count: torch.Tensor = ~ignored
-    if weight is not None:
-        count = weight[labels].masked_fill(ignored, 0)
-        loss = loss * count
-    loss = loss.masked_fill(ignored, 0)  # last, so that 0 · nan of an empty mean does not come back
+def _reduce(loss: torch.Tensor, ignored: torch.Tensor, reduction: str, shape: torch.Size) -> torch.Tensor:
+    loss = loss.masked_fill(ignored, 0)
     if reduction == "none":
         return loss.reshape(shape)
-    return loss.sum() / count.sum() if reduction == "mean" else loss.sum()
+    return loss.sum() / (~ignored).sum() if reduction == "mean" else loss.sum()
 
 
 def _check_range(at: torch.Tensor, ignored: torch.Tensor | None, size: int, message: str) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from tp_plugin.tensor import regions
 from tp_plugin.tensor.vocab.head import Fetched, deferred
-from tp_plugin.tensor.vocab.logits import Logits
 from tp_plugin.tensor.vocab.reductions import log_probabilities
 from tp_plugin.tensor.vocab.statistics import RowSum, Statistics, largest
 from tp_plugin.tensor.vocab.vocabulary import Vocabulary
@@ -47,7 +47,10 @@ def scores(
     with torch.no_grad():
         own = F.linear(entered.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     logits = _transformed(
-        deferred(entered, weight, bias, own, vocabulary, fetched).float(), scale, softcap, temperature
+        deferred(entered, weight, bias, own, vocabulary, fetched).float(),
+        scale,
+        softcap,
+        temperature,
     )
 
     log_sum, entry, *total = Statistics.apply(logits, targets, "mean_logits" in wanted)
@@ -65,9 +68,9 @@ def scores(
     return found
 
 
-def _transformed(logits: Logits, scale: float, softcap: float | None, temperature: float) -> Logits:
+def _transformed(logits: Any, scale: float, softcap: float | None, temperature: float) -> Any:
     if scale != 1:
-        logits = logits * scale  # type: ignore[assignment]
+        logits = logits * scale
     if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)  # type: ignore[assignment]
-    return logits if temperature == 1 else logits / temperature  # type: ignore[return-value]
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits if temperature == 1 else logits / temperature

@@ -7,13 +7,12 @@ are the gradients that come back: the ranks compute one and the same loss.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tp_plugin.tensor.first_order import first_order
-from tp_plugin.tensor.vocab.expr import Expr, OneHot, PerRow, Rows, add_one_hot, pieces, take
+from tp_plugin.tensor.vocab.expr import Apply, Expr, PerRow, add_one_hot, pieces, take
 from tp_plugin.tensor.vocab.logits import Logits, gradient_of, recall, remember
 from tp_plugin.tensor.vocab.vocabulary import Columns, Vocabulary
 
@@ -69,43 +68,37 @@ class Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Logits, labels: torch.Tensor | None, with_sum: bool) -> tuple[torch.Tensor, ...]:
         found = statistics(logits, labels, with_sum)
-        remember(ctx, logits, (logits.expr, found[0], labels))
+        at = None if labels is None else PerRow(labels.unsqueeze(-1), is_broadcast=False)
+        remember(ctx, logits, (logits.expr, found[0], at))
         return tuple(found)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Logits, None, None]:
         expr, log_sum, labels = recall(ctx)
-        weights = torch.stack([torch.zeros_like(log_sum) if grad is None else grad for grad in grads])
-        with_sum = len(grads) > 2 and grads[2] is not None
-        return gradient_of(ctx, StatisticsGradient(expr, log_sum, labels, weights, with_sum)), None, None
+        columns = [torch.zeros_like(log_sum) if grad is None else grad for grad in grads]
+        weights = [PerRow(each.unsqueeze(-1), is_broadcast=at != 1) for at, each in enumerate(columns)]
+        args = (expr, PerRow(log_sum.unsqueeze(-1)), labels, *weights)
+        return gradient_of(ctx, Apply(_statistics_gradient, args, expr.dtype, of_columns=True)), None, None
 
 
-@dataclass(eq=False)
-class StatisticsGradient(Expr):
-    """The gradient of a row's log-sum-exp, of its entry at the label, and of its sum, each times a number per row.
-
-    ``weights`` (1, 2 or 3, rows) are these numbers.
-    """
-
-    of: Expr
-    log_sum: torch.Tensor
-    labels: torch.Tensor | None
-    weights: torch.Tensor
-    with_sum: bool
-
-    def __post_init__(self) -> None:
-        self.dtype, self.depth = self.of.dtype, self.of.depth + 1
-
-    def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
-        log_sum, weights = self.log_sum[rows], self.weights[:, rows]
-        block = self.of.block(rows, columns).to(log_sum.dtype) - log_sum.unsqueeze(-1)
-        block.exp_().mul_(weights[0].unsqueeze(-1))
-        if self.with_sum:
-            block.add_(weights[2].unsqueeze(-1))
-        if self.labels is not None:
-            add_one_hot(block, self.labels[rows, None], weights[1].unsqueeze(-1), columns)
-        return block.to(self.dtype)
+def _statistics_gradient(
+    block: torch.Tensor,
+    log_sum: torch.Tensor,
+    labels: torch.Tensor | None,
+    of_log_sum: torch.Tensor,
+    of_entry: torch.Tensor | None = None,
+    of_sum: torch.Tensor | None = None,
+    *,
+    columns: Columns,
+) -> torch.Tensor:
+    """The gradient of a block, from those of a row's log-sum-exp, of its entry at the label, and of its sum."""
+    found = (block.to(log_sum.dtype) - log_sum).exp_().mul_(of_log_sum)
+    if of_sum is not None:
+        found.add_(of_sum)
+    if labels is not None and of_entry is not None:
+        add_one_hot(found, labels, of_entry, columns)
+    return found.to(block.dtype)
 
 
 def row_sums(expr: Expr, rows: int, vocabulary: Vocabulary, device: torch.device) -> torch.Tensor:
@@ -146,7 +139,15 @@ class Take(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Logits | None, None]:
-        return None if grad is None else gradient_of(ctx, OneHot(recall(ctx), grad, ctx.dtype)), None
+        if grad is None:
+            return None, None
+        return gradient_of(
+            ctx, Apply(_one_hot, (PerRow(recall(ctx), False), PerRow(grad, False)), ctx.dtype, of_columns=True)
+        ), None
+
+
+def _one_hot(at: torch.Tensor, weight: torch.Tensor, columns: Columns) -> torch.Tensor:
+    return add_one_hot(weight.new_zeros(len(at), columns[1] - columns[0]), at, weight, columns)
 
 
 def largest(logits: Logits, k: int) -> tuple[torch.Tensor, torch.Tensor]:

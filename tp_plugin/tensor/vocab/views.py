@@ -89,32 +89,17 @@ def _getitem(logits: Any, index: Any) -> Any:
     if not isinstance(logits, Logits):
         return NotImplemented
     parts = index if isinstance(index, tuple) else (index,)
-    if not any(isinstance(part, torch.Tensor | list | bool) or hasattr(part, "__array__") for part in parts):
+    if all(part is None or part is Ellipsis or isinstance(part, int | slice) for part in parts):
         return _view(torch.Tensor.__getitem__)(logits, index)
-    # indices into the leading dimensions are the same indices into a table of rows
-    taken = sum(_dimensions(part) for part in parts)
-    if logits.axis != logits.dim() - 1:
+    is_mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool and type(index) is torch.Tensor
+    if not is_mask or index.shape != logits.lead or logits.axis != logits.dim() - 1:
         return NotImplemented
-    if taken == logits.dim() and isinstance(parts[-1], slice) and parts[-1] == ALL:
-        parts = parts[:-1]
-    elif taken >= logits.dim() or any(part is Ellipsis for part in parts):
-        return NotImplemented
-    order = torch.arange(logits.rows, device=logits.device).view(logits.lead)[parts]
-    flat = order.reshape(-1)
-    if tracks(logits) and len(flat.unique()) < len(flat):
-        return NotImplemented  # a row's gradient would be a sum
-    shape = torch.Size((*order.shape, logits.vocabulary.size))
-    made = Logits.make(logits.vocabulary, TakeRows(logits.expr, flat), shape, logits.device, logits.held)
-    places = flat.new_full((logits.rows,), -1)
-    places[flat] = torch.arange(len(flat), device=flat.device)
+    chosen = index.reshape(-1).nonzero().squeeze(-1)
+    shape = torch.Size((len(chosen), logits.vocabulary.size))
+    made = Logits.make(logits.vocabulary, TakeRows(logits.expr, chosen), shape, logits.device, logits.held)
+    places = chosen.new_full((logits.rows,), -1)
+    places[chosen] = torch.arange(len(chosen), device=chosen.device)
     return _in_graph(made, logits, places)
-
-
-def _dimensions(part: Any) -> int:
-    if part is None or part is Ellipsis:
-        return 0
-    is_mask = isinstance(part, torch.Tensor) and part.dtype in (torch.bool, torch.uint8)
-    return part.dim() if is_mask else 1
 
 
 @handles("view_as")
