@@ -25,10 +25,11 @@ class Pair:
     def __init__(self, tp: int, vocabulary: int, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN):
         from tp_plugin.config.run_config import RunConfig
         from tp_plugin.runtime.runtime import start, stop
-        from tp_plugin.tensor.vocab import VocabularyColumns
+        from tp_plugin.tensor.vocab import Vocabulary, VocabularyColumns
 
         stop()
-        mesh = start(RunConfig(tp)).mesh
+        runtime = start(RunConfig(tp))
+        mesh, peers = runtime.mesh, runtime.remote_logits
         self.group = mesh.tp
         torch.manual_seed(0)
         self.plain = nn.Linear(hidden, vocabulary).to(dtype)
@@ -40,7 +41,7 @@ class Pair:
         self.padding = (0, tp * width - vocabulary)
         self.split.weight.data = F.pad(self.plain.weight.data, (0, 0, *self.padding))[self.rows].clone()
         self.split.bias.data = F.pad(self.plain.bias.data, self.padding)[self.rows].clone()
-        columns = VocabularyColumns(vocabulary, width)
+        columns = VocabularyColumns(Vocabulary(vocabulary, width, mesh.tp, peers))
         self.split.register_forward_pre_hook(columns.before)
         self.split.register_forward_hook(columns.after, prepend=True)
 
@@ -123,7 +124,7 @@ def test_bytes() -> None:
 
 def bf16_case(tp: int) -> dict[str, tuple[float, float]]:
     """Distances from fp64 of the split head in bf16 and of the plain one."""
-    pair, exact, found = Pair(tp, 97, torch.bfloat16), Pair(tp, 97, torch.bfloat16), {}
+    exact, pair, found = Pair(tp, 97, torch.bfloat16), Pair(tp, 97, torch.bfloat16), {}  # the last one has the groups
     exact.plain.double()
     for loss_of in (losses.causal, losses.capped, losses.scaled, losses.biased, losses.smoothed, losses.distilled):
         want = exact._run(exact.plain, lambda logits, of=loss_of: of(logits).double())
@@ -220,8 +221,7 @@ def reading_case(tp: int) -> None:
 def whole(logits: torch.Tensor) -> torch.Tensor:
     """Another gather than the one under test."""
     found = [None] * torch.distributed.get_world_size()
-    (leaf,) = logits.tensors  # type: ignore[attr-defined]
-    torch.distributed.all_gather_object(found, logits.tensors[leaf])  # type: ignore[attr-defined]
+    torch.distributed.all_gather_object(found, logits.expr.data)  # type: ignore[attr-defined]
     return torch.cat(found, -1)[:, : logits.shape[-1]].reshape(logits.shape).clone()
 
 
@@ -441,14 +441,13 @@ def test_others_have_left_the_function() -> None:
 
 def kept_memory_case() -> tuple[int, int]:
     """Logits that a script drops are held for slower peers only until the ranks have met."""
-
     from tp_plugin.runtime.current import require
 
     config, sharded, _ = _models()
-    deferred = require().mesh.context.deferred
     outputs = _forward(sharded.train(), config, 0)
     loss = outputs.loss
     del outputs
+    deferred = require().mesh.context.deferred
     held = len(deferred.before())
     loss.backward()
     return held, len(deferred.before())

@@ -9,9 +9,10 @@ import torch
 
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.runtime.current import current, current_mesh
+from tp_plugin.runtime.current import current, current_mesh, require
 from tp_plugin.shard.params import is_unnamed_shard
 from tp_plugin.tensor.param_entry import layout_of
+from tp_plugin.tensor.vocab import Vocabulary
 from tp_plugin.tensor.vocab.scores import scores
 
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -82,7 +83,9 @@ class _LogProbs:
         # under ZeRO-3 TRL has gathered the head for now, and partitions it again before the backward
         settings: dict[str, Any] = {"fetched": functools.partial(self.fetched, weight, bias)}
         settings |= {"scale": logit_scale, "softcap": final_logit_softcapping, "temperature": temperature}
-        found = scores(hidden, weight, bias, targets, layout, outputs, **settings)
+        tp = require().mesh.tp
+        vocabulary = Vocabulary(layout.shape[0], layout.local_shape(tp.rank)[0], tp, require().remote_logits)
+        found = scores(hidden, weight, bias, targets, vocabulary, outputs, **settings)
         return found["log_probs"], *(found.get(name) for name in OPTIONAL)
 
 

@@ -24,8 +24,7 @@ from tp_plugin.mesh.roles import Mesh
 from tp_plugin.runtime.script_position import in_torch_collective
 from tp_plugin.runtime.sync_points import SyncPoints
 from tp_plugin.runtime.transport import PeerTransport
-from tp_plugin.tensor.vocab.expr import Leaf
-from tp_plugin.tensor.vocab.held import Held
+from tp_plugin.tensor.vocab.peers import Held, Number
 
 PATIENCE = 10.0
 """Seconds that a rank waits for others that are nowhere, such as in a barrier of the script's own.
@@ -41,12 +40,12 @@ _VERDICTS = 64
 
 
 class RemoteLogits:
-    """This rank's part in the reading of logits: what its threads tell the other ranks."""
+    """This rank's part in the reading of logits, a :class:`~tp_plugin.tensor.vocab.peers.PeerReads`."""
 
     def __init__(self, mesh: Mesh, transport: PeerTransport, sync_points: SyncPoints):
         self._mesh, self._transport, self._sync_points = mesh, transport, sync_points
         self._stats, self._deferred = mesh.context.stats, mesh.context.deferred
-        self._held: weakref.WeakValueDictionary[Any, Held] = weakref.WeakValueDictionary()
+        self._held: weakref.WeakValueDictionary[Number, Held] = weakref.WeakValueDictionary()
         self._newest = (-1, 0)
         self._lock = threading.Lock()
         self._at: str | None = None
@@ -72,8 +71,8 @@ class RemoteLogits:
         """Register a head's output (tokens, columns), so that other ranks may read it for as long as the script may."""
         clock, serial = self._newest
         self._newest = (clock, serial + 1) if clock == self._sync_points.clock else (self._sync_points.clock, 0)
-        held = Held(Leaf(self._newest), data, self._deferred.put)
-        self._held[self._newest] = held
+        held = Held(self._newest, data, self._deferred.put)
+        self._held[held.number] = held
         return held
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteLogits:
@@ -97,13 +96,13 @@ class RemoteLogits:
             with self._lock:
                 self._at = None
 
-    def read(self, rank: int, leaf: Leaf, like: torch.Tensor) -> torch.Tensor:
-        """The columns of TP rank ``rank``."""
+    def read(self, rank: int, number: Number, device: torch.device) -> torch.Tensor:
+        """The columns of TP rank ``rank``, of the head's output ``number``, on ``device``."""
         try:
-            found = self._transport.fetch(rank, "columns", leaf.number)
+            found = self._transport.fetch(rank, "columns", number)
         except (EOFError, OSError) as error:
             raise DivergenceError(f"cannot read the logits of TP rank {rank}, which has left ({error})") from error
-        return found.to(like.device)
+        return found.to(device)
 
     def _lead(self, operation: str, newest: tuple[int, int] | None) -> bool:
         self._count += 1

@@ -19,7 +19,6 @@ from tp_plugin.errors import TPError
 from tp_plugin.mesh.groups import Group
 from tp_plugin.policy import BlockPlan, ParamLayout, Plan
 from tp_plugin.policy.layout import Range
-from tp_plugin.runtime.remote_logits import RemoteLogits
 from tp_plugin.tensor import wgrad_overlap
 from tp_plugin.tensor.block import ParallelBlock
 from tp_plugin.tensor.dropout import FollowingDropout
@@ -30,7 +29,8 @@ from tp_plugin.tensor.norm import TPRMSNorm
 from tp_plugin.tensor.outputs import LayerOutputs
 from tp_plugin.tensor.parallel_residual import ParallelResidual
 from tp_plugin.tensor.sequence import LayerRegion, Stack
-from tp_plugin.tensor.vocab import VocabularyColumns
+from tp_plugin.tensor.vocab import Vocabulary, VocabularyColumns
+from tp_plugin.tensor.vocab.peers import PeerReads
 from tp_plugin.tensor.wgrad_overlap import BlockInput, ColumnParallelForward
 
 
@@ -62,7 +62,7 @@ class Parts:
 
 
 def build_parts(
-    model: nn.Module, plan: Plan, stacks: Mapping[str, list[str]], group: Group, peers: RemoteLogits, options: RunConfig
+    model: nn.Module, plan: Plan, stacks: Mapping[str, list[str]], group: Group, peers: PeerReads, options: RunConfig
 ) -> Parts:
     """Make them, and fit the modules' sizes and forwards to this rank's shards.
 
@@ -181,22 +181,25 @@ def _outputs(model: nn.Module, plan: Plan, parts: Parts, group: Group) -> dict[s
     return found
 
 
-def _vocabulary(model: nn.Module, plan: Plan, parts: Parts, group: Group, peers: RemoteLogits) -> None:
+def _vocabulary(model: nn.Module, plan: Plan, parts: Parts, group: Group, peers: PeerReads) -> None:
     for path in plan.embeddings:
         embedding, layout = model.get_submodule(path), plan.layouts[f"{path}.weight"]
         if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
             raise TPError(f"{path} must be an nn.Embedding without max_norm to be split by vocabulary rows")
         start, stop = _rows(layout, 0, group.rank)
-        parts.embeddings[path] = VocabularyRows(start, stop, embedding.padding_idx, group)
+        parts.embeddings[path] = VocabularyRows(layout.shape[0], start, stop, embedding.padding_idx, group)
         embedding.num_embeddings = layout.local_shape(group.rank)[0]
     for path, name in plan.adapted_embeddings:
         adapted: Any = model.get_submodule(path)
-        start, stop = _rows(plan.layouts[f"{path}.lora_embedding_A.{name}"], 1, group.rank)
-        adapted._embed = AdaptedRows(VocabularyRows(start, stop, adapted.get_base_layer().padding_idx, group))
+        layout = plan.layouts[f"{path}.lora_embedding_A.{name}"]
+        start, stop = _rows(layout, 1, group.rank)
+        padding = adapted.get_base_layer().padding_idx
+        adapted._embed = AdaptedRows(VocabularyRows(layout.shape[1], start, stop, padding, group))
     for path in plan.heads:
         head, layout = model.get_submodule(path), plan.layouts[f"{path}.weight"]
         fit_sizes(head, layout, group.rank)
-        parts.heads[path] = VocabularyColumns(layout.shape[0], layout.local_shape(group.rank)[0])
+        vocabulary = Vocabulary(layout.shape[0], layout.local_shape(group.rank)[0], group, peers)
+        parts.heads[path] = VocabularyColumns(vocabulary)
 
 
 def _rows(layout: ParamLayout, dim: int, rank: int) -> Range:
