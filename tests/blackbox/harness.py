@@ -110,7 +110,7 @@ class Bench:
     ) -> Run:
         """Start it, unless it was started before. Processes are forked with their imports done, unless ``real``."""
         names = [scripts] if isinstance(scripts, str) else list(scripts)
-        key = (tuple(names), tp, dp, tuple(args), entry, json.dumps(config, sort_keys=True))
+        key = (tuple(names), tp, dp, tuple(args), entry, real, json.dumps(config, sort_keys=True))
         if key not in self.runs:
             program, flag = [str(SCRIPTS / f"{names[0]}.py")], "--out"
             if not isinstance(scripts, str):

@@ -43,7 +43,8 @@ def main() -> None:
         sys.exit("the server that forks Python processes has ended")
     code = int.from_bytes(answer, "big", signed=True)
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if -code in FORWARDED:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 

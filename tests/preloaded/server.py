@@ -136,17 +136,21 @@ def look_for_plugins() -> None:
         torch._import_device_backends()
 
 
+def _python_path() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
 def run(argv: list[str]) -> None:
     """As `python argv ...` does it."""
     sys.orig_argv = [sys.executable, *argv]
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
+    sys.path[1:] = [*_python_path(), *(path for path in sys.path[1:] if path not in given)]
     if argv[0] == "-m":
-        sys.path[0:1] = [os.getcwd(), *paths]
+        sys.path[0] = os.getcwd()
         sys.argv = ["-m", *argv[2:]]  # until the module is found, whose packages may import torch
         look_for_plugins()
         runpy._run_module_as_main(argv[1])
     else:
-        sys.path[0:1] = [os.path.dirname(os.path.realpath(argv[0])), *paths]
+        sys.path[0] = os.path.dirname(os.path.realpath(argv[0]))
         sys.argv = argv
         look_for_plugins()
         main = types.ModuleType("__main__")
@@ -160,7 +164,7 @@ def run(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     number, executable, *modules = sys.argv[1:]
-    sys.argv = [""]
+    sys.argv, given = [""], _python_path()
     enabled = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0"
     for name in modules:
         importlib.import_module(name)
