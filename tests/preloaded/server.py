@@ -108,9 +108,7 @@ def adopt(received: list[int], executable: str) -> list[str]:
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.stdin = open(0, closefd=False)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)
-    sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")
+    sys.stdout.reconfigure(write_through=True)  # as `python -u`
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
