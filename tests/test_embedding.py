@@ -53,11 +53,12 @@ def test_ids_outside_the_vocabulary(wrong: int, training: bool, kind: str) -> No
 
 def rows_case(size: int, tp: int, padding: int | None) -> list[float]:
     """Outputs and gradients of an embedding whose rows are split, the last rank's padded or empty."""
-    from tp_plugin.mesh.groups import forget_mesh, init_mesh
+    from tp_plugin.config.run_config import RunConfig
+    from tp_plugin.runtime.runtime import start, stop
     from tp_plugin.tensor.embedding import VocabularyRows
 
-    forget_mesh()
-    group = init_mesh(tp).tp
+    stop()
+    group = start(RunConfig(tp)).mesh.tp
     torch.manual_seed(0)
     whole = nn.Embedding(size, 6, padding_idx=padding)
     width = -(-size // tp)

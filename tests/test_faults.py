@@ -97,7 +97,7 @@ def killed_in_loading(folder: str) -> None:
     from tp_plugin.shard import lazy_load
 
     if rank() == 1:
-        lazy_load.take = die
+        lazy_load.read_shard = die
     begin(folder)
     if rank() == 0:
         torch.distributed.barrier()  # what a script does when its model is there

@@ -321,8 +321,10 @@ def test_bytes(dp: int, reshard: bool, sequence: bool) -> None:
         gathered = 2 * whole - kept if reshard else whole
         moved = {key: size for key, size in result["moved"]["bytes"].items() if key.endswith("/data")}
         expected = {
-            "all_gather_into_tensor/data": MICRO * gathered / dp, "reduce_scatter_tensor/data": whole, "all_reduce/data": 4
-        }  # fmt: skip
+            "all_gather_into_tensor/data": MICRO * gathered / dp,
+            "reduce_scatter_tensor/data": whole,
+            "all_reduce/data": 4,
+        }
         moved.pop("all_gather/data", None)  # this test's own, which reads the gradients
         assert moved == ({} if dp == 1 else expected)
         tp_side = {key: size for key, size in result["moved"]["count"].items() if key.endswith("/tp")}

@@ -100,7 +100,7 @@ class Group:
         return gathered
 
     def reduce_scatter(self, chunks: torch.Tensor) -> torch.Tensor:
-        """``chunks`` (size, …), contiguous → the sum over all ranks of this rank's chunk (…). Traced by torch.compile."""
+        """``chunks`` (size, …), contiguous → the ranks' sum of this rank's chunk (…). Traced by torch.compile."""
         if self.size == 1:
             return chunks[0]
         if torch.compiler.is_compiling():

@@ -17,7 +17,7 @@ class Waiting:
     Attributes:
         since: ``time.monotonic()`` of its beginning; None outside of collectives.
         what: the collective in words.
-        explain: given the collective and the backend's error, what is known of the other ranks. Set by who can ask them.
+        explain: given the collective and the backend's error, what is known of the other ranks; set by who can ask.
     """
 
     def __init__(self) -> None:

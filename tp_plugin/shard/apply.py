@@ -1,4 +1,4 @@
-"""Policy + model + Runtime → sharded model, in place: the same modules and the same Parameter objects, with less in them.
+"""Policy + model + Runtime → sharded model, in place: the same modules and Parameter objects, with less in them.
 
 Keeping the objects keeps everything that was built on them before: optimizers, parameter groups, tied weights, names.
 """

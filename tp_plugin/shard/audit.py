@@ -69,9 +69,9 @@ def audit(state: ModelState, tolerance: float, repair: bool) -> None:
             )
         return
     raise DivergenceError(
-        f"{said} (tolerance {tolerance:.0e}): it has drifted apart, updated differently on each rank. Look for code that "
-        "changes weights by RANK or with a generator that differs between ranks; `tp_plugin: {audit_repair: true}` gives "
-        "all ranks the first one's values"
+        f"{said} (tolerance {tolerance:.0e}): it has drifted apart, updated differently on each rank. Look for code "
+        "that changes weights by RANK or with a generator that differs between ranks; "
+        "`tp_plugin: {audit_repair: true}` gives all ranks the first one's values"
     )
 
 

@@ -166,7 +166,9 @@ def _outputs(model: nn.Module, plan: Plan, parts: Parts, group: Group) -> dict[s
     """What gathers what the nearest model around the layers returns of them."""
     from transformers import PreTrainedModel
 
-    around = [path for path, module in model.named_modules() if not path or isinstance(module, PreTrainedModel)]
+    around: list[str] = [
+        path for path, module in model.named_modules() if not path or isinstance(module, PreTrainedModel)
+    ]
 
     def nearest(path: str) -> str:
         return max((a for a in around if f"{path}.".startswith(f"{a}." if a else "")), key=len)

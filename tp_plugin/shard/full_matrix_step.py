@@ -39,10 +39,10 @@ def install(optimizer: torch.optim.Optimizer, group: Group) -> None:
                 loss = closure()
         groups = self.param_groups
         try:
-            for group in groups:
-                for parameter in group["params"]:
+            for settings in groups:
+                for parameter in settings["params"]:
                     if parameter.grad is not None:
-                        self.param_groups = [{**group, "params": [parameter]}]
+                        self.param_groups = [{**settings, "params": [parameter]}]
                         with _full(parameter, group):
                             raw(self)
         finally:

@@ -1,4 +1,4 @@
-"""Full tensors out of what all ranks hold, by collectives: for models that FSDP2 has split over the data group as well."""
+"""Full tensors out of what all ranks hold, by collectives: for models that FSDP2 has split as well."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def gather_full_tensor(tensor: torch.Tensor, layout: ParamLayout | None, mesh: M
 
 
 def gather_shards(local: torch.Tensor, layout: ParamLayout, group: Group) -> torch.Tensor:
-    """The full tensor of all ranks' local ones under ``layout``. Collective over ``group``, whose ranks are the TP's."""
+    """The full tensor of all ranks' local ones under ``layout``. Collective over ``group``, the TP group."""
     sizes = [layout.local_numel(rank) for rank in range(layout.tp)]
     sent = local.new_zeros(max(sizes))  # all-gather takes equal lengths only
     sent[: local.numel()] = local.reshape(-1)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from tp_plugin.shard.lazy_load import ABOUT, inaccessible
+from tp_plugin.shard.lazy_load import ABOUT
+from tp_plugin.shard.mapped_file import inaccessible
 
 
 class LazyFullTensor(torch.Tensor):

@@ -31,7 +31,7 @@ DRIFT = 1e-5
 
 
 class Clock(NamedTuple):
-    """When in the program a rank's weights are: in-place updates, optimizer steps, elements of replicated parameters."""
+    """When in the program a rank's weights are: in-place updates, optimizer steps, samples of replicated ones."""
 
     moved: int
     steps: int
@@ -161,7 +161,7 @@ class ModelState:
 
     def _sample(self) -> list[float]:
         """Some elements of replicated parameters: those that ``.data`` was written to have no other sign of it."""
-        chosen = []
+        chosen: list[torch.Tensor] = []
         for name, parameter in self.index.tensors().items():
             flat = held(parameter.detach()).reshape(-1)
             if not self.index.layouts[name].is_sharded and flat.numel() and len(chosen) < SAMPLED:

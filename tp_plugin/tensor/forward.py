@@ -1,4 +1,4 @@
-"""A module's ``forward`` wrapped on the instance: whatever it was (the class's, an instance's, a patched one) runs inside.
+"""A module's ``forward`` wrapped on the instance: whatever it was (the class's, the instance's, a patch) runs inside.
 
 The class stays what it is, so ``isinstance`` checks, names and hooks do, too.
 """

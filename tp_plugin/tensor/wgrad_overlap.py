@@ -328,5 +328,5 @@ class ColumnParallelForward(WrappedForward):
 
 
 def takes_overlap(linear: nn.Module) -> bool:
-    """Whether ``linear`` computes what its class does: an architecture's own linears and patched ones stay as they are."""
+    """Whether ``linear`` computes what its class does; an architecture's own and patched ones stay as they are."""
     return type(linear) in (nn.Linear, Conv1D) and "forward" not in vars(linear)

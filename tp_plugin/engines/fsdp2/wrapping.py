@@ -1,8 +1,8 @@
 """``fully_shard`` over the DP group; what is known of a parameter follows to what FSDP2 puts in its place.
 
 FSDP2 replaces a TP rank's tensor by a DTensor of some of its rows, and computes with a third parameter that it gathers
-before use. Both stand for the parameter in the index. The gradient sum of replicas is hooked to the gathered one: there the TP ranks'
-shapes still agree, and the sum comes before the reduction over the DP group, as it does under DDP.
+before use. Both stand for the parameter in the index. The gradient sum of replicas is hooked to the gathered one: there
+the TP ranks' shapes still agree, and the sum comes before the reduction over the data group, as it does under DDP.
 
 Bytes that a rank puts into collectives of its DP group, with P bytes of local parameters (the model's / tp), of which T
 are trained, and dp > 1 ranks (Zhao et al. 2023, section 3; torch 2.13, fsdp/_fully_shard/_fsdp_param_group.py). Every
@@ -90,8 +90,8 @@ def _by_rows(placement: Any, named: dict[tuple[int, str], Any]) -> Any:
         dim = getattr(getattr(chosen, "placement", chosen), "dim", 0)
         if chosen is not None and dim != 0:
             raise TPError(
-                f"shard_placement_fn splits dimension {dim} of {names.get(id(parameter), 'a parameter')!r}; with tp_size "
-                "FSDP2 may split dimension 0 only: leave out shard_placement_fn, or let it return None or Shard(0)"
+                f"shard_placement_fn splits dimension {dim} of {names.get(id(parameter), 'a parameter')!r}; "
+                "with tp_size FSDP2 may split dimension 0 only: leave out shard_placement_fn, or let it return None or Shard(0)"
             )
         return chosen
 
