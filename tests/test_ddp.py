@@ -51,7 +51,7 @@ def train(tp: int, model_type: str, overrides: dict[str, Any], options: dict[str
 
 
 def _train(tp: int, model: Any, accelerator: Any, how: str) -> dict[str, Any]:
-    from tp_plugin.shard.full_tensor import plain_name
+    from tp_plugin.shard.params import plain_name
     from tp_plugin.tensor.param_entry import layout_of
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)

@@ -85,7 +85,7 @@ def make(tp: int, model_type: str, overrides: dict[str, Any], **settings: Any) -
 def step(model: Any, optimizer: Any, vocabulary: int, tp: int, number: int, sync_each: bool) -> dict[str, Any]:
     """One optimizer step of MICRO micro-batches; what this rank saw."""
     from tp_plugin.mesh.dtensor_utils import all_rows
-    from tp_plugin.shard.full_tensor import plain_name
+    from tp_plugin.shard.params import plain_name
 
     dp_rank = torch.distributed.get_rank() // tp
     losses = []
@@ -114,7 +114,7 @@ def train(tp: int, model_type: str, overrides: dict[str, Any], settings: dict[st
     from counted import ledger
 
     from tp_plugin.mesh.dtensor_utils import all_rows, held
-    from tp_plugin.shard.full_tensor import plain_name
+    from tp_plugin.shard.params import plain_name
     from tp_plugin.tensor.param_entry import layout_of
 
     settings = dict(settings)

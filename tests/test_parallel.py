@@ -416,9 +416,10 @@ def states_case() -> dict[str, Any]:
     whole, sharded = pair(2, tie_word_embeddings=True, **GQA)
     found: dict[str, Any] = {}
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (whole, sharded)]
+    from tp_plugin.runtime.current import require
     from tp_plugin.shard import shard_optimizer
 
-    shard_optimizer(optimizers[1])
+    shard_optimizer(optimizers[1], require())
     for model, optimizer in zip((whole, sharded), optimizers, strict=True):
         model(**batch(97, 0)).loss.backward()
         optimizer.step()
@@ -438,7 +439,7 @@ def states_case() -> dict[str, Any]:
     found["missing"] = str(other.load_state_dict(states[1]))
     resumed = torch.optim.AdamW(other.parameters(), lr=1e-2)
     other(**batch(97, 0)).loss.backward()  # the copy's gradients sum over replicas too
-    shard_optimizer(resumed)
+    shard_optimizer(resumed, require())
     resumed.load_state_dict(copy.deepcopy(optimizers[1].state_dict()))  # torch shares tensors otherwise
     for model, optimizer in ((sharded, optimizers[1]), (other, resumed), (whole, optimizers[0])):
         optimizer.zero_grad()
@@ -507,11 +508,12 @@ def test_a_peer_that_lags_is_waited_for() -> None:
 
 def lbfgs_case() -> str:
     from tp_plugin.errors import TPError
+    from tp_plugin.runtime.current import require
     from tp_plugin.shard import shard_optimizer
 
     _, sharded = pair(2)
     with pytest.raises(TPError) as raised:
-        shard_optimizer(torch.optim.LBFGS(sharded.parameters()))
+        shard_optimizer(torch.optim.LBFGS(sharded.parameters()), require())
     return str(raised.value)
 
 

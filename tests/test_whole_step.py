@@ -40,6 +40,7 @@ def whole_step_case(kind: str) -> dict[str, Any]:
     from counted import ledger
 
     from tp_plugin.engines import torch_utils
+    from tp_plugin.runtime.current import require
     from tp_plugin.runtime.runtime import stop
     from tp_plugin.shard import parallelize, shard_optimizer
 
@@ -51,7 +52,7 @@ def whole_step_case(kind: str) -> dict[str, Any]:
     # one optimizer is built before its model is sharded, as scripts do
     optimizers = [MAKERS[kind](model) for model in (whole, sharded)]
     parallelize(sharded, 2)
-    shard_optimizer(optimizers[1])
+    shard_optimizer(optimizers[1], require())
     calls = []
     optimizers[1].register_step_post_hook(lambda *args: calls.append(1))
     found: dict[str, Any] = {}
@@ -103,6 +104,7 @@ class AdamW8bit(torch.optim.SGD):
 
 def blockwise_case() -> str:
     from tp_plugin.errors import TPError
+    from tp_plugin.runtime.current import require
     from tp_plugin.runtime.runtime import stop
     from tp_plugin.shard import parallelize, shard_optimizer
 
@@ -110,7 +112,7 @@ def blockwise_case() -> str:
     model = build(config_for("llama", **GQA))
     parallelize(model, 2)
     with pytest.raises(TPError) as raised:
-        shard_optimizer(AdamW8bit(model.parameters(), lr=1.0))
+        shard_optimizer(AdamW8bit(model.parameters(), lr=1.0), require())
     return str(raised.value)
 
 

@@ -6,19 +6,20 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-_undo: list[Callable[[], None]] = []
-"""What takes back each patch, in the order in which they were made."""
+_originals: list[tuple[Any, str, Any]] = []
+_registered: list[Any] = []
+"""Handles of what was registered with a library by a way of its own."""
 
 
 def patch(owner: Any, name: str, replacement: Any) -> None:
     """Replace attribute ``name`` of a module or class and remember what stood there."""
-    undo(functools.partial(setattr, owner, name, vars(owner)[name]))
+    _originals.append((owner, name, vars(owner)[name]))
     setattr(owner, name, replacement)
 
 
-def undo(action: Callable[[], None]) -> None:
-    """Have :func:`unpatch_all` call ``action``: for what is registered with a library by a way of its own."""
-    _undo.append(action)
+def remember(handle: Any) -> None:
+    """Have :func:`unpatch_all` call ``handle.remove()``: a hook that was registered with a library."""
+    _registered.append(handle)
 
 
 def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -35,5 +36,8 @@ def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 def unpatch_all() -> None:
     """Put everything back, last patch first."""
-    while _undo:
-        _undo.pop()()
+    while _originals:
+        owner, name, original = _originals.pop()
+        setattr(owner, name, original)
+    while _registered:
+        _registered.pop().remove()

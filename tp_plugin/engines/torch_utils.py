@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tp_plugin.config.resolve import current_config
-from tp_plugin.engines.patching import patch, undo, wrap
+from tp_plugin.engines.patching import patch, remember, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.dtensor_utils import held, is_split
 from tp_plugin.mesh.roles import process_of
@@ -55,7 +55,7 @@ def install() -> None:
     wrap(torch.amp.GradScaler, "_unscale_grads_", _unscale_grads)
     patch(torch.utils.data.distributed, "dist", _Replicas())
     wrap(torch.Tensor, "backward", _backward)
-    undo(register_optimizer_step_post_hook(_stepped).remove)
+    remember(register_optimizer_step_post_hook(_stepped))
     wrap(torch.nn.parallel.DistributedDataParallel, "__init__", _data_parallel)
     wrap(torch.nn.parallel.DistributedDataParallel, "register_comm_hook", _register_comm_hook)
 

@@ -60,17 +60,18 @@ def audit(state: ModelState, tolerance: float, repair: bool) -> None:
     largest = torch.tensor(mesh.unit_cpu.gather_objects(found), device="cpu").amax(0).tolist()
     worst = [(replica.name, far) for replica, far in zip(differing, largest, strict=True)]
     name, far = next(((name, far) for name, far in worst if not far <= tolerance), max(worst, key=lambda one: one[1]))
-    said = f"replicated parameter {name!r} differs within the TP group by {far:.2g} of its largest element"
     if far <= tolerance or repair:
         if mesh.is_leader:
             logger.warning(
-                f"{said}, in all {len(differing)} parameters; "
+                f"replicated parameter {name!r} differs within the TP group by {far:.2g} of its largest element "
+                f"({len(differing)} parameters differ); "
                 + ("all ranks have the first one's values now" if repair else "that is rounding")
             )
         return
     raise DivergenceError(
-        f"{said} (tolerance {tolerance:.0e}): it has drifted apart, updated differently on each rank. Look for code "
-        "that changes weights by RANK or with a generator that differs between ranks; "
+        f"replicated parameter {name!r} has drifted apart within the TP group, by {far:.2g} of its largest element "
+        f"(tolerance {tolerance:.0e}); it was updated differently on each rank. Look for code that changes weights by "
+        "RANK or with a generator that differs between ranks; "
         "`tp_plugin: {audit_repair: true}` gives all ranks the first one's values"
     )
 

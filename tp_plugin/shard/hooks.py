@@ -6,7 +6,7 @@
     each block                   after           the sum of its partial output; its random stream ends, whatever happens
     dropouts in or beside blocks before, after   the random stream that their input asks for
     layers, parallel residual    before, after   two blocks communicate as one
-    stacks of layers             before, after   sequence parallelism: tokens split and joined; a random stream per layer
+    stacks of layers             before, after   sequence parallelism: tokens split and joined; a stream per layer
     models around layers         after           attention weights of all heads, hidden states of all tokens (first)
     embeddings                   before, after   token ids → this rank's rows; the sum over the ranks
     output heads                 before, after   f at the hidden states; logits over the full vocabulary (first)

@@ -91,7 +91,8 @@ def _by_rows(placement: Any, named: dict[tuple[int, str], Any]) -> Any:
         if chosen is not None and dim != 0:
             raise TPError(
                 f"shard_placement_fn splits dimension {dim} of {names.get(id(parameter), 'a parameter')!r}; "
-                "with tp_size FSDP2 may split dimension 0 only: leave out shard_placement_fn, or let it return None or Shard(0)"
+                "with tp_size FSDP2 may split dimension 0 only: leave shard_placement_fn out, or let it return None or "
+                "Shard(0)"
             )
         return chosen
 
