@@ -63,7 +63,8 @@ def rows_case(size: int, tp: int, padding: int | None) -> list[float]:
     whole = nn.Embedding(size, 6, padding_idx=padding)
     width = -(-size // tp)
     start, stop = min(group.rank * width, size), min((group.rank + 1) * width, size)
-    local = nn.Embedding(width, 6, padding_idx=padding)
+    local = nn.Embedding(width, 6)
+    local.padding_idx = padding
     with torch.no_grad():
         local.weight[: stop - start] = whole.weight[start:stop]
     rows = VocabularyRows(size, start, stop, padding, group)

@@ -80,9 +80,13 @@ def detached(logits: torch.Tensor) -> torch.Tensor:
 
 
 def not_by_name(logits: torch.Tensor) -> torch.Tensor:
-    """Functions whose names do not say that they write."""
-    F.relu(logits[:, 1:], inplace=True)
+    """A function whose name does not say that it writes."""
     F.relu(logits, inplace=True)
+    return causal(logits)
+
+
+def not_by_name_through_a_view(logits: torch.Tensor) -> torch.Tensor:
+    F.relu(logits[:, 1:], inplace=True)
     return causal(logits)
 
 
@@ -104,7 +108,8 @@ def passed_on_afterwards(logits: torch.Tensor) -> torch.Tensor:
 
 WAYS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
     one_entry, image_tokens, biased_entries, part_of_a_read, through_a_view, two_views, scaled_in_place, scaled_view,
-    without_gradient, detached, not_by_name, gradient_afterwards, passed_on_afterwards,
+    without_gradient, detached, not_by_name, not_by_name_through_a_view, gradient_afterwards,
+    passed_on_afterwards,
 )  # fmt: skip
 NEED_GRADIENT = (gradient_afterwards, passed_on_afterwards)
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from tp_plugin.tensor.vocab.expr import Apply, Expr, Full, PerRow
-from tp_plugin.tensor.vocab.logits import Deferred, Logits, incoming, new_strides
+from tp_plugin.tensor.vocab.logits import Logits, in_graph, incoming, new_strides
 from tp_plugin.tensor.vocab.registry import HANDLERS, Handler, functions, handles
-from tp_plugin.tensor.vocab.statistics import row_sums
+from tp_plugin.tensor.vocab.statistics import sum_rows
 
 
 def elementwise(function: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -34,11 +34,11 @@ def elementwise(function: Callable[..., torch.Tensor], args: tuple[Any, ...], kw
     expr = Apply(function, tuple(operands), dtype, kwargs)
     held = tuple(one for arg in args if isinstance(arg, Logits) for one in arg.held)
     made = Logits.make(first.vocabulary, expr, new_strides(first), first.device, held)
-    positions = [at for at, parent in enumerate(parents) if isinstance(parent, torch.Tensor) and parent.requires_grad]
-    if not positions or not torch.is_grad_enabled() or not dtype.is_floating_point:
+    if not dtype.is_floating_point:
         return made
+    positions = [at for at, operand in enumerate(operands) if isinstance(operand, Expr)]
     gradient = functools.partial(_gradient, positions, first.vocabulary)
-    return Deferred.apply((made,), expr, gradient, *(parents[at] for at in positions))
+    return in_graph(made, [parents[at] for at in positions], expr, gradient)
 
 
 def _aligned(value: Any, logits: Logits) -> Any:
@@ -63,11 +63,11 @@ def _operand(value: Any, logits: Logits) -> Any:
         return NotImplemented  # its gradient has columns of all ranks, or is a sum over all tokens
     if value.dim() == 0:
         return value.detach()
-    one_for_all = value.shape[:-1].numel() == 1
-    fits = value.shape[-1] == logits.vocabulary.size and (one_for_all or value.shape[:-1] == logits.lead)
-    return (
-        Full(value.detach().reshape(-1, value.shape[-1])) if fits and value.device == logits.device else NotImplemented
-    )
+    *lead, last = value.shape
+    fits = torch.Size(lead) == logits.lead or all(length == 1 for length in lead)
+    if not fits or last != logits.vocabulary.size or value.device != logits.device:
+        return NotImplemented
+    return Full(value.detach().reshape(-1, last))
 
 
 def _meta(operand: Any, dims: int) -> Any:
@@ -81,7 +81,7 @@ def _gradient(positions: list[int], vocabulary: Any, expr: Apply, grad: Expr, at
     found, operand = expr.gradient(positions[at], grad), expr.args[positions[at]]
     if not isinstance(operand, PerRow):
         return found
-    return row_sums(found, len(operand.data), vocabulary, operand.data.device).unsqueeze(-1).to(operand.dtype)
+    return sum_rows(found, len(operand.data), vocabulary, operand.data.device).unsqueeze(-1).to(operand.dtype)
 
 
 def _handler(func: Handler) -> Handler:

@@ -38,15 +38,21 @@ class Expr:
 
 
 @dataclass(eq=False)
-class HeadOutput(Expr):
-    """A head's output (tokens, width) on the rank whose columns begin at ``start``; other ranks know its ``number``."""
+class Operand(Expr):
+    """A tensor with a row for each token."""
 
     data: torch.Tensor
-    start: int
-    number: Number
 
     def __post_init__(self) -> None:
         self.dtype = self.data.dtype
+
+
+@dataclass(eq=False)
+class HeadOutput(Operand):
+    """A head's output (tokens, width) on the rank whose columns begin at ``start``; other ranks know its ``number``."""
+
+    start: int
+    number: Number
 
     def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
         first, last = columns
@@ -54,37 +60,22 @@ class HeadOutput(Expr):
 
 
 @dataclass(eq=False)
-class Full(Expr):
-    """A tensor (n, vocabulary) that every rank has; ``row`` (tokens,) says which of its rows each token has.
-
-    Without ``row`` each token has its own, or there is one for all.
-    """
-
-    data: torch.Tensor
-    row: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        self.dtype = self.data.dtype
+class Full(Operand):
+    """A tensor (tokens, vocabulary) that every rank has, or (1, vocabulary) for all tokens."""
 
     def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
-        table = self.data[:, slice(*columns)]
-        if self.row is not None:
-            return table[self.row[rows]]
-        return table if len(table) == 1 else table[rows]
+        columns_of = self.data[:, slice(*columns)]
+        return columns_of if len(columns_of) == 1 else columns_of[rows]
 
 
 @dataclass(eq=False)
-class PerRow(Expr):
+class PerRow(Operand):
     """A tensor (tokens, 1) that every rank has: the same number in all columns.
 
     Without ``is_broadcast`` it is (tokens, k), and given to a function as it is.
     """
 
-    data: torch.Tensor
     is_broadcast: bool = True
-
-    def __post_init__(self) -> None:
-        self.dtype = self.data.dtype
 
     def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
         return self.data[rows].expand(-1, columns[1] - columns[0]) if self.is_broadcast else self.data[rows]

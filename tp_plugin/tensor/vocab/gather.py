@@ -30,5 +30,9 @@ def gather(expr: Expr, vocabulary: Vocabulary, device: torch.device) -> torch.Te
             return node
         return HeadOutput(vocabulary.peers.read(rank, node.number, device), columns[rank][0], node.number)
 
-    there = [visit(expr, functools.partial(of_rank, rank)) for rank in range(group.size)]
-    return torch.cat([there[rank].block(ALL, owned) for rank, owned in enumerate(columns) if owned[0] < owned[1]], -1)
+    blocks = []
+    for rank, (first, last) in enumerate(columns):
+        if first < last:
+            there: Expr = visit(expr, functools.partial(of_rank, rank))
+            blocks.append(there.block(ALL, (first, last)))
+    return torch.cat(blocks, -1)

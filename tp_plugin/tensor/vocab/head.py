@@ -13,7 +13,7 @@ from tp_plugin.tensor import regions
 from tp_plugin.tensor.first_order import first_order
 from tp_plugin.tensor.graphs import end_graph, skip
 from tp_plugin.tensor.vocab.expr import ALL, Expr, HeadOutput, pad, pieces
-from tp_plugin.tensor.vocab.logits import Logits, incoming
+from tp_plugin.tensor.vocab.logits import Logits, in_graph, incoming
 from tp_plugin.tensor.vocab.peers import Held
 from tp_plugin.tensor.vocab.vocabulary import Vocabulary
 
@@ -41,8 +41,13 @@ class VocabularyColumns:
         if type(module).forward is nn.Linear.forward and "forward" not in vars(module):
             # what nn.Linear recorded is dropped: its backward would need the gradient of all logits at once
             return deferred(args[0], module.weight, module.bias, output, vocabulary)  # type: ignore[arg-type]
-        result: torch.Tensor = Output.apply(output, _held(output, vocabulary), vocabulary)
-        return result
+        width, shape = vocabulary.width, output.shape
+
+        def gradient(_: Any, grad: Expr, position: int) -> torch.Tensor:
+            return pad(grad.block(ALL, vocabulary.mine), width).reshape(shape)
+
+        made = _logits(_held(output, vocabulary), shape[:-1], vocabulary)
+        return in_graph(made, [output], (), gradient)
 
 
 def deferred(
@@ -70,21 +75,6 @@ def _logits(held: Held, lead: torch.Size, vocabulary: Vocabulary) -> Logits:
     return Logits.make(vocabulary, expr, torch.Size((*lead, vocabulary.size)), held.data.device, (held,))
 
 
-class Output(torch.autograd.Function):
-    """Deferred logits of any head's output."""
-
-    @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, held: Held, vocabulary: Vocabulary) -> Logits:
-        ctx.shape, ctx.vocabulary = output.shape, vocabulary
-        return _logits(held, output.shape[:-1], vocabulary)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        block = incoming(grad).block(ALL, ctx.vocabulary.mine)
-        return pad(block, ctx.vocabulary.width).reshape(ctx.shape), None, None
-
-
 class Linear(torch.autograd.Function):
     """Deferred logits of a linear layer whose output is known; x (…, n), weight (columns, n), bias (columns,)."""
 
@@ -106,7 +96,7 @@ class Linear(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
-        expr = incoming(grad)
+        expr = incoming(grad, -1)
         with ctx.fetched():
             return *_linear_backward(ctx, expr, x, weight, bias), None, None, None
 

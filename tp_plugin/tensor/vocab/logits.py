@@ -10,8 +10,8 @@ logits and all views of them are the gathered tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -23,6 +23,9 @@ from tp_plugin.tensor.vocab.gather import gather
 from tp_plugin.tensor.vocab.peers import Held
 from tp_plugin.tensor.vocab.registry import HANDLERS, OF_THE_WRAPPER, handles, note_gather
 from tp_plugin.tensor.vocab.vocabulary import Vocabulary
+
+Result = TypeVar("Result", bound=torch.Tensor)
+Gradient = Callable[[Any, Any, int], Any]
 
 
 class Logits(torch.Tensor):
@@ -86,11 +89,11 @@ class Logits(torch.Tensor):
 
     def plain(self) -> torch.Tensor:
         """All columns as an ordinary tensor in autograd's graph, the same at each call; the first communicates."""
-        root = self.root
+        root, axis = self.root, self.axis
         if root._written is None:
             if self._plain is None:
-                with torch.enable_grad():
-                    values = Gathered.apply(self) if self.requires_grad else self.gathered()
+                with torch.enable_grad():  # all ranks compute one loss of them: each takes its columns of the gradient
+                    values = in_graph(self.gathered(), [self], (), lambda _, grad, at: incoming(grad, axis))
                 self._plain = values, values._version
             return self._plain[0]
         with torch._C.DisableTorchFunctionSubclass():
@@ -110,11 +113,8 @@ class Logits(torch.Tensor):
             return _view(root._gathered[whole][0], self.strides).detach()
         if key not in root._gathered:
             with torch.inference_mode(False), torch.no_grad():  # inference tensors have no version
-                values = (
-                    gather(self.expr, self.vocabulary, self.device)
-                    .view(*self.lead, self.vocabulary.size)
-                    .movedim(-1, self.axis)
-                )
+                rows = gather(self.expr, self.vocabulary, self.device)
+                values = rows.view(*self.lead, self.vocabulary.size).movedim(-1, self.axis)
             root._gathered[key] = values, values._version
         return root._gathered[key][0].detach()
 
@@ -163,7 +163,13 @@ class Logits(torch.Tensor):
             if result is not NotImplemented:
                 return result
             note_gather(func)
-        return call_gathered(func, args, kwargs)
+        values = [logits.plain() for logits in given]
+        args, kwargs = tree_map_only(Logits, Logits.plain, (args, kwargs))
+        result = func(*args, **kwargs)
+        for logits, plain in zip(given, values, strict=True):
+            logits.note_writes()
+            result = logits.plain() if result is plain else result
+        return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -179,18 +185,6 @@ class Logits(torch.Tensor):
                     return result
             args, kwargs = tree_map_only(Logits, Logits.gathered, (args, kwargs))
             return func(*args, **kwargs)
-
-
-def call_gathered(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """``func`` of ordinary tensors in place of logits; what it writes into them is written into the logits."""
-    given = [arg for arg in tree_leaves((args, kwargs)) if isinstance(arg, Logits)]
-    values = [logits.plain() for logits in given]
-    args, kwargs = tree_map_only(Logits, Logits.plain, (args, kwargs))
-    result = func(*args, **kwargs)
-    for logits, plain in zip(given, values, strict=True):
-        logits.note_writes()
-        result = logits.plain() if result is plain else result
-    return result
 
 
 @handles("detach")
@@ -226,90 +220,56 @@ def new_strides(like: Logits) -> torch.Tensor:
     return torch.empty((*like.lead, like.vocabulary.size), device="meta").movedim(-1, like.axis)
 
 
-def incoming(grad: torch.Tensor, axis: int = -1) -> Expr:
+def incoming(grad: torch.Tensor, axis: int) -> Expr:
     """A gradient that autograd hands back, deferred or ordinary, as an expression."""
-    if isinstance(grad, Logits):
-        return grad.expr
-    return Full(grad.movedim(axis, -1).reshape(-1, grad.shape[axis]))
+    return grad.expr if isinstance(grad, Logits) else Full(grad.movedim(axis, -1).reshape(-1, grad.shape[axis]))
 
 
-def remember(ctx: Any, like: Logits, saved: Any = ()) -> None:
-    """Keep for the backward expressions and tensors, and what a gradient of ``like`` looks like.
-
-    Tensors are kept as autograd keeps them, so that they go when the graph is used up.
-    """
-    tensors: list[torch.Tensor] = []
-
-    def put(node: Any) -> Any:
-        if not isinstance(node, torch.Tensor):
-            return node
-        tensors.append(node)
-        return Slot(len(tensors) - 1, node.dtype)
-
-    ctx.saved = visit(saved, put)
-    ctx.save_for_backward(*tensors)
-    ctx.vocabulary, ctx.axis, ctx.strides, ctx.device = like.vocabulary, like.axis, new_strides(like), like.device
-    ctx.set_materialize_grads(False)
-
-
-def recall(ctx: Any) -> Any:
-    """What :func:`remember` was given as ``saved``."""
-    tensors = ctx.saved_tensors
-    return visit(ctx.saved, lambda node: tensors[node.at] if isinstance(node, Slot) else node)
-
-
-def gradient_of(ctx: Any, expr: Expr) -> Logits:
-    """``expr`` as the gradient of what :func:`remember` was given as ``like``."""
-    return Logits.make(ctx.vocabulary, expr, ctx.strides, ctx.device)
-
-
-class Gathered(torch.autograd.Function):
-    """The whole values; every rank uses all of them in one and the same loss, so each takes its columns of the
-    gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Logits) -> torch.Tensor:
-        remember(ctx, logits)
-        return logits.gathered()
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: torch.Tensor | None) -> Logits | None:
-        return None if grad is None else gradient_of(ctx, incoming(grad, ctx.axis))
-
-
-class Deferred(torch.autograd.Function):
-    """A deferred result of Logits and of ordinary tensors.
+def in_graph(result: Result, parents: Sequence[torch.Tensor], saved: Any, gradient: Gradient) -> Result:
+    """``result``, Logits or an ordinary tensor, as what was computed of ``parents``, of which some are Logits.
 
     Args:
-        box: the result, in a tuple: autograd takes it for an output.
-        saved: expressions and tensors that ``gradient`` takes.
-        gradient: ``(saved, gradient of the result, position) → gradient of the parent at position``: expressions,
-            or a tensor if that parent is an ordinary one.
+        saved: expressions and tensors that ``gradient`` takes; tensors are kept as autograd keeps them, so that they
+            go when the graph is used up.
+        gradient: from ``saved``, the gradient of ``result`` and the position of a parent to the gradient of that;
+            both gradients are expressions where the tensor is a Logits, and tensors else.
     """
+    if not torch.is_grad_enabled() or not any(parent.requires_grad for parent in parents):
+        return result
+    return _Node.apply((result,), saved, gradient, *parents)  # type: ignore[no-any-return]
 
+
+class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        box: tuple[Logits],
-        saved: Any,
-        gradient: Callable[[Any, Expr, int], Expr | torch.Tensor],
-        *parents: torch.Tensor,
-    ) -> Logits:
-        remember(ctx, box[0], saved)
-        ctx.gradient = gradient
-        ctx.parents = [new_strides(parent) if isinstance(parent, Logits) else None for parent in parents]
+    def forward(ctx: Any, box: tuple[Any], saved: Any, gradient: Gradient, *parents: torch.Tensor) -> Any:
+        tensors: list[torch.Tensor] = []
+
+        def put(node: Any) -> Any:
+            if not isinstance(node, torch.Tensor):
+                return node
+            tensors.append(node)
+            return Slot(len(tensors) - 1, node.dtype)
+
+        ctx.saved, ctx.gradient = visit(saved, put), gradient
+        ctx.save_for_backward(*tensors)
+        ctx.axis = box[0].axis if isinstance(box[0], Logits) else None
+        ctx.parents = [
+            (parent.vocabulary, new_strides(parent), parent.device) if isinstance(parent, Logits) else None
+            for parent in parents
+        ]
         return box[0]
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        grads: list[torch.Tensor | None] = [None] * (3 + len(ctx.parents))
-        if grad is not None:
-            expr, saved = incoming(grad, ctx.axis), recall(ctx)
-            for position, strides in enumerate(ctx.parents):
-                if ctx.needs_input_grad[3 + position]:
-                    found = ctx.gradient(saved, expr, position)
-                    made = isinstance(found, torch.Tensor)
-                    grads[3 + position] = found if made else Logits.make(ctx.vocabulary, found, strides, ctx.device)
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        saved = visit(ctx.saved, lambda node: tensors[node.at] if isinstance(node, Slot) else node)
+        given = grad if ctx.axis is None else incoming(grad, ctx.axis)
+        grads: list[torch.Tensor | None] = [None, None, None]
+        for position, parent in enumerate(ctx.parents):
+            found = ctx.gradient(saved, given, position) if ctx.needs_input_grad[3 + position] else None
+            if isinstance(found, Expr):
+                vocabulary, strides, device = parent
+                found = Logits.make(vocabulary, found, strides, device)
+            grads.append(found)
         return tuple(grads)

@@ -11,7 +11,7 @@ from tp_plugin.tensor.vocab.elementwise import cast, elementwise
 from tp_plugin.tensor.vocab.gather import together
 from tp_plugin.tensor.vocab.logits import Logits
 from tp_plugin.tensor.vocab.registry import Handler, handles
-from tp_plugin.tensor.vocab.statistics import RowSum, Statistics, Take, largest, wide
+from tp_plugin.tensor.vocab.statistics import entries, largest, row_sums, statistics, wide
 
 
 def _is_vocabulary(logits: Any, dim: Any) -> bool:
@@ -54,7 +54,7 @@ def _softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = Non
 def _logsumexp(input: Any, dim: Any, keepdim: bool = False) -> Any:
     if not _ready("logsumexp", input, dim):
         return NotImplemented
-    return _per_row(Statistics.apply(input, None, False)[0], input, keepdim).to(input.dtype)
+    return _per_row(statistics(input)[0], input, keepdim).to(input.dtype)
 
 
 def log_probabilities(logits: Logits) -> Any:
@@ -63,7 +63,7 @@ def log_probabilities(logits: Logits) -> Any:
     One all-gather of two numbers per token, one all-reduce of one in the backward.
     """
     logits = cast(logits, wide(logits.dtype))  # first, so that the gradient's two terms are added before it is rounded
-    return logits - _per_row(Statistics.apply(logits, None, False)[0], logits, keepdim=True)
+    return logits - _per_row(statistics(logits)[0], logits, keepdim=True)
 
 
 @handles("sum")
@@ -74,7 +74,7 @@ def _sum(input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = Non
         return NotImplemented
     if not (dim is None or _is_vocabulary(input, dim)) or not together("sum", input.vocabulary, input.expr):
         return NotImplemented
-    found = RowSum.apply(input)
+    found = row_sums(input)
     found = found.sum() if dim is None else _per_row(found, input, keepdim)
     return found.to(dtype or input.dtype)
 
@@ -97,7 +97,7 @@ def _gather(input: Any, dim: Any, index: Any, *, sparse_grad: bool = False) -> A
         return NotImplemented
     at = moved.reshape(input.rows, -1)
     _check_range(at, None, input.vocabulary.size, "index {} is out of bounds for dimension -1 with size {}")
-    return Take.apply(input, at).reshape(moved.shape).movedim(-1, input.axis)
+    return entries(input, at).reshape(moved.shape).movedim(-1, input.axis)
 
 
 @handles("take_along_dim")
@@ -135,7 +135,7 @@ def _top(logits: Logits, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`largest`, of which the entries have a gradient."""
     with torch.no_grad():
         places = largest(logits, k)[1]
-    return Take.apply(logits, places), places
+    return entries(logits, places), places
 
 
 @handles("cross_entropy")
@@ -155,13 +155,11 @@ def _cross_entropy(
     if not input.vocabulary.peers.in_forward and not together("cross_entropy", input.vocabulary, input.expr, target):
         return NotImplemented
     labels, ignored = _labels(input, target, ignore_index)
-    log_sum, entry, *total = Statistics.apply(input, labels, label_smoothing > 0)
+    log_sum, entry, *total = statistics(input, labels, label_smoothing > 0)
     loss = log_sum - entry
     if label_smoothing:
         loss = (1 - label_smoothing) * loss + label_smoothing * (log_sum - total[0] / input.vocabulary.size)
-    dtype = _dtype_of(
-        lambda table: F.cross_entropy(table, torch.zeros(1, dtype=torch.int64, device=table.device)), input
-    )
+    dtype = _dtype_of(lambda table: F.cross_entropy(table, labels.new_zeros(1)), input)
     return _reduce(loss, ignored, reduction, target.shape).to(dtype)
 
 
@@ -175,12 +173,12 @@ def _nll_loss(
     reduce: Any = None,
     reduction: str = "mean",
 ) -> Any:
-    if not _has_labels(input, target, weight, size_average, reduce) or not together(
-        "nll_loss", input.vocabulary, input.expr, target
-    ):
+    if not _has_labels(input, target, weight, size_average, reduce):
+        return NotImplemented
+    if not together("nll_loss", input.vocabulary, input.expr, target):
         return NotImplemented
     labels, ignored = _labels(input, target, ignore_index)
-    found = Take.apply(input, labels.unsqueeze(-1)).squeeze(-1)
+    found = entries(input, labels.unsqueeze(-1)).squeeze(-1)
     return _reduce(-found, ignored, reduction, target.shape)
 
 

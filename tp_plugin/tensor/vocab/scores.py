@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tp_plugin.tensor import regions
 from tp_plugin.tensor.vocab.head import Fetched, deferred
 from tp_plugin.tensor.vocab.reductions import log_probabilities
-from tp_plugin.tensor.vocab.statistics import RowSum, Statistics, largest
+from tp_plugin.tensor.vocab.statistics import largest, row_sums, statistics
 from tp_plugin.tensor.vocab.vocabulary import Vocabulary
 
 
@@ -46,31 +46,21 @@ def scores(
     entered = regions.copy_to_tp(hidden, vocabulary.group)
     with torch.no_grad():
         own = F.linear(entered.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    logits = _transformed(
-        deferred(entered, weight, bias, own, vocabulary, fetched).float(),
-        scale,
-        softcap,
-        temperature,
-    )
+    logits: Any = deferred(entered, weight, bias, own, vocabulary, fetched).float()
+    logits = logits if scale == 1 else logits * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits = logits if temperature == 1 else logits / temperature
 
-    log_sum, entry, *total = Statistics.apply(logits, targets, "mean_logits" in wanted)
+    log_sum, entry, *total = statistics(logits, targets, "mean_logits" in wanted)
     found = {"log_probs": entry - log_sum}
     if "entropy" in wanted:
         log = log_probabilities(logits)
-        found["entropy"] = -RowSum.apply(log.exp() * log)
+        found["entropy"] = -row_sums(log.exp() * log)
     with torch.no_grad():
         if "mean_logits" in wanted:
             found["mean_logits"] = total[0].detach() / vocabulary.size
         if "is_top1" in wanted:
             found["is_top1"] = largest(logits, 1)[1].squeeze(-1) == targets
         if "log_sum_sq_probs" in wanted:
-            found["log_sum_sq_probs"] = Statistics.apply(2 * logits, None, False)[0] - 2 * log_sum
+            found["log_sum_sq_probs"] = statistics(2 * logits)[0] - 2 * log_sum
     return found
-
-
-def _transformed(logits: Any, scale: float, softcap: float | None, temperature: float) -> Any:
-    if scale != 1:
-        logits = logits * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return logits if temperature == 1 else logits / temperature

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from tp_plugin.tensor.first_order import first_order
 from tp_plugin.tensor.vocab.expr import Apply, Expr, PerRow, add_one_hot, pieces, take
-from tp_plugin.tensor.vocab.logits import Logits, gradient_of, recall, remember
+from tp_plugin.tensor.vocab.logits import Logits, in_graph
 from tp_plugin.tensor.vocab.vocabulary import Columns, Vocabulary
 
 
@@ -30,7 +29,7 @@ def blocks(expr: Expr, rows: int, vocabulary: Vocabulary) -> Iterator[tuple[slic
             yield slice(top, bottom), expr.block(slice(top, bottom), (first, last))
 
 
-def statistics(logits: Logits, labels: torch.Tensor | None, with_sum: bool) -> torch.Tensor:
+def statistics(logits: Logits, labels: torch.Tensor | None = None, with_sum: bool = False) -> torch.Tensor:
     """Log-sum-exp, entry at the label and sum of every row over the whole vocabulary, (1, 2 or 3, rows).
 
     As in Megatron-LM's vocab-parallel cross-entropy (Shoeybi et al. 2019, section 3), but with each rank's own maximum:
@@ -54,7 +53,8 @@ def statistics(logits: Logits, labels: torch.Tensor | None, with_sum: bool) -> t
     # added in one order on every rank: the results are equal
     found = everyone[:, 1:].sum(0)
     found[0] = highest + (everyone[:, 1] * (_finite(everyone[:, 0]) - highest).exp()).sum(0).log()
-    return found
+    at = None if labels is None else PerRow(labels.unsqueeze(-1), is_broadcast=False)
+    return in_graph(found, [logits], (logits.expr, found[0].clone(), at), _statistics_backward)
 
 
 def _finite(highest: torch.Tensor) -> torch.Tensor:
@@ -62,24 +62,11 @@ def _finite(highest: torch.Tensor) -> torch.Tensor:
     return highest.masked_fill(highest == -torch.inf, 0)
 
 
-class Statistics(torch.autograd.Function):
-    """:func:`statistics` of deferred logits; the gradient is deferred."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Logits, labels: torch.Tensor | None, with_sum: bool) -> tuple[torch.Tensor, ...]:
-        found = statistics(logits, labels, with_sum)
-        at = None if labels is None else PerRow(labels.unsqueeze(-1), is_broadcast=False)
-        remember(ctx, logits, (logits.expr, found[0], at))
-        return tuple(found)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Logits, None, None]:
-        expr, log_sum, labels = recall(ctx)
-        columns = [torch.zeros_like(log_sum) if grad is None else grad for grad in grads]
-        weights = [PerRow(each.unsqueeze(-1), is_broadcast=at != 1) for at, each in enumerate(columns)]
-        args = (expr, PerRow(log_sum.unsqueeze(-1)), labels, *weights)
-        return gradient_of(ctx, Apply(_statistics_gradient, args, expr.dtype, of_columns=True)), None, None
+def _statistics_backward(saved: Any, grads: torch.Tensor, position: int) -> Expr:
+    expr, log_sum, labels = saved
+    weights = [PerRow(grad.unsqueeze(-1), is_broadcast=at != 1) for at, grad in enumerate(grads)]
+    args = (expr, PerRow(log_sum.unsqueeze(-1)), labels, *weights)
+    return Apply(_statistics_gradient, args, expr.dtype, of_columns=True)
 
 
 def _statistics_gradient(
@@ -101,49 +88,32 @@ def _statistics_gradient(
     return found.to(block.dtype)
 
 
-def row_sums(expr: Expr, rows: int, vocabulary: Vocabulary, device: torch.device) -> torch.Tensor:
-    """The sum of every row over the whole vocabulary, (rows,). One all-reduce."""
+def row_sums(logits: Logits) -> torch.Tensor:
+    """The sum of every row over the whole vocabulary, (rows,), in the dtype that sums are in. One all-reduce."""
+    dtype = logits.dtype
+    found = sum_rows(logits.expr, logits.rows, logits.vocabulary, logits.device)
+    return in_graph(found, [logits], (), lambda _, grad, at: PerRow(grad.to(dtype).unsqueeze(-1)))
+
+
+def sum_rows(expr: Expr, rows: int, vocabulary: Vocabulary, device: torch.device) -> torch.Tensor:
+    """:func:`row_sums` outside of the graph."""
     found = torch.zeros(rows, dtype=wide(expr.dtype), device=device)
     for some, block in blocks(expr, rows, vocabulary):
         found[some] = block.sum(-1, dtype=found.dtype)
     return vocabulary.group.all_reduce(found)
 
 
-class RowSum(torch.autograd.Function):
-    """:func:`row_sums` of deferred values."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Logits) -> torch.Tensor:
-        remember(ctx, logits)
-        ctx.dtype = logits.expr.dtype
-        return row_sums(logits.expr, logits.rows, logits.vocabulary, logits.device)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: torch.Tensor | None) -> Logits | None:
-        return None if grad is None else gradient_of(ctx, PerRow(grad.to(ctx.dtype).unsqueeze(-1)))
-
-
-class Take(torch.autograd.Function):
+def entries(logits: Logits, at: torch.Tensor) -> torch.Tensor:
     """The entries ``at`` (rows, k) of every row. One all-reduce."""
+    dtype = logits.dtype
+    found = torch.zeros(at.shape, dtype=dtype, device=at.device)
+    for rows, block in blocks(logits.expr, logits.rows, logits.vocabulary):
+        found[rows] = take(block, at[rows], logits.vocabulary.mine)
 
-    @staticmethod
-    def forward(ctx: Any, logits: Logits, at: torch.Tensor) -> torch.Tensor:
-        remember(ctx, logits, at)
-        ctx.dtype = logits.expr.dtype
-        found = torch.zeros(at.shape, dtype=ctx.dtype, device=at.device)
-        for rows, block in blocks(logits.expr, logits.rows, logits.vocabulary):
-            found[rows] = take(block, at[rows], logits.vocabulary.mine)
-        return logits.vocabulary.group.all_reduce(found)
+    def gradient(at: torch.Tensor, grad: torch.Tensor, position: int) -> Expr:
+        return Apply(_one_hot, (PerRow(at, False), PerRow(grad, False)), dtype, of_columns=True)
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Logits | None, None]:
-        if grad is None:
-            return None, None
-        return gradient_of(
-            ctx, Apply(_one_hot, (PerRow(recall(ctx), False), PerRow(grad, False)), ctx.dtype, of_columns=True)
-        ), None
+    return in_graph(logits.vocabulary.group.all_reduce(found), [logits], at, gradient)
 
 
 def _one_hot(at: torch.Tensor, weight: torch.Tensor, columns: Columns) -> torch.Tensor:
@@ -156,13 +126,13 @@ def largest(logits: Logits, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     One all-gather of the entries and one of their places. For k = 1 the first of equals, as torch.argmax has it.
     """
     vocabulary = logits.vocabulary
-    entries = torch.full((logits.rows, k), -torch.inf, dtype=logits.dtype, device=logits.device)
+    highest = torch.full((logits.rows, k), -torch.inf, dtype=logits.dtype, device=logits.device)
     places = torch.zeros((logits.rows, k), dtype=torch.int64, device=logits.device)
     for rows, block in blocks(logits.expr, logits.rows, vocabulary):
         found, at = _top(block, min(k, block.shape[-1]))
-        entries[rows, : at.shape[1]] = found
+        highest[rows, : at.shape[1]] = found
         places[rows, : at.shape[1]] = at + vocabulary.mine[0]
-    everyone, where = (torch.cat(vocabulary.group.all_gather(part), -1) for part in (entries, places))
+    everyone, where = (torch.cat(vocabulary.group.all_gather(part), -1) for part in (highest, places))
     found, at = _top(everyone, k)
     return found, where.gather(-1, at)
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from tp_plugin.tensor.vocab.expr import ALL, Expr, TakeRows
-from tp_plugin.tensor.vocab.logits import Deferred, Logits, axis_of, tracks
+from tp_plugin.tensor.vocab.logits import Logits, axis_of, in_graph, tracks
 from tp_plugin.tensor.vocab.registry import HANDLERS, Handler, functions, handles
 
 
@@ -33,12 +33,13 @@ def _view(func: Handler) -> Handler:
 def _reshaped(logits: Logits, strides: torch.Tensor) -> Logits:
     if strides.untyped_storage()._cdata != logits.strides.untyped_storage()._cdata:  # a copy has all rows, in order
         made = Logits.make(logits.vocabulary, logits.expr, strides.shape, logits.device, logits.held)
-        return _in_graph(made, logits, None)
+        return in_graph(made, [logits], None, _row_gradient)
     root = logits.root
     index = _order(strides, root, root.device)
     expr = root.expr if index is None else TakeRows(root.expr, index)
     made = Logits.make(logits.vocabulary, expr, strides, logits.device, logits.held, root)
-    return _in_graph(made, logits, _places(logits, made) if tracks(logits) else None)
+    places = _places(logits, made) if tracks(logits) else None
+    return in_graph(made, [logits], places, _row_gradient)
 
 
 def _order(strides: torch.Tensor, root: Logits, device: torch.device | str) -> torch.Tensor | None:
@@ -64,11 +65,6 @@ def _places(parent: Logits, view: Logits) -> torch.Tensor | None:
     places = torch.full((root.rows,), -1, device=root.device)
     places[ALL if ours is None else ours] = torch.arange(view.rows, device=root.device)
     return places if theirs is None else places[theirs]
-
-
-def _in_graph(made: Logits, parent: Logits, places: torch.Tensor | None) -> Logits:
-    """``made`` as a node of autograd's graph, in which the rows of ``parent`` are at ``places`` (none for -1)."""
-    return Deferred.apply((made,), places, _row_gradient, parent) if tracks(parent) else made
 
 
 def _row_gradient(places: torch.Tensor | None, grad: Expr, position: int) -> Expr:
@@ -99,7 +95,7 @@ def _getitem(logits: Any, index: Any) -> Any:
     made = Logits.make(logits.vocabulary, TakeRows(logits.expr, chosen), shape, logits.device, logits.held)
     places = chosen.new_full((logits.rows,), -1)
     places[chosen] = torch.arange(len(chosen), device=chosen.device)
-    return _in_graph(made, logits, places)
+    return in_graph(made, [logits], places, _row_gradient)
 
 
 @handles("view_as")
