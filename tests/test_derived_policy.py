@@ -128,6 +128,7 @@ def train_once(model: nn.Module) -> torch.Tensor:
 
 def gradients(handed_over: str, options: dict[str, Any]) -> tuple[float, dict[str, float], int]:
     """Run on every rank: deviation of the loss, of each gradient (relative, in norm), and the number of all-reduces."""
+    stop()
 
     plain = gated_model(handed_over=handed_over)
     sharded = copy.deepcopy(plain)
@@ -180,7 +181,6 @@ def said_by(model_type: str, tp_size: int, explicit: bool) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         parallelize(model, tp_size=tp_size, policy=policy, options=RunConfig(tp_size=tp_size))
-    stop()
     return [str(warning.message) for warning in caught if "derived" in str(warning.message)]
 
 
