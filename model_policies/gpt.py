@@ -19,7 +19,7 @@ def _in_quarters(size: int, tp: int, heads: HeadSplit, kinds: int) -> Parts:
             f"CodeGen keeps its heads in 4 blocks; tp_size={tp} needs a multiple of {4 * tp} attention heads, "
             f"found {heads.q_heads}"
         )
-    width = size // (4 * kinds)  # one kind's part of one block
+    width = size // (4 * kinds)  # of one kind in one block
     mine = width // tp
     starts = [[at * width + rank * mine for at in range(4 * kinds)] for rank in range(tp)]
     return tuple(tuple((start, start + mine) for start in ranks) for ranks in starts)

@@ -49,7 +49,7 @@ POLICIES = (
                 },
                 bias_shards=("down_proj_bias",),
                 index="router_indices",
-                eager_parts=False,
+                eager_supports_ep=False,
             ),
         ),
         Vocabulary(),

@@ -1,4 +1,4 @@
-"""Phi: attention and MLP side by side, biases everywhere. Phi-3 and Phi-4: fused ``[q|k|v]`` and ``[gate|up]``."""
+"""Phi: a parallel residual, biases everywhere. Phi-3 and Phi-4: fused ``[q|k|v]`` and ``[gate|up]``."""
 
 from model_policies.decoders import FUSED_MLP
 from model_policies.llama import GROUPS, NORMS

@@ -51,8 +51,8 @@ def train(tp: int, model_type: str, overrides: dict[str, Any], options: dict[str
 
 
 def _train(tp: int, model: Any, accelerator: Any, how: str) -> dict[str, Any]:
-    from tp_plugin.shard.full_tensor import plain_name
-    from tp_plugin.tensor.grad_norm import layout_of
+    from tp_plugin.shard.params import plain_name
+    from tp_plugin.tensor.param_entry import layout_of
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
     vocabulary = model.config.vocab_size
@@ -126,9 +126,9 @@ def by_hand_case(tp: int) -> list[float]:
     """A script without Accelerate: ``parallelize``, then torch's own wrapper."""
     import tp_plugin
     from tp_plugin.engines import torch_utils
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
 
-    forget_mesh()
+    stop()
     torch_utils.install()
     model = build(config_for("llama", **LLAMA)).train()
     if tp > 1:

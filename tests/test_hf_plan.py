@@ -42,10 +42,10 @@ USUAL = ("cwm", "afmoe", "exaone_moe", "minicpm3", "aria_text", "olmo_hybrid")
 
 def imported(model_type: str, tp: int) -> Result:
     """Run on every rank."""
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
 
     warnings.filterwarnings("ignore")
-    forget_mesh()
+    stop()
     random.seed(0)
     np.random.seed(0)
     config = small(model_type, tp)

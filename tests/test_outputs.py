@@ -43,7 +43,7 @@ def asked(model: torch.nn.Module, **how: Any) -> tuple[dict[str, torch.Tensor], 
 def returned_case(tp: int, model_type: str, overrides: dict[str, Any], how: dict[str, Any], **options: bool) -> Any:
     from tp_plugin.cli.models import build
     from tp_plugin.config.run_config import RunConfig
-    from tp_plugin.mesh.groups import require_mesh
+    from tp_plugin.runtime.current import require
     from tp_plugin.shard import parallelize
 
     fresh()
@@ -55,7 +55,7 @@ def returned_case(tp: int, model_type: str, overrides: dict[str, Any], how: dict
     sharded.load_state_dict(whole.state_dict())
     parallelize(sharded, tp, options=RunConfig(tp, **options))
     (expected, grads), (got, local) = (asked(model, **how) for model in (whole, sharded))
-    plan, rank = sharded.tp_record.plan, require_mesh().tp.rank
+    plan, rank = sharded.tp_record.plan, require().mesh.tp.rank
     size = torch.stack([grad.norm() for grad in grads.values()]).norm()
     apart = {
         name: f"{tuple(t.shape)} {tuple(got[name].shape)}"

@@ -129,6 +129,7 @@ def test_too_many_ranks_is_known_from_the_config() -> None:
         (lambda: MLP("m", having="up"), "requires", "up"),
         (lambda: Block("b", {}, {}, having="up"), "requires", "up"),
         (lambda: Experts("e", once=("bias",)), "bias_shards", ("bias",)),
+        (lambda: Experts("e", eager_parts=False), "eager_supports_ep", False),
         (lambda: Policy(("t",), side_by_side="h.*"), "parallel_residual", "h.*"),
         (lambda: Policy(("t",), side_by_side_if=callable), "parallel_residual_if", callable),
         (lambda: dataclasses.replace(LLAMA.blocks[0], local={"n": "groups"}), "local_sizes", {"n": "groups"}),

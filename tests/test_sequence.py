@@ -62,7 +62,7 @@ def test_collectives() -> None:
         assert result.collectives.pop("all_gather/tp") == 3 * blocks + 2 + 1
         # the embedding, the head's backward, the norms in the layers
         assert result.collectives.pop("all_reduce/tp") == 2 + 2 * LAYERS
-        assert result.collectives.pop("all_gather/control") == 1
+        assert result.collectives.pop("all_gather/unit_cpu") == 1
         assert result.collectives == {}
 
 
@@ -70,9 +70,9 @@ def kept(tp: int, sequence_parallel: bool) -> float:
     """Run on every rank: bytes that autograd keeps of a layer: a third of what five layers keep beyond two."""
     import tp_plugin
     from tp_plugin.config.keys import ENV_OPTIONS
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
 
-    forget_mesh()
+    stop()
     os.environ[ENV_OPTIONS] = json.dumps({"sequence_parallel": sequence_parallel})
     found = []
     for layers in (2, 5):
@@ -104,9 +104,9 @@ def trained(change: str) -> tuple[list[float], list[tuple[int, ...]], float]:
     """Run on every rank: losses of two steps, the shapes that norms saw, the distance to the whole model's weights."""
     import tp_plugin
     from tp_plugin.config.keys import ENV_OPTIONS
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
 
-    forget_mesh()
+    stop()
     os.environ[ENV_OPTIONS] = json.dumps({"sequence_parallel": True})
     whole = build(config_for("llama", attention_dropout=0.3 if change == "dropout" else 0.0))
     sharded = copy.deepcopy(whole)

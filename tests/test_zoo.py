@@ -144,7 +144,7 @@ def test_proof(case: zoo.Case) -> None:
         # logits stay where they are: the loss takes three numbers per token
         assert result.collectives.pop("all_gather/tp", 0) == len(plan.heads)
         assert result.sent.get("all_gather/tp", 0) <= len(plan.heads) * 3 * 4 * TOKENS
-        assert result.collectives.pop("all_gather/control") == 1  # the guard
+        assert result.collectives.pop("all_gather/unit_cpu") == 1  # the guard
         assert bool(result.collectives.pop("all_reduce/replicas", 0)) == bool(shared_by_some)
         assert result.collectives == {}, "an unexpected collective"
 

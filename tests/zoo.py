@@ -31,7 +31,8 @@ from tp_plugin.config.keys import ENV_OPTIONS
 from tp_plugin.policy import Attention, Experts, Plan, Policy, make_plan, policies, policy_for
 from tp_plugin.policy.hf_plan import PROVEN
 from tp_plugin.policy.names import matches
-from tp_plugin.policy.planner import Planner
+from tp_plugin.policy.planner import plan_named, replicate_rest
+from tp_plugin.policy.scope import Scope
 
 PLAIN, FEW_KEYS, ODD_HEADS, WHOLE_EXPERTS = "plain", "kv heads < tp", "odd heads", "whole experts"
 
@@ -217,38 +218,33 @@ def written(policy: Policy) -> set[tuple[str, ...]]:
     return names | {("linears", name) for name in policy.linears}
 
 
-class _Recorder(Planner):
-    def claim_replicated(self) -> None:
-        self.rest = [name for name in self.parameters if name not in self.plan.layouts and self._in_sight(name)]
-        super().claim_replicated()
-
-
 def found(policy: Policy, model: nn.Module) -> set[tuple[str, ...]]:
     """What of :func:`written` is there in ``model``."""
-    settings = {"expert_parallel": False, "leave_whole": ()}
-    planner = _Recorder(model, policy, Plan(2), model.config, settings)
+    scope = Scope(model, policy, model.config, Plan(2))
     names: set[tuple[str, ...]] = set()
     for number, block in enumerate(policy.blocks):
-        paths = [path for path in planner._matching(block.path) if planner._has(path, block.requires)]
+        paths = [path for path in scope.matching(block.path) if scope.has(path, block.requires)]
         own = f"block {number} {block.path}"
         names |= {(own,)} if paths else set()
         for what in BELOW:
             for name in getattr(block, what, ()):
-                if any(planner._has(path, name.removesuffix("?")) for path in paths):
+                if any(scope.has(path, name.removesuffix("?")) for path in paths):
                     names.add((own, what, name))
         for name in block.local_sizes:
-            if any(_has_attribute(planner.modules[path], name.removesuffix("?")) for path in paths):
+            if any(_has_attribute(scope.modules[path], name.removesuffix("?")) for path in paths):
                 names.add((own, "local_sizes", name))
     for kind, *rest in written(policy):
-        if kind in ("embedding", "head", "towers") and any(matches(rest[0], path) for path in planner.modules):
+        if kind in ("embedding", "head", "towers") and any(matches(rest[0], path) for path in scope.modules):
             names.add((kind, rest[0]))
-    planner.plan_all()
-    for name in planner.rest:
+    plan_named(scope)
+    rest = [name for name in scope.parameters if name not in scope.plan.layouts and scope.covers(name)]
+    replicate_rest(scope)
+    for name in rest:
         parts = name.split(".")
         prefixes = [".".join(parts[:k]) for k in range(1, len(parts) + 1)]
         names |= {("replicated", p) for p in policy.replicated if any(matches(p, prefix) for prefix in prefixes)}
-    names |= {("parallel_residual", policy.parallel_residual)} if planner.plan.parallel_residual else set()
-    kinds = {type(module).__name__ for module in planner.modules.values()}
+    names |= {("parallel_residual", policy.parallel_residual)} if scope.plan.parallel_residual else set()
+    kinds = {type(module).__name__ for module in scope.modules.values()}
     return names | {("linears", name) for name in policy.linears if name in kinds}
 
 
@@ -296,9 +292,9 @@ def model_types() -> list[str]:
 
 def fresh(**options: Any) -> None:
     """Every case begins alike: no mesh of an earlier one, its own options, generators equal on all ranks."""
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
 
-    forget_mesh()
+    stop()
     os.environ[ENV_OPTIONS] = json.dumps(options)
     random.seed(0)
     np.random.seed(0)  # equal generators: the guard has nothing to synchronise

@@ -17,6 +17,7 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import preloaded
 import yaml
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -105,9 +106,11 @@ class Bench:
         entry: str = "yaml",
         config: dict | None = None,
         timeout: float = 200,
+        real: bool = False,
     ) -> Run:
+        """Start it, unless it was started before. Processes are forked with their imports done, unless ``real``."""
         names = [scripts] if isinstance(scripts, str) else list(scripts)
-        key = (tuple(names), tp, dp, tuple(args), entry, json.dumps(config, sort_keys=True))
+        key = (tuple(names), tp, dp, tuple(args), entry, real, json.dumps(config, sort_keys=True))
         if key not in self.runs:
             program, flag = [str(SCRIPTS / f"{names[0]}.py")], "--out"
             if not isinstance(scripts, str):
@@ -119,6 +122,8 @@ class Bench:
                 out = self.root / f"{len(self.runs):02d}-{'+'.join(names)}-tp{tp}dp{dp}{attempt}"
                 out.mkdir(parents=True)
                 command, env = make(out, tp, dp, entry, config or {})
+                if not real and Path(command[0]).name in FORKED and preloaded.available():
+                    command = [preloaded.python(), *command]
                 whole = [*command, *program, flag, str(out), *args]
                 self.runs[key] = _execute(whole, env, out, Layout(tp, dp), timeout)
                 if tp > 1 or self.runs[key].code == 0 or GLOO_ABORT not in self.runs[key].output:
@@ -129,6 +134,9 @@ class Bench:
 
 
 TIMED_OUT = -1000
+
+FORKED = ("accelerate", "torchrun", "trl")
+"""Launchers that start their ranks by ``sys.executable``."""
 
 GLOO_ABORT = "terminate called without an active exception"
 """Of some exits of plain torch, without us: gloo's worker thread asks an interpreter that has ended for its lock.

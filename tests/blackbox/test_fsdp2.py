@@ -23,7 +23,7 @@ CASES = [
 @pytest.mark.parametrize("model, tp, dp, config", CASES, ids=lambda value: "" if isinstance(value, dict) else None)
 def test_loop(bench, checkpoints, model, tp, dp, config):
     args = ("--models", str(checkpoints["llama"].parent), "--model", model)
-    run, plain = (bench.run("loop", t, dp, args, entry="fsdp2", config=config) for t in (tp, 1))
+    run, plain = (bench.run("loop", t, dp, args, entry="fsdp2", config=config, real=t > 1) for t in (tp, 1))
     keys = [key for key in plain.report if key not in ("steps", "evaluations")]
     same(run.report, plain.report, keys, str(run.layout))
     for i, (got, want) in enumerate(zip(run.report["steps"], plain.report["steps"], strict=True)):

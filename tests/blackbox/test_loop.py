@@ -9,23 +9,25 @@ from transformers import AutoModelForCausalLM
 from .compare import LOSS, NORM, checkpoints_equal, close, peers_agree, same
 
 # Every layout, model and door to tp_size at least once; the product of all three would cost an hour.
+# One case of each door is launched as a user launches it; processes of the others are forked with their imports done.
 CASES = [
-    pytest.param(("llama", 2, 1, "yaml"), marks=pytest.mark.full),
-    ("llama", 2, 2, "yaml"),
-    pytest.param(("llama", 4, 1, "yaml"), marks=pytest.mark.full),
-    pytest.param(("llama_tied", 2, 1, "yaml multi_gpu"), marks=pytest.mark.full),  # tests/test_launch.py has this door
-    ("gpt2", 2, 1, "torchrun"),
-    pytest.param(("gpt2", 2, 2, "command line"), marks=pytest.mark.full),
-    ("gpt2", 4, 1, "yaml"),
+    pytest.param(("llama", 2, 1, "yaml", "forked"), marks=pytest.mark.full),
+    ("llama", 2, 2, "yaml", "real"),
+    pytest.param(("llama", 4, 1, "yaml", "forked"), marks=pytest.mark.full),
+    # tests/test_launch.py has this door
+    pytest.param(("llama_tied", 2, 1, "yaml multi_gpu", "real"), marks=pytest.mark.full),
+    ("gpt2", 2, 1, "torchrun", "real"),
+    pytest.param(("gpt2", 2, 2, "command line", "real"), marks=pytest.mark.full),
+    ("gpt2", 4, 1, "yaml", "forked"),
 ]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda c: f"{c[0]}-tp{c[1]}dp{c[2]}-{c[3]}".replace(" ", "_"))
 def runs(request, bench, checkpoints):
     """The run to be judged, and its oracle."""
-    model, tp, dp, entry = request.param
+    model, tp, dp, entry, processes = request.param
     args = ("--models", str(checkpoints["llama"].parent), "--model", model)
-    return bench.run("loop", tp, dp, args, entry=entry), bench.run("loop", 1, dp, args)
+    return bench.run("loop", tp, dp, args, entry=entry, real=processes == "real"), bench.run("loop", 1, dp, args)
 
 
 def test_counts_are_those_of_dp_processes(runs):

@@ -125,7 +125,8 @@ def test_trl_by_its_command_line(bench, folder, method, tp, dp):
         "--logging_steps 1 --learning_rate 1e-3 --report_to none --use_cpu true --bf16 false --seed 3 --max_grad_norm 1"
         " --gradient_checkpointing false --disable_tqdm true --save_steps 4 --adam_epsilon 1e-6 "
     ) + COMMANDS[method].format(root=folder)  # fmt: skip
-    runs = [bench.run(method, t, dp, tuple(options.split()), entry="trl", timeout=280) for t in (tp, 1)]
+    launches = ((t, dp, tuple(options.split())) for t in (tp, 1))
+    runs = [bench.run(method, *given, entry="trl", timeout=280, real=given[0] > 1) for given in launches]
     logs = [log_of(run) for run in runs]
     assert len(logs[1]) == 4
     for at, (entry, other) in enumerate(zip(*logs, strict=True)):

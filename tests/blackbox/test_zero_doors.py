@@ -29,7 +29,7 @@ def test_keys_of_accelerate_only(bench, checkpoints, plain):
     section = {"zero_stage": 2, "gradient_clipping": 0.5, "gradient_accumulation_steps": 2}
     config = {"tp_size": 2, "use_cpu": True, "mixed_precision": "no", "deepspeed_config": section}
     words = ("--models", str(checkpoints["llama"].parent), "--model", "llama")
-    run = bench.run("zero_loop", 2, 1, words, entry="zero accelerate", config=config)
+    run = bench.run("zero_loop", 2, 1, words, entry="zero accelerate", config=config, real=True)
     expected = plain.of("fp32_stage3")
     assert (run.report["stage"], run.report["train_batch_size"]) == (2, expected.report["train_batch_size"])
     for key in ("steps", "evaluations"):

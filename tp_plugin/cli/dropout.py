@@ -21,8 +21,9 @@ from tp_plugin.cli.models import build
 from tp_plugin.cli.parity_result import LIMITS, DropoutResult
 from tp_plugin.cli.random_batch import loss_of
 from tp_plugin.errors import DivergenceError
-from tp_plugin.mesh.groups import require_mesh
 from tp_plugin.policy import Policy
+from tp_plugin.runtime.current import require
+from tp_plugin.shard.audit import audit
 from tp_plugin.shard.model_state import checksum
 
 PROBABILITY = 0.25
@@ -69,7 +70,7 @@ def prove_dropout(config: Any, policy: Policy, tp: int) -> DropoutResult:
     # the mesh comes with the first sharded model
     sharded = _sharded(with_dropouts(config, names[:1]), policy, tp)
     drawn = on_first_rank(
-        require_mesh(),
+        require().mesh,
         lambda: [_draws(build(with_dropouts(config, on), meta=False)) for on in ([], *([name] for name in names))],
     )
     quiet = drawn[0][1]  # routers may draw, too
@@ -114,7 +115,7 @@ def _check_one(
 
 def _check_together(config: Any, policy: Policy, tp: int, found: DropoutResult) -> None:
     """Train with all on, generators unequal before each forward; ranks must stay one model."""
-    mesh = require_mesh()
+    mesh = require().mesh
     model = _sharded(config, policy, tp).train()
     plan, record = model.tp_record.plan, model.tp_record  # type: ignore[union-attr]
     seen: dict[str, int] = {}
@@ -145,13 +146,13 @@ def _check_together(config: Any, policy: Policy, tp: int, found: DropoutResult) 
         optimizer.zero_grad()
     if not all(math.isfinite(loss) for loss in losses):
         found.faults.append(f"with dropout on, losses are {losses}")
-    everyone = mesh.control.gather_objects((seen, losses))
+    everyone = mesh.unit_cpu.gather_objects((seen, losses))
     apart = [path for path in seen if len({outputs[path] for outputs, _ in everyone}) > 1]
     if apart:
         found.faults.append(f"with dropout on, ranks compute different outputs of {apart[0]}")
     if any(other != losses for _, other in everyone):
         found.faults.append("with dropout on, ranks see different losses")
     try:
-        record.audit()
+        audit(record, 0.0, repair=False)
     except DivergenceError as error:
         found.faults.append(str(error))

@@ -15,7 +15,7 @@ import torch
 import torch.multiprocessing as mp
 
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import Mesh
+from tp_plugin.mesh.roles import Mesh
 
 TIMEOUT = 120
 """Seconds for one collective, and for the next rank's answer."""
@@ -90,7 +90,7 @@ def on_first_rank(mesh: Mesh, make: Callable[[], Any]) -> Any:
             error = str(known)
         except Exception:
             error = traceback.format_exc()
-    error, data = mesh.control.broadcast_object((error, packed.getvalue()))
+    error, data = mesh.unit_cpu.broadcast_object((error, packed.getvalue()))
     if error is not None:
         raise TPError(error)
     return torch.load(io.BytesIO(data), weights_only=True)

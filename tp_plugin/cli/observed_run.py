@@ -10,8 +10,8 @@ from torch import nn
 
 from tp_plugin.cli.policy_hints import explain_failures
 from tp_plugin.cli.random_batch import loss_of, prompt
-from tp_plugin.mesh.groups import require_mesh
 from tp_plugin.policy import Plan
+from tp_plugin.runtime.current import require
 
 MICRO, CLIP = 2, 0.5
 """Micro-batches of a step, and the gradient norm to which it is clipped (which is less than any that occurs)."""
@@ -65,7 +65,7 @@ def outputs(model: nn.Module, plan: Plan, order: list[str] | None = None) -> dic
         if not hidden:
             handles.append(module.register_forward_hook(_recorder(seen, path)))
     blamed = plan if order is None else None
-    with torch.no_grad(), explain_failures(model, blamed, require_mesh().tp.rank):
+    with torch.no_grad(), explain_failures(model, blamed, require().mesh.tp.rank):
         loss_of(model, 0)
     for handle in handles:
         handle.remove()

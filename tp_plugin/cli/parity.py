@@ -23,8 +23,8 @@ from tp_plugin.cli.observed_run import clip_whole, generated, outputs, train
 from tp_plugin.cli.parity_result import LIMITS, Result
 from tp_plugin.cli.policy_hints import hint_for_block, hint_for_gradient
 from tp_plugin.cli.random_batch import loss_of
-from tp_plugin.mesh.groups import ledger, require_mesh
 from tp_plugin.policy import Plan, Policy
+from tp_plugin.runtime.current import require
 
 STEPS = 3
 
@@ -39,15 +39,15 @@ def compare(config: Any, policy: Policy, tp: int, steps: int = STEPS) -> Result:
     sharded = build(config, meta=False)
     whole = copy.deepcopy(sharded) if torch.distributed.get_rank() == 0 else nn.Module()
     tp_plugin.parallelize(sharded, tp_size=tp, policy=policy)
-    mesh, plan = require_mesh(), sharded.tp_record.plan  # type: ignore[union-attr]
+    mesh, plan = require().mesh, sharded.tp_record.plan  # type: ignore[union-attr]
     result = Result()
 
     expected = on_first_rank(mesh, lambda: _reference(whole, plan, steps))
     _compare_outputs(sharded, plan, expected, result)
-    for counter in ledger.values():
-        counter.clear()
+    ledger = mesh.context.stats.total
+    ledger.clear()
     loss_of(sharded, 0).backward()
-    result.collectives, result.sent = dict(ledger["count"]), dict(ledger["bytes"])
+    result.collectives, result.sent = dict(ledger.count), dict(ledger.bytes)
     sharded.zero_grad()
 
     found = train(sharded, steps, torch.nn.utils.clip_grad_norm_)
@@ -58,7 +58,7 @@ def compare(config: Any, policy: Policy, tp: int, steps: int = STEPS) -> Result:
         result.note("norm", abs(a - b) / a, f"step {step}")
     _compare_shares(sharded, plan, expected, found["grads"], result)
 
-    if any(mesh.control.gather_objects(bool(result.failures()))):
+    if any(mesh.unit_cpu.gather_objects(bool(result.failures()))):
         return result  # replicas have drifted apart; saving and generating would be refused for that
     result.where["state"] = _fault_of_checkpoint(sharded, whole)
     result.state = not result.where["state"]
@@ -83,7 +83,7 @@ def _compare_shares(
     sharded: nn.Module, plan: Plan, expected: dict[str, Any], grads: dict[str, torch.Tensor], result: Result
 ) -> None:
     """Gradients and weights of this rank against its shares of the whole model's; deviations are those of all ranks."""
-    mesh = require_mesh()
+    mesh = require().mesh
     rank = mesh.tp.rank
     apart: dict[str, tuple[float, float]] = {}
     for name, weight in expected["weights"].items():
@@ -96,7 +96,7 @@ def _compare_shares(
             far = float("inf")
         local = sharded.get_parameter(name).detach()
         apart[name] = far, (local - layout.shard(weight, rank)).abs().max().item() if local.numel() else 0.0
-    everyone = mesh.control.gather_objects(apart)
+    everyone = mesh.unit_cpu.gather_objects(apart)
     size = torch.stack([grad.norm() for grad in expected["grads"].values()]).norm().item()
     wrong = []
     for name in expected["weights"]:
@@ -127,9 +127,9 @@ def _nan_is_worst(number: float) -> float:
 
 def _fault_of_checkpoint(sharded: nn.Module, whole: nn.Module) -> str:
     """What is wrong with the checkpoint that the main process writes, as plain transformers reloads it; or nothing."""
-    mesh, record = require_mesh(), sharded.tp_record
+    mesh, record = require().mesh, sharded.tp_record
     fault = ""
-    with record.exchange.together("proof"):  # type: ignore[union-attr,operator]
+    with record.runtime.sessions.together("proof"):  # type: ignore[union-attr,operator]
         if mesh.is_leader:
             saved, plain = sharded.state_dict(), whole.state_dict()
             remade = getattr(whole, "_keys_to_ignore_on_save", None) or ()  # sinusoids, which no checkpoint has
@@ -145,7 +145,7 @@ def _fault_of_checkpoint(sharded: nn.Module, whole: nn.Module) -> str:
                     fault = f"{what} deviates in {', '.join(wrong)}" if wrong else ""
                 if fault:
                     break
-    return str(mesh.control.broadcast_object(fault))
+    return str(mesh.unit_cpu.broadcast_object(fault))
 
 
 @contextlib.contextmanager
@@ -164,7 +164,7 @@ def _quiet() -> Iterator[None]:
 
 def _compare_outputs(sharded: nn.Module, plan: Plan, expected: dict[str, Any], result: Result) -> None:
     """Note the largest deviation, or the first that is beyond the limit."""
-    rank = require_mesh().tp.rank
+    rank = require().mesh.tp.rank
     found = outputs(sharded, plan)
     for path, tensor in expected["outputs"].items():
         where = f"module {path or '(the model)'}"

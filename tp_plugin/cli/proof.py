@@ -10,8 +10,8 @@ from tp_plugin.cli.models import named_policy
 from tp_plugin.cli.parity import compare
 from tp_plugin.cli.parity_result import Result
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import require_mesh
 from tp_plugin.policy import policy_for
+from tp_plugin.runtime.current import require
 
 
 def prove(config: Any, reference: str | None, tp: int) -> list[Result]:
@@ -28,7 +28,7 @@ def prove_here(config: Any, reference: str | None, tp: int) -> Result | TPError:
     try:
         policy = named_policy(reference) if reference else policy_for(config)
         result = compare(config, policy, tp)
-        if not any(require_mesh().control.gather_objects(bool(result.failures()))):
+        if not any(require().mesh.unit_cpu.gather_objects(bool(result.failures()))):
             result.dropout = prove_dropout(config, policy, tp)
         return result
     except TPError as error:

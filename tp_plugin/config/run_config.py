@@ -19,6 +19,8 @@ class RunConfig:
         tp_size: ranks per TP group; 1 means off.
         policy: ``module:NAME`` of a policy to use instead of the registered one.
         audit_every: compare replicas across the TP group every that many training forwards; 0 means never.
+        audit_tolerance: relative difference of replicas up to which the audit takes it for rounding.
+        audit_repair: give all ranks of the TP group the first one's values where the audit finds a difference.
         leave_whole: model types (or class names) that stay whole on every rank, such as a teacher's.
         expert_parallel: distribute the experts of a mixture over the TP group, instead of splitting each of them.
         sequence_parallel: split the tokens over the TP group between the blocks.
@@ -29,6 +31,8 @@ class RunConfig:
     tp_size: int = 1
     policy: str | None = None
     audit_every: int = 0
+    audit_tolerance: float = 1e-5
+    audit_repair: bool = False
     leave_whole: tuple[str, ...] = ()
     expert_parallel: bool = False
     sequence_parallel: bool = False
@@ -73,6 +77,14 @@ def _whole_number(value: object, key: str, place: str, least: int = 0) -> int:
     return value
 
 
+def _fraction(value: object, key: str, place: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise TPError(
+            f"{key}: expected a number from 0 to below 1, found {value!r}{place}; write for example `{key}: 1e-5`"
+        )
+    return float(value)
+
+
 def _switch(value: object, key: str, place: str) -> bool:
     if not isinstance(value, bool):
         raise TPError(f"{key}: expected true or false, found {value!r}{place}")
@@ -94,6 +106,8 @@ def _model_types(value: object, key: str, place: str) -> tuple[str, ...]:
 _VALIDATORS: dict[str, Callable[[object, str, str], Any]] = {
     "policy": _policy_name,
     "audit_every": _whole_number,
+    "audit_tolerance": _fraction,
+    "audit_repair": _switch,
     "leave_whole": _model_types,
     "expert_parallel": _switch,
     "sequence_parallel": _switch,

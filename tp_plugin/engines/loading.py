@@ -11,7 +11,8 @@ from torch import nn
 
 from tp_plugin.config.resolve import current_config
 from tp_plugin.engines.patching import patch
-from tp_plugin.shard.lazy_load import MOST, LazyParameter, is_mapped, open_checkpoint, read_at_forward
+from tp_plugin.shard.lazy_load import LazyParameter, is_mapped, read_at_forward
+from tp_plugin.shard.mapped_file import MOST, open_checkpoint
 
 
 def install(modeling_utils: Any) -> None:

@@ -7,6 +7,7 @@ few look-ups.
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -14,7 +15,7 @@ from tp_plugin.config import environment
 from tp_plugin.launch.imports import after_import, run_by_import
 
 LAUNCHER = "accelerate.commands.launch"
-"""What every form of ``accelerate launch``, ``trl`` and scripts that launch import, and no training script."""
+"""What every form of ``accelerate launch``, ``trl`` and a script that launches import, and no training script."""
 
 
 def activate() -> None:
@@ -27,6 +28,11 @@ def activate() -> None:
         from tp_plugin.launch import deepspeed_config
 
         deepspeed_config.look(sys.argv)
+        after_import("accelerate.launchers", _watch_notebook_launcher)
+    _register_worker()
+
+
+def _register_worker() -> None:
     if environment.tp_size() not in ("", "1"):
         from tp_plugin.launch import worker
 
@@ -37,3 +43,15 @@ def _install_launcher(launch: Any) -> None:
     from tp_plugin.launch import accelerate_cli
 
     accelerate_cli.install(launch)
+
+
+def _watch_notebook_launcher(launchers: Any) -> None:
+    """A notebook sets ``TP_PLUGIN_TP_SIZE`` in a cell, when torch is imported already; its workers are forked."""
+    original = launchers.notebook_launcher
+
+    @functools.wraps(original)
+    def looking(*args: Any, **kwargs: Any) -> Any:
+        _register_worker()
+        return original(*args, **kwargs)
+
+    launchers.notebook_launcher = looking

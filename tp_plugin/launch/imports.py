@@ -95,7 +95,7 @@ class _Watched(ModuleSpec):
             return
         actions = self.tp_actions
         del self.tp_actions
-        self.__class__ = ModuleSpec
+        self.__class__ = ModuleSpec  # type: ignore[assignment]
         self._initializing = value
         if self.name in sys.modules:  # it is taken out again if its code raised
             _finder.awaited.pop(self.name, None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from tp_plugin.policy.renamed import renamed_keywords
 from tp_plugin.policy.split import Blocks, Split, aligned, even, kv, q
@@ -32,7 +32,7 @@ class Block:
         columns: column-parallel modules below it (weight split by output features), each with its split.
         row: row-parallel modules below it (weight split by input features), each with its split.
         inputs: names of the forward's arguments that carry activations into the block (``*``: the first one, whatever
-            its name); empty if it begins elsewhere.
+            its name, and all others that require a gradient when it runs); empty if it begins elsewhere.
         entry: the module below ``path`` at whose ``inputs`` the block begins, where those are not the block's own: a
             residual that the block adds itself must not pass there.
         input_of, output_of: modules below ``path`` at whose input or output the block begins, if it has no ``inputs``
@@ -40,8 +40,8 @@ class Block:
             no module of its own).
         partial: replicated modules or parameters that every rank applies to its own shard only (a norm over
             ``head_dim``): their gradient is summed over the TP group.
-        replicated: modules or parameters before the place where the block begins: whole, like those outside.
-        tensors: parameters that are split along a dimension without being a linear layer's, with split and dimension:
+        replicated: modules or parameters before the place where the block begins: replicated, like those outside.
+        tensors: parameters of no linear layer that are split along a dimension, with split and dimension:
             ``{"sinks": (q, 0)}``.
         head_inputs: arguments of the forward with a dimension of query heads (position biases, ALiBi), of which each
             rank takes its heads: the dimension, counted from the last (-3 is that of (batch, heads, q, k) and of
@@ -98,7 +98,7 @@ class MLP(Block):
     inputs: tuple[str, ...] = ("x",)
 
 
-@renamed_keywords(**BLOCK_KEYWORDS, once="bias_shards")
+@renamed_keywords(**BLOCK_KEYWORDS, once="bias_shards", eager_parts="eager_supports_ep")
 @dataclass(frozen=True)
 class Experts(Block):
     """Experts whose weights are stacked in tensors (expert, …), each split inside; the module's output is the sum.
@@ -107,9 +107,10 @@ class Experts(Block):
 
     Attributes:
         bias_shards: biases that every expert adds to its output: split by output features, and added where they lie.
-        index: the forward's argument with the experts' numbers (tokens, k); empty if the experts cannot be parted.
+        index: the forward's argument with the experts' numbers (tokens, k); empty if there is none: then whole
+            experts cannot be distributed.
         count: the module's attribute with the number of experts; an ``index`` of that number means no expert.
-        eager_parts: whether the module's own forward (``experts_implementation: eager``) knows such a number.
+        eager_supports_ep: whether the module's own forward (``experts_implementation: eager``) knows such a number.
     """
 
     path: str = "layers.*.mlp.experts"
@@ -122,7 +123,7 @@ class Experts(Block):
     bias_shards: tuple[str, ...] = ()
     index: str = "top_k_index"
     count: str = "num_experts"
-    eager_parts: bool = True
+    eager_supports_ep: bool = True
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,8 @@ class Policy:
             ``{"vision_tower": "vision_config"}``. Each is sharded by the policy for that config, which sees nothing
             but the tower, as this policy's own patterns see nothing of it.
         rest_replicated: whether every parameter outside the blocks is replicated without being named.
+        origin: "registered" by its author, or "derived" from the ``base_model_tp_plan`` of a transformers config.
+        proven: whether a test of this project proves a derived policy; a registered one is its author's to prove.
     """
 
     model_types: tuple[str, ...]
@@ -163,3 +166,5 @@ class Policy:
     parallel_residual_if: Callable[[Any], bool] = lambda config: True
     towers: Mapping[str, str] = field(default_factory=dict)
     rest_replicated: bool = False
+    origin: Literal["registered", "derived"] = "registered"
+    proven: bool = True

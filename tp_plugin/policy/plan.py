@@ -16,15 +16,15 @@ class BlockPlan:
     """One block of a model. Paths are whole paths in the model.
 
     Attributes:
-        inputs: names of the arguments of the forward of ``entry`` at which it begins.
+        inputs: names of the arguments of the forward of ``entry`` at which it begins (``*``: all differentiable ones).
         entry: path of the module whose arguments those are.
         heads: which heads each rank computes, of attention.
         input_of, output_of: paths of modules at whose input or output it begins otherwise.
         columns, rows: paths of its column- and its row-parallel modules (without adapters').
         head_inputs: argument → its dimension of heads, their number, and each rank's range.
-        output_is_partial: whether the output of the block's module is this rank's part of a sum.
+        output_is_partial: whether the output of the block's module is a partial sum, which the block reduces.
         bias_shards: names of its module's biases that are split by output features.
-        experts: the argument with the experts' numbers, and each rank's range of experts, if those are parted.
+        experts: the argument with the experts' numbers, and each rank's range of whole experts (expert parallelism).
     """
 
     inputs: tuple[str, ...]
@@ -56,6 +56,7 @@ class Plan:
         sharded_norms: path of a norm over a sharded width → its whole width.
         embeddings, heads: paths of vocabulary-parallel modules.
         adapted_embeddings: (path, name) of LoRA adapters around embeddings.
+        unproven: model types (the model's, its towers') whose policy was derived and is proven by no test.
         dropouts: paths of dropouts inside or beside a block that follow their input → is it "replicated" or "sharded".
     """
 
@@ -72,6 +73,7 @@ class Plan:
     heads: list[str] = field(default_factory=list)
     adapted_embeddings: list[tuple[str, str]] = field(default_factory=list)
     dropouts: dict[str, str] = field(default_factory=dict)
+    unproven: list[str] = field(default_factory=list)
 
     def query_heads(self, path: str) -> Parts:
         """Each rank's query heads of the attention at ``path``, as ranges in the order of the whole model's."""
@@ -79,7 +81,7 @@ class Plan:
         assert block.heads is not None
         if not block.rows:
             return tuple((held,) for held in block.heads.q)
-        layout = self.layouts[f"{block.rows[0]}.weight"]  # its input is the heads' outputs, one behind the other
+        layout = self.layouts[f"{block.rows[0]}.weight"]  # its input is the concatenated outputs of the heads
         assert layout.dim is not None
         width = layout.shape[layout.dim] // block.heads.q_heads
         return tuple(tuple((a // width, b // width) for a, b in part) for part in layout.parts)
@@ -109,7 +111,7 @@ class Plan:
         return summed + len(self.embeddings), begun + len(self.heads)
 
     def gradient_sums(self) -> list[str]:
-        """Names of parameters of which every rank holds the same, whole or in part, and a gradient of its own."""
+        """Names of parameters whose values every rank holds, all or some of them, but only a partial gradient."""
         everyone = tuple(range(self.tp))
         shared = {name for name, layout in self.layouts.items() if everyone in layout.replica_groups}
         return sorted(self.partial | shared)

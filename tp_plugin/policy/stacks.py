@@ -1,4 +1,4 @@
-"""Which layers of a model run one after the other on the same hidden states, for sequence parallelism."""
+"""Which layers of a model run back to back on the same hidden states, for sequence parallelism."""
 
 from __future__ import annotations
 

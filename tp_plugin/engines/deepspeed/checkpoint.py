@@ -23,12 +23,12 @@ from tp_plugin.config.run_config import RunConfig
 from tp_plugin.engines.patching import wrap
 from tp_plugin.engines.tied_names import tied_names
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import Mesh, current_mesh
+from tp_plugin.mesh.roles import Mesh
 from tp_plugin.policy import ParamLayout
+from tp_plugin.runtime.current import current_mesh, require
 from tp_plugin.runtime.sync_points import BARRIER
-from tp_plugin.runtime.transport import exchange
 from tp_plugin.shard import local_states
-from tp_plugin.tensor.grad_norm import layout_of
+from tp_plugin.tensor.param_entry import layout_of
 
 RECOVERY = '''#!/usr/bin/env python3
 """This tensor-parallel checkpoint as one Hugging Face model: {name} CHECKPOINT_DIR OUTPUT_DIR (needs tp-plugin)."""
@@ -77,14 +77,14 @@ def link(engine: Any, config: RunConfig, records: Iterable[Any]) -> None:
         return 0 if held is None else int(held.global_steps)
 
     for record in records:
-        record.progress = steps
+        record.steps = steps
 
 
 def _save_checkpoint(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     mesh = current_mesh()
     if mesh is None:
         return original(self, *args, **kwargs)
-    exchange(mesh).sync_points.meet(BARRIER)
+    require().sync_points.rendezvous(BARRIER)
     with local_states():
         return original(self, *args, **kwargs)
 
@@ -143,7 +143,7 @@ def _load_checkpoint(original: Any, self: Any, load_dir: Any, tag: Any = None, *
     mesh = current_mesh()
     if mesh is None:
         return original(self, load_dir, tag, *args, **kwargs)
-    exchange(mesh).sync_points.meet(BARRIER)
+    require().sync_points.rendezvous(BARRIER)
     folder = _folder(Path(load_dir), tag)
     if folder is None or self.load_universal_checkpoint() or _was_saved_like_this_run(folder, mesh, self):
         return original(self, load_dir, tag, *args, **kwargs)
@@ -159,7 +159,7 @@ def _load_checkpoint(original: Any, self: Any, load_dir: Any, tag: Any = None, *
     shapes = None
     if stage:
         shapes = [{name: tuple(shape) for name, shape in group.items()} for group in self._get_zero_param_shapes()]
-    sizes = mesh.tp_size, mesh.dp_size, mesh.tp.rank, mesh.dp.rank
+    sizes = mesh.tp_size, mesh.dp_size, mesh.tp.rank, mesh.data.rank
     target = deepspeed_target.TargetRank(*sizes, _layouts(self), shapes)
     with _Resharding(self, source, target):
         return original(self, load_dir, tag, *args, **kwargs)
@@ -224,7 +224,7 @@ def _consolidated(original: Any, self: Any, exclude_frozen_parameters: bool = Fa
     mesh = current_mesh()
     if mesh is None:
         return original(self, exclude_frozen_parameters)
-    exchange(mesh).sync_points.meet(BARRIER)
+    require().sync_points.rendezvous(BARRIER)
     if self._optimizer_has_ckpt_event_prologue():
         self.optimizer.checkpoint_event_prologue()
     state: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -236,7 +236,7 @@ def _consolidated(original: Any, self: Any, exclude_frozen_parameters: bool = Fa
             for name, parameter in parameters.items():
                 if exclude_frozen_parameters and not parameter.requires_grad:
                     continue
-                if mesh.dp.rank > 0:
+                if mesh.data.rank > 0:
                     continue
                 first = seen.setdefault(id(parameter), prefix + name)
                 state[prefix + name] = state[first] if first in state else _whole(parameter, mesh)
@@ -257,7 +257,7 @@ def _whole(parameter: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     sent = local.new_zeros(numel)
     sent[: local.numel()] = local.reshape(-1)
     received = [torch.empty_like(sent) for _ in range(mesh.tp_size)] if mesh.is_leader else None
-    dist.gather(sent, received, group=mesh.control.pg, group_dst=0)
+    dist.gather(sent, received, group=mesh.unit_cpu.pg, group_dst=0)
     if received is None:
         return local
     shards = []

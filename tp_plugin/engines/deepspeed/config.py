@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from tp_plugin.errors import TPError
 from tp_plugin.shard import NOT_ELEMENTWISE
@@ -100,13 +100,14 @@ def check_batch_sizes(config: Mapping[str, Any], tp_size: int, dp_size: int, war
             "it out"
         )
     if warn and steps is None and total % (micro * ranks) == 0:
+        derived = total // (micro * dp_size)
         logger.warning(
             f"train_batch_size: {total} with train_micro_batch_size_per_gpu: {micro} means "
-            f"gradient_accumulation_steps: {total // (micro * dp_size)}, because with tp_size={tp_size} "
-            f"the {ranks} ranks are {dp_size} data-parallel process(es). If the script computed it from the number of ranks, divide by tp_size; write "
+            f"gradient_accumulation_steps: {derived}, because with tp_size={tp_size} the {ranks} ranks are {dp_size} "
+            "data-parallel process(es). If the script computed it from the number of ranks, divide by tp_size; write "
             "gradient_accumulation_steps to be sure"
         )
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and value > 0

@@ -20,8 +20,8 @@ from tp_plugin.engines.deepspeed.config import check_batch_sizes, refuse
 from tp_plugin.engines.deepspeed.groups import Mpu
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import alone, current_mesh, init_mesh, require_mesh
-from tp_plugin.runtime.transport import exchange
+from tp_plugin.runtime.current import current, current_mesh, require
+from tp_plugin.runtime.runtime import Runtime, start
 from tp_plugin.shard import agree_on_weights, is_sharded, materialize_all_, models_in, parallelize, shard_optimizer
 from tp_plugin.tensor import rng
 
@@ -86,23 +86,23 @@ def _initialize(original: Any, *args: Any, **kwargs: Any) -> Any:
     options = _run_config(config)
     given["config"] = config = without_our_keys(config)
     if options.tp_size == 1 and any(is_sharded(root) for _, root in models_in(given["model"])):
-        options = replace(options, tp_size=require_mesh().tp_size)  # by tp_plugin.parallelize
+        options = replace(options, tp_size=require().mesh.tp_size)  # by tp_plugin.parallelize
     if options.tp_size == 1:
         return original(*call.args, **call.kwargs)
     refuse(config, options.tp_size)
     _refuse_arguments(given, options)
-    mesh = _join(options)
-    check_batch_sizes(config, mesh.tp_size, mesh.dp_size, warn=mesh.is_leader)
+    runtime = _join(options)
+    check_batch_sizes(config, runtime.mesh.tp_size, runtime.mesh.dp_size, warn=runtime.mesh.is_leader)
     model: nn.Module = given["model"]
     if type(model).__name__ in options.leave_whole:
-        agree_on_weights(model, mesh)
+        agree_on_weights(model, runtime.mesh)
         materialize_all_(model)
     else:
         parallelize(model, options.tp_size, options=options)
     optimizer = given.get("optimizer")
     if isinstance(optimizer, torch.optim.Optimizer):
-        shard_optimizer(optimizer)
-    given["mpu"] = Mpu(mesh)
+        shard_optimizer(optimizer, runtime)
+    given["mpu"] = Mpu(runtime.mesh)
     _use_torch_adam_on_cpu(config)
     engine, *rest = original(*call.args, **call.kwargs)
     checkpoint.link(engine, options, [root.tp_record for _, root in models_in(model) if is_sharded(root)])
@@ -147,21 +147,18 @@ def _refuse_arguments(given: dict[str, Any], options: RunConfig) -> None:
         )
 
 
-def _join(options: RunConfig) -> Any:
-    """The mesh of this run. Collective over the world at its first call."""
+def _join(options: RunConfig) -> Runtime:
+    """The Runtime of this run. Collective over the world at its first call."""
     from deepspeed import comm
     from deepspeed.accelerator import get_accelerator
 
     on_cpu = get_accelerator().device_name() == "cpu"
     comm.init_distributed(dist_backend="gloo" if on_cpu else get_accelerator().communication_backend_name())
-    joined = current_mesh() is not None
-    mesh = init_mesh(options.tp_size)
-    if mesh.dp_size == 1:
-        alone()
-    exchange(mesh)
+    joined = current() is not None
+    runtime = start(options, device_type=get_accelerator().device_name())
     if not joined:
-        rng.synchronize(mesh.control)
-    return mesh
+        rng.synchronize(runtime.mesh.unit_cpu)
+    return runtime
 
 
 def _use_torch_adam_on_cpu(config: dict[str, Any]) -> None:
