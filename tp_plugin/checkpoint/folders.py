@@ -20,15 +20,16 @@ def find_tag(folder: Path, tag: str | None) -> Path:
         tag: the tag's name; None: the one that the file ``latest`` names, else the only one there is.
 
     Raises:
-        TPError: there is none, or the tag lies outside ``folder``; the message says what was looked for.
+        TPError: there is none, or ``latest`` names one outside ``folder``; the message says what was looked for.
     """
     latest = folder / "latest"
     if tag is None and latest.is_file():
         tag = latest.read_text(encoding="utf-8").strip()
         if not tag:
             raise TPError(f"{latest} is empty; name one of {', '.join(_tags(folder)) or 'none'} with --tag")
+        inside(folder, tag, latest)
     if tag is not None:
-        if not inside(folder, tag, latest).is_dir():
+        if not (folder / tag).is_dir():
             raise TPError(f"{folder} has no checkpoint {tag!r}; there are: {', '.join(_tags(folder)) or 'none'}")
         return folder / tag
     if any(folder.glob("*model_states.pt")):

@@ -77,11 +77,11 @@ def prove_dropout(config: Any, policy: Policy, tp: int) -> DropoutResult:
     for name, expected in zip(names, drawn[1:], strict=True):
         if sharded is None:
             sharded = _sharded(with_dropouts(config, [name]), policy, tp)
-        _one(name, quiet, expected, _draws(sharded), found)
+        _check_one(name, quiet, expected, _draws(sharded), found)
         sharded = None
     used = [*found.equal, *found.own]
     if used:
-        _all(with_dropouts(config, used), policy, tp, found)
+        _check_together(with_dropouts(config, used), policy, tp, found)
     return found
 
 
@@ -94,7 +94,7 @@ def _draws(model: nn.Module) -> tuple[float, torch.Tensor]:
     return loss_of(model.train(), 0, draws=SEED).item(), torch.get_rng_state()
 
 
-def _one(
+def _check_one(
     name: str,
     quiet: torch.Tensor,
     expected: tuple[float, torch.Tensor],
@@ -113,7 +113,7 @@ def _one(
         found.faults.append(f"with {name} on, the loss deviates by {apart:.1e} though its masks are one process'")
 
 
-def _all(config: Any, policy: Policy, tp: int, found: DropoutResult) -> None:
+def _check_together(config: Any, policy: Policy, tp: int, found: DropoutResult) -> None:
     """Train with all on, generators unequal before each forward; ranks must stay one model."""
     mesh = require().mesh
     model = _sharded(config, policy, tp).train()

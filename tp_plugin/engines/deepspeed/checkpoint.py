@@ -170,7 +170,7 @@ def _folder(load_dir: Path, tag: Any) -> Path | None:
     latest = load_dir / "latest"
     if tag is None and not latest.is_file():
         return None
-    folder = inside(load_dir, str(tag) if tag is not None else latest.read_text(encoding="utf-8").strip(), latest)
+    folder = load_dir / str(tag) if tag is not None else inside(load_dir, latest.read_text().strip(), latest)
     return folder if folder.is_dir() else None
 
 
