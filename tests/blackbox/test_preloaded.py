@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not preloaded.available(), reason="nothing is fo
 
 VARYING = ("BLACKBOX_RUN", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE")
 BY_SHELL = ("_", "PWD", "OLDPWD", "SHLVL")  # the stand-in for `python` is a shell script that starts Python
-WAYS = {"plain": (1, 1), "yaml": (2, 1), "torchrun": (2, 1), "zero accelerate": (2, 1), "fsdp2": (2, 1)}
+WAYS = {"plain": (1, 1), "yaml": (2, 1), "zero accelerate": (2, 1), "fsdp2": (2, 1)}
 
 
 @pytest.mark.parametrize("entry", WAYS)

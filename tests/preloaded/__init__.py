@@ -64,7 +64,9 @@ def python() -> str:
         listener.bind(str(folder / name))
         listener.listen(64)
         command = [sys.executable, str(HERE / "server.py"), str(listener.fileno()), str(executable), *MODULES]
-        server = subprocess.Popen(command, env=common | own, stdin=subprocess.PIPE, pass_fds=[listener.fileno()])
-        listener.close()
+        with listener, (folder / f"{name}.log").open("wb") as log:
+            server = subprocess.Popen(
+                command, env=common | own, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[listener.fileno()]
+            )
         atexit.register(server.kill)  # ends anyway when its input does
     return str(executable)

@@ -28,8 +28,23 @@ def main() -> None:
     folder, *argv = sys.argv[1:]
     if argv[0] == "-u":  # the server's forks write at once in any case
         del argv[0]
+    server = os.path.join(folder, server_for(argv))
+    try:
+        code = ask(server, argv)
+    except ConnectionError as error:
+        with open(f"{server}.log") as log:
+            sys.exit(f"{error}; the server that forks Python processes wrote:\n{log.read()}")
+    if code < 0:
+        if -code in FORWARDED:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def ask(server: str, argv: list[str]) -> int:
+    """Have it run, and wait for its exit code."""
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(os.path.join(folder, server_for(argv)))
+    connection.connect(server)
     for number in FORWARDED:
         signal.signal(number, lambda number, _: connection.send(bytes([number])))
     request = {"argv": argv, "env": dict(os.environ), "cwd": os.getcwd(), "launches": is_launcher(argv)}
@@ -40,13 +55,8 @@ def main() -> None:
         json.dump(request, stream)
     answer = connection.recv(4)
     if not answer:
-        sys.exit("the server that forks Python processes has ended")
-    code = int.from_bytes(answer, "big", signed=True)
-    if code < 0:
-        if -code in FORWARDED:
-            signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    os._exit(code)
+        raise ConnectionError("it has ended")
+    return int.from_bytes(answer, "big", signed=True)
 
 
 main()
