@@ -288,7 +288,7 @@ def test_optimizers_that_need_whole_tensors() -> None:
 
     optimizer = torch.optim.Adafactor([torch.nn.Parameter(torch.zeros(2, 2))])
     refuse_optimizer(optimizer)
-    optimizer.tp_steps_whole = True  # as `prepare` marks it
+    optimizer.tp_full_matrices = True  # as `prepare` marks it
     with pytest.raises(TPError, match="Adafactor"):
         refuse_optimizer(optimizer)
 

@@ -334,7 +334,7 @@ def gathered_case() -> list[str]:
 def test_a_script_that_gathers_shares_is_warned() -> None:
     for whole, shared in run(2, gathered_case):
         assert not whole
-        assert "a weight is this rank's share, (24, 48) of (48, 48)" in shared
+        assert "a weight is this rank's shard, (24, 48) of (48, 48)" in shared
 
 
 def flattened_norm(tp: int) -> tuple[float, float, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 def is_split(tensor: torch.Tensor) -> bool:
@@ -39,9 +40,15 @@ def all_rows(tensor: Any) -> torch.Tensor:
     """The TP rank's full tensor. Collective over the data group."""
     if not is_split(tensor):
         return tensor  # type: ignore[no-any-return]
-    if tensor.device_mesh.size() == 1:
-        return tensor._local_tensor  # type: ignore[no-any-return]
-    return tensor.full_tensor()  # type: ignore[no-any-return]
+    local, ranks, rows = tensor._local_tensor, tensor.device_mesh, tensor.shape[0]
+    if ranks.size() == 1:
+        return local  # type: ignore[no-any-return]
+    # not full_tensor, which gathers in the groups of the first mesh that was equal to this one
+    sent = local.new_zeros((-(-rows // ranks.size()), *tensor.shape[1:]))
+    sent[: len(local)] = local
+    received = [torch.empty_like(sent) for _ in range(ranks.size())]
+    dist.all_gather(received, sent, group=ranks.get_group())
+    return torch.cat(received)[:rows]
 
 
 def split_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:

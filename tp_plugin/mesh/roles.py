@@ -26,27 +26,45 @@ from tp_plugin.errors import TPError
 from tp_plugin.mesh.groups import CommContext, Group
 
 
-class LocalGroups:
-    """Process groups that only their own ranks make: the number of calls does not grow with the world.
+class WorldGroups:
+    """What was made of one world: each device mesh and each group of given ranks once, also for a later :class:`Mesh`.
 
-    torch names such a group by its ranks, and cannot make another one of the same ranks in the same world. So each is
-    made once, and kept for the next mesh.
+    torch finds device meshes by equality (a gradient's DTensor may carry an older one that was equal), and names groups
+    that only their own ranks make by their ranks. Neither may be made again after its groups are gone.
     """
 
     def __init__(self) -> None:
         self._world: dist.ProcessGroup | None = None
-        self._made: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}
+        self._devices: dict[tuple[str, int], DeviceMesh] = {}
+        self._groups: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}
 
-    def get(self, ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
-        """The group of ``ranks``. Collective over them at its first call."""
-        if self._world is not dist.group.WORLD:
-            self._world, self._made = dist.group.WORLD, {}
+    def devices(self, device_type: str, tp_size: int) -> DeviceMesh:
+        """The mesh with the dimensions ``data`` and ``tp``. Collective over the world at its first call."""
+        self._follow_world()
+        key = device_type, tp_size
+        if key not in self._devices:
+            backend = dist.get_backend()  # named, so that no dimension shares the world's own group
+            self._devices[key] = init_device_mesh(
+                device_type,
+                (dist.get_world_size() // tp_size, tp_size),
+                mesh_dim_names=("data", "tp"),
+                backend_override={"data": backend, "tp": backend},
+            )
+        return self._devices[key]
+
+    def group(self, ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
+        """The group of ``ranks``. Collective over them at its first call: their number does not grow with the world."""
+        self._follow_world()
         key = tuple(ranks), backend
-        if key not in self._made:
-            self._made[key] = dist.new_group(
+        if key not in self._groups:
+            self._groups[key] = dist.new_group(
                 list(ranks), backend=backend, timeout=world_timeout(), use_local_synchronization=True
             )
-        return self._made[key]
+        return self._groups[key]
+
+    def _follow_world(self) -> None:
+        if self._world is not dist.group.WORLD:
+            self._world, self._devices, self._groups = dist.group.WORLD, {}, {}
 
 
 @dataclass
@@ -70,7 +88,7 @@ class Mesh:
     world: Group
     devices: DeviceMesh
     context: CommContext
-    local_groups: LocalGroups = field(default_factory=LocalGroups)
+    made: WorldGroups = field(default_factory=WorldGroups)
     _replicas: dict[tuple[int, ...], Group] = field(default_factory=dict)
 
     @property
@@ -99,7 +117,7 @@ class Mesh:
             if len(ranks) == self.tp_size:
                 self._replicas[key] = self.tp
             elif self.rank in ranks:
-                pg = self.local_groups.get(ranks, dist.get_backend())
+                pg = self.made.group(ranks, dist.get_backend())
                 self._replicas[key] = Group("replicas", ranks, pg, self.context)
             else:
                 self._replicas[key] = Group("elsewhere", [self.rank], None, self.context)
@@ -109,21 +127,15 @@ class Mesh:
         """Whether torch.distributed still knows the groups: not after ``destroy_process_group`` and another init."""
         return dist.is_initialized() and self.world.pg is dist.group.WORLD
 
-    def close(self) -> None:
-        """End the process groups of the device mesh, whose threads would stay. Collective over the world."""
-        if self.is_alive():
-            for group in (self.tp, self.data):
-                dist.destroy_process_group(group.pg)
 
-
-def build_mesh(tp_size: int, device_type: str | None = None, local_groups: LocalGroups | None = None) -> Mesh:
+def build_mesh(tp_size: int, device_type: str | None = None, made: WorldGroups | None = None) -> Mesh:
     """Make the groups of ``tp_size`` × data-parallel ranks. Collective over the world.
 
     Args:
         tp_size: ranks of a TP group.
         device_type: where tensors of device groups lie; default the accelerator that the world's backend serves, else
             ``cpu``.
-        local_groups: groups that an earlier mesh of this world has made.
+        made: what an earlier mesh of this world has made.
 
     Raises:
         TPError: torch.distributed is not initialised, or ``tp_size`` does not divide the world.
@@ -135,14 +147,8 @@ def build_mesh(tp_size: int, device_type: str | None = None, local_groups: Local
         )
     world = dist.get_world_size()
     check_world(tp_size, world)
-    dp_size = world // tp_size
-    backend = dist.get_backend()  # named, so that no dimension shares the world's own group
-    devices = init_device_mesh(
-        device_type or _device_type(),
-        (dp_size, tp_size),
-        mesh_dim_names=("data", "tp"),
-        backend_override={"data": backend, "tp": backend},
-    )
+    made = made or WorldGroups()
+    devices = made.devices(device_type or _device_type(), tp_size)
     context = CommContext()
 
     def role(name: str, dimension: str) -> Group:
@@ -153,10 +159,9 @@ def build_mesh(tp_size: int, device_type: str | None = None, local_groups: Local
         return Group(name, dist.get_process_group_ranks(pg), pg, context)
 
     tp, data = role("tp", "tp"), role("data", "data")
-    local_groups = local_groups or LocalGroups()
-    unit_cpu = Group("unit_cpu", tp.ranks, local_groups.get(tp.ranks, "gloo") if tp_size > 1 else None, context)
+    unit_cpu = Group("unit_cpu", tp.ranks, made.group(tp.ranks, "gloo") if tp_size > 1 else None, context)
     everyone = Group("world", range(world), dist.group.WORLD, context)
-    return Mesh(tp_size, dp_size, tp, tp, unit_cpu, data, data, everyone, devices, context, local_groups)
+    return Mesh(tp_size, data.size, tp, tp, unit_cpu, data, data, everyone, devices, context, made)
 
 
 def check_world(tp_size: int, world: int) -> None:

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 from tp_plugin.errors import TPError
 
 if TYPE_CHECKING:
-    from tp_plugin.mesh.roles import LocalGroups, Mesh
+    from tp_plugin.mesh.roles import Mesh, WorldGroups
     from tp_plugin.runtime.runtime import Runtime
 
 
 class _Slot:
-    """What a process has: its Runtime, and the groups that the next one can use again."""
+    """What a process has: its Runtime, and the groups that the next one uses again."""
 
     runtime: Runtime | None = None
-    local_groups: LocalGroups | None = None
+    world_groups: WorldGroups | None = None
 
 
 slot = _Slot()

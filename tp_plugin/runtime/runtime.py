@@ -75,14 +75,13 @@ def start(config: RunConfig, tp_size: int | None = None, device_type: str | None
         return running
     if running is not None:
         running.close()
-    mesh = build_mesh(tp_size, device_type, slot.local_groups)
-    slot.runtime, slot.local_groups = Runtime(config, mesh), mesh.local_groups
+    mesh = build_mesh(tp_size, device_type, slot.world_groups)
+    slot.runtime, slot.world_groups = Runtime(config, mesh), mesh.made
     return slot.runtime
 
 
 def stop() -> None:
-    """End the Runtime and its process groups, if there is one. Collective over the world."""
+    """End the Runtime, if there is one; a later one uses its groups again."""
     running, slot.runtime = slot.runtime, None
     if running is not None:
         running.close()
-        running.mesh.close()
