@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from tp_plugin.cli.target import build, small_config
+from tp_plugin.cli.models import build, small_config
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from workers import WorkerError, run
 
