@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from tp_plugin.cli.target import build, small_config
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from workers import WorkerError, run
 
+from tp_plugin.cli.models import build, small_config
 from tp_plugin.config.run_config import RunConfig
 from tp_plugin.errors import PolicyError
 from tp_plugin.policy import make_plan, policy_for
