@@ -26,7 +26,7 @@ POLICIES = (
                 heads="n_head",
                 kv_heads="n_head",
                 head_inputs={"alibi": -3},  # (batch · heads, 1, keys)
-                local={"num_heads": "q_heads"},
+                local_sizes={"num_heads": "q_heads"},
             ),
             FOUR_H,
         ),
@@ -42,15 +42,15 @@ POLICIES = (
                 row={"dense": q},
                 kv_heads=falcon_kv_heads,
                 head_inputs={"alibi": -3, "attention_mask": -3},  # ALiBi is added to the mask, too
-                local={"num_heads": "q_heads", "num_kv_heads": "kv_heads"},
+                local_sizes={"num_heads": "q_heads", "num_kv_heads": "kv_heads"},
             ),
             FALCON_MLP,
         ),
         Vocabulary("word_embeddings"),
         (*NORMS, "h.*.ln_attn", "h.*.ln_mlp", *TASK_HEADS),
         linears=("FalconLinear",),
-        side_by_side="h.*",
-        side_by_side_if=lambda config: config.parallel_attn or config.new_decoder_architecture,
+        parallel_residual="h.*",
+        parallel_residual_if=lambda config: config.parallel_attn or config.new_decoder_architecture,
     ),
     Policy(
         ("mpt",),
@@ -62,7 +62,7 @@ POLICIES = (
                 heads="n_heads",
                 kv_heads="n_heads",
                 head_inputs={"position_bias": -3},  # (heads, 1, keys)
-                local={"n_heads": "q_heads"},
+                local_sizes={"n_heads": "q_heads"},
             ),
             MLP("blocks.*.ffn", columns={"up_proj": even}, row={"down_proj": even}, inputs=("hidden_states",)),
         ),

@@ -6,8 +6,8 @@ SELF_ATTENTION = {
     "columns": {"self.query": q, "self.key": q, "self.value": q},
     "row": {"output.dense": q},
     "kv_heads": "num_attention_heads",
-    "at": "self",
-    "local": {"self.num_attention_heads": "q_heads", "self.all_head_size": "q_width"},
+    "entry": "self",
+    "local_sizes": {"self.num_attention_heads": "q_heads", "self.all_head_size": "q_width"},
 }
 BLOCKS = (
     Attention("layer.*.attention", **SELF_ATTENTION),
@@ -51,7 +51,7 @@ POLICIES = (
                 row={"out_lin": q},
                 heads="n_heads",
                 kv_heads="n_heads",
-                local={"n_heads": "q_heads", "dim": "q_width"},
+                local_sizes={"n_heads": "q_heads", "dim": "q_width"},
             ),
             MLP("layer.*.ffn", columns={"lin1": even}, row={"lin2": even}, inputs=("input",)),
         ),

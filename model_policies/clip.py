@@ -8,7 +8,7 @@ BLOCKS = (
         columns={"q_proj": q, "k_proj": q, "v_proj": q},
         row={"out_proj": q},
         kv_heads="num_attention_heads",
-        local={"num_heads": "q_heads", "embed_dim": "q_width"},
+        local_sizes={"num_heads": "q_heads", "embed_dim": "q_width"},
     ),
     MLP("mlp", columns={"fc1": even}, row={"fc2": even}, inputs=("hidden_states",)),
 )

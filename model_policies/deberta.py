@@ -10,11 +10,11 @@ from tp_plugin.policy import Attention, PerHead, Policy, Vocabulary, q
 DISENTANGLED = {
     "row": {"output.dense": q},
     "kv_heads": "num_attention_heads",
-    "at": "self",
+    "entry": "self",
     # rel_embeddings: one table for all layers, projected to keys and queries in each
     "inputs": ("hidden_states", "query_states", "rel_embeddings"),
     "shared_dropouts": ("self.pos_dropout?",),
-    "local": {"self.num_attention_heads": "q_heads", "self.all_head_size": "q_width"},
+    "local_sizes": {"self.num_attention_heads": "q_heads", "self.all_head_size": "q_width"},
 }
 REPLICATED = (
     *("embeddings.position_embeddings", "embeddings.token_type_embeddings", "embeddings.embed_proj"),

@@ -13,12 +13,14 @@ UP_DOWN_MLP = MLP("layers.*.mlp", columns={"up_proj": even}, row={"down_proj": e
 # its forward reads all counts from itself
 COUNTED_ATTENTION = Attention(
     "layers.*.self_attn",
-    local={**GROUPS, "num_heads": "q_heads", "num_key_value_heads": "kv_heads", "hidden_size": "q_width"},
+    local_sizes={**GROUPS, "num_heads": "q_heads", "num_key_value_heads": "kv_heads", "hidden_size": "q_width"},
 )
 # q and k are normalised over their whole width
-WIDE_NORMED_ATTENTION = Attention("layers.*.self_attn", wide_norms={"q_norm": q, "k_norm": kv}, local=GROUPS)
+WIDE_NORMED_ATTENTION = Attention("layers.*.self_attn", sharded_norms={"q_norm": q, "k_norm": kv}, local_sizes=GROUPS)
 # one norm weight per head
-HEAD_NORMED_ATTENTION = Attention("layers.*.self_attn", tensors={"q_norm?": (q, 0), "k_norm?": (kv, 0)}, local=GROUPS)
+HEAD_NORMED_ATTENTION = Attention(
+    "layers.*.self_attn", tensors={"q_norm?": (q, 0), "k_norm?": (kv, 0)}, local_sizes=GROUPS
+)
 POST_NORMS = ("layers.*.post_attention_layernorm", "layers.*.post_feedforward_layernorm", "norm")
 
 POLICIES = (
@@ -28,15 +30,15 @@ POLICIES = (
         (COUNTED_ATTENTION, GATED_MLP),
         Vocabulary(),
         (*NORMS, "score"),
-        side_by_side="layers.*",
-        side_by_side_if=lambda config: config.use_parallel_residual,
+        parallel_residual="layers.*",
+        parallel_residual_if=lambda config: config.use_parallel_residual,
     ),
     Policy(
         ("cohere", "cohere2"),
         (HEAD_NORMED_ATTENTION, GATED_MLP),
         Vocabulary(),
         ("layers.*.input_layernorm", "norm"),
-        side_by_side="layers.*",
+        parallel_residual="layers.*",
     ),
     Policy(("glm",), (ATTENTION, FUSED_MLP), Vocabulary(), (*NORMS, "score")),
     Policy(

@@ -7,7 +7,7 @@ T5_ATTENTION = {
     "columns": {"q": q, "k": q, "v": q},
     "row": {"o": q},
     "kv_heads": "num_attention_heads",
-    "local": {"n_heads": "q_heads", "inner_dim": "q_width"},
+    "local_sizes": {"n_heads": "q_heads", "inner_dim": "q_width"},
 }
 
 
@@ -20,7 +20,7 @@ def bart_attention(path: str, heads: str, inputs: tuple[str, ...] = ("hidden_sta
         heads=heads,
         kv_heads=heads,
         inputs=inputs,
-        local={"num_heads": "q_heads", "embed_dim": "q_width"},
+        local_sizes={"num_heads": "q_heads", "embed_dim": "q_width"},
         optional=True,  # a model may be the encoder or the decoder alone
     )
 

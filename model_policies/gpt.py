@@ -19,7 +19,7 @@ def _in_quarters(size: int, tp: int, heads: HeadSplit, kinds: int) -> Parts:
             f"CodeGen keeps its heads in 4 blocks; tp_size={tp} needs a multiple of {4 * tp} attention heads, "
             f"found {heads.q_heads}"
         )
-    width = size // (4 * kinds)  # one kind's part of one block
+    width = size // (4 * kinds)  # of one kind in one block
     mine = width // tp
     starts = [[at * width + rank * mine for at in range(4 * kinds)] for rank in range(tp)]
     return tuple(tuple((start, start + mine) for start in ranks) for ranks in starts)
@@ -45,7 +45,7 @@ POLICIES = (
                 row={"out_proj": q},
                 heads="num_heads",
                 kv_heads="num_heads",
-                local={"num_heads": "q_heads"},
+                local_sizes={"num_heads": "q_heads"},
             ),
             C_FC,
         ),
@@ -60,13 +60,13 @@ POLICIES = (
                 columns=QKV,
                 row={"out_proj": q},
                 kv_heads="num_attention_heads",
-                local={"num_attention_heads": "q_heads"},
+                local_sizes={"num_attention_heads": "q_heads"},
             ),
             FC_IN_OUT,
         ),
         Vocabulary("wte"),
         ("h.*.ln_1", "ln_f", "score", "qa_outputs"),
-        side_by_side="h.*",
+        parallel_residual="h.*",
     ),
     Policy(
         ("codegen",),
@@ -76,13 +76,13 @@ POLICIES = (
                 columns={"qkv_proj": quarters_of_qvk},
                 row={"out_proj": quarters},
                 kv_heads="num_attention_heads",
-                local={"num_attention_heads": "q_heads"},
+                local_sizes={"num_attention_heads": "q_heads"},
             ),
             FC_IN_OUT,
         ),
         Vocabulary("wte"),
         ("h.*.ln_1", "ln_f"),
-        side_by_side="h.*",
+        parallel_residual="h.*",
     ),
     Policy(
         ("gpt_neox",),
@@ -100,8 +100,8 @@ POLICIES = (
             *("layers.*.input_layernorm", "layers.*.post_attention_layernorm", "final_layer_norm"),
             *TASK_HEADS,
         ),
-        side_by_side="layers.*",
-        side_by_side_if=lambda config: config.use_parallel_residual,
+        parallel_residual="layers.*",
+        parallel_residual_if=lambda config: config.use_parallel_residual,
     ),
     Policy(
         ("persimmon",),
@@ -112,7 +112,7 @@ POLICIES = (
                 row={"dense": q},
                 kv_heads="num_attention_heads",
                 partial=("q_layernorm?", "k_layernorm?"),
-                local={"num_heads": "q_heads"},
+                local_sizes={"num_heads": "q_heads"},
             ),
             MLP("layers.*.mlp", **FUSED_4H),
         ),
@@ -127,7 +127,7 @@ POLICIES = (
                 columns={"c_attn": PerGroup()},  # [q…q|k|v] with one key and value, else [q k v] per head
                 row={"c_proj": q},
                 kv_heads=lambda config: 1 if config.multi_query else config.num_attention_heads,
-                local={
+                local_sizes={
                     "num_heads": "q_heads",
                     "kv_heads": "kv_heads",
                     "num_key_value_groups": "groups",

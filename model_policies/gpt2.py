@@ -7,13 +7,13 @@ LOCAL = {"num_heads": "q_heads", "split_size": "q_width"}
 GPT2 = Policy(
     model_types=("gpt2",),
     blocks=(
-        Attention("h.*.attn", columns={"c_attn": Blocks(("q", "k", "v"))}, row={"c_proj": q}, local=LOCAL),
+        Attention("h.*.attn", columns={"c_attn": Blocks(("q", "k", "v"))}, row={"c_proj": q}, local_sizes=LOCAL),
         Attention(
             "h.*.crossattention",
             columns={"q_attn": q, "c_attn": Blocks(("k", "v"))},
             row={"c_proj": q},
             inputs=("hidden_states", "encoder_hidden_states"),
-            local=LOCAL,
+            local_sizes=LOCAL,
             optional=True,
         ),
         MLP("h.*.mlp", columns={"c_fc": even}, row={"c_proj": even}, inputs=("hidden_states",)),

@@ -3,9 +3,9 @@
 from tp_plugin.policy import MLP, Attention, Policy, Vocabulary, even
 
 GROUPS = {"num_key_value_groups": "groups"}
-ATTENTION = Attention("layers.*.self_attn", local=GROUPS)
+ATTENTION = Attention("layers.*.self_attn", local_sizes=GROUPS)
 # q and k are normalised per head, with one weight of head_dim shared by all heads
-NORMED_ATTENTION = Attention("layers.*.self_attn", partial=("q_norm", "k_norm"), local=GROUPS)
+NORMED_ATTENTION = Attention("layers.*.self_attn", partial=("q_norm", "k_norm"), local_sizes=GROUPS)
 GATED_MLP = MLP("layers.*.mlp")
 PLAIN_MLP = MLP("layers.*.mlp", columns={"up_proj": even}, row={"down_proj": even})
 STARCODER_MLP = MLP("layers.*.mlp", columns={"c_fc": even}, row={"c_proj": even}, inputs=("hidden_states",))

@@ -17,7 +17,7 @@ LATENT_ATTENTION = Attention(
     output_of=("kv_a_proj_with_mqa",),  # the latent and the rotary part of the key, one for all heads
     partial=("kv_a_layernorm",),
     replicated=("q_a_proj?", "q_a_layernorm?", "kv_a_proj_with_mqa"),
-    local={"num_heads": "q_heads"},
+    local_sizes={"num_heads": "q_heads"},
 )
 
 POLICIES = (

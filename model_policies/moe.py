@@ -6,7 +6,7 @@ from tp_plugin.policy import MLP, Attention, Experts, Policy, Vocabulary, aligne
 
 EXPERTS = Experts("layers.*.mlp.experts", optional=True)
 # in some layers of these models there is a dense MLP in the place of the experts
-DENSE_MLP = MLP("layers.*.mlp", having="gate_proj", optional=True)
+DENSE_MLP = MLP("layers.*.mlp", requires="gate_proj", optional=True)
 ROUTER = "layers.*.mlp.gate"
 
 POLICIES = (
@@ -39,7 +39,7 @@ POLICIES = (
     Policy(
         ("gpt_oss",),
         (
-            Attention("layers.*.self_attn", tensors={"sinks": (q, 0)}, local=GROUPS),
+            Attention("layers.*.self_attn", tensors={"sinks": (q, 0)}, local_sizes=GROUPS),
             Experts(
                 inputs=("hidden_states", "routing_weights"),
                 tensors={
@@ -47,9 +47,9 @@ POLICIES = (
                     "gate_up_proj_bias": (aligned_pairs, 1),
                     "down_proj": (aligned, 1),
                 },
-                once=("down_proj_bias",),
+                bias_shards=("down_proj_bias",),
                 index="router_indices",
-                eager_parts=False,
+                eager_supports_ep=False,
             ),
         ),
         Vocabulary(),
@@ -58,8 +58,8 @@ POLICIES = (
     Policy(
         ("llama4_text",),
         (
-            Attention("layers.*.self_attn", local={**GROUPS, "num_attention_heads": "q_heads"}),
-            MLP("layers.*.feed_forward", having="gate_proj", optional=True),
+            Attention("layers.*.self_attn", local_sizes={**GROUPS, "num_attention_heads": "q_heads"}),
+            MLP("layers.*.feed_forward", requires="gate_proj", optional=True),
             MLP("layers.*.feed_forward.shared_expert", optional=True),
             Experts(
                 "layers.*.feed_forward.experts",

@@ -7,7 +7,7 @@ ATTENTION = Attention(
     columns={"q_proj": q, "k_proj": q, "v_proj": q},
     row={"out_proj": q},
     kv_heads="num_attention_heads",
-    local={"num_heads": "q_heads", "embed_dim": "q_width"},
+    local_sizes={"num_heads": "q_heads", "embed_dim": "q_width"},
 )
 MLP_IN_LAYER = MLP("layers.*", columns={"fc1": even}, row={"fc2": even}, inputs=())
 NORMS = ("layers.*.self_attn_layer_norm", "layers.*.final_layer_norm")

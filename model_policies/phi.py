@@ -1,4 +1,4 @@
-"""Phi: attention and MLP side by side, biases everywhere. Phi-3 and Phi-4: fused ``[q|k|v]`` and ``[gate|up]``."""
+"""Phi: a parallel residual, biases everywhere. Phi-3 and Phi-4: fused ``[q|k|v]`` and ``[gate|up]``."""
 
 from model_policies.decoders import FUSED_MLP
 from model_policies.llama import GROUPS, NORMS
@@ -12,13 +12,13 @@ POLICIES = (
                 "layers.*.self_attn",
                 row={"dense": q},
                 partial=("q_layernorm?", "k_layernorm?"),
-                local=GROUPS,
+                local_sizes=GROUPS,
             ),
             MLP("layers.*.mlp", columns={"fc1": even}, row={"fc2": even}, inputs=("hidden_states",)),
         ),
         Vocabulary(),
         ("layers.*.input_layernorm", "final_layernorm", "score"),
-        side_by_side="layers.*",
+        parallel_residual="layers.*",
     ),
     Policy(
         ("phi3",),
@@ -27,7 +27,7 @@ POLICIES = (
                 "layers.*.self_attn",
                 columns={"qkv_proj": Blocks(("q", "k", "v"))},
                 # its forward cuts q, k and v out of the fused output by the counts in the config
-                local={**GROUPS, "num_key_value_heads": "kv_heads", "config.num_attention_heads": "q_heads"},
+                local_sizes={**GROUPS, "num_key_value_heads": "kv_heads", "config.num_attention_heads": "q_heads"},
             ),
             FUSED_MLP,
         ),

@@ -14,16 +14,16 @@ VIT_NORMS = ("layers.*.layernorm_before", "layers.*.layernorm_after", "layernorm
 
 DINOV2 = {"kv_heads": "num_attention_heads", "optional": True}
 DINOV2_BLOCKS = (
-    Attention("layer.*.attention", columns=QKV, having="o_proj", **DINOV2),
-    MLP("layer.*.mlp", columns={"fc1": even}, row={"fc2": even}, inputs=("*",), having="fc1", optional=True),
-    MLP("layer.*.mlp", having="down_proj", optional=True),  # use_swiglu_ffn
+    Attention("layer.*.attention", columns=QKV, requires="o_proj", **DINOV2),
+    MLP("layer.*.mlp", columns={"fc1": even}, row={"fc2": even}, inputs=("*",), requires="fc1", optional=True),
+    MLP("layer.*.mlp", requires="down_proj", optional=True),  # use_swiglu_ffn
     # the older names (transformers 5.17)
     Attention(
         "layer.*.attention",
         columns={"attention.query": q, "attention.key": q, "attention.value": q},
         row={"output.dense": q},
-        local={"attention.num_attention_heads": "q_heads", "attention.all_head_size": "q_width"},
-        having="output.dense",
+        local_sizes={"attention.num_attention_heads": "q_heads", "attention.all_head_size": "q_width"},
+        requires="output.dense",
         **DINOV2,
     ),
     MLP(
@@ -31,7 +31,7 @@ DINOV2_BLOCKS = (
         columns={"weights_in": Blocks(("even", "even"))},
         row={"weights_out": even},
         inputs=("*",),
-        having="weights_in",
+        requires="weights_in",
         optional=True,
     ),
 )

@@ -103,6 +103,13 @@ def negative_log_likelihood(logits: torch.Tensor) -> torch.Tensor:
     return F.nll_loss(F.log_softmax(logits, -1).view(-1, logits.size(-1)), labels(logits).flatten())
 
 
+def normalized_by_hand(logits: torch.Tensor) -> torch.Tensor:
+    """A number per token that has a gradient: subtracted, and as a temperature."""
+    log = logits - logits.logsumexp(-1, keepdim=True)
+    temperature = 1 + 0.1 * log.gather(-1, labels(logits, ignored=False).unsqueeze(-1)).exp()
+    return causal(log / temperature) + causal(logits * temperature.squeeze(-1).unsqueeze(-1))
+
+
 def entropy(logits: torch.Tensor) -> torch.Tensor:
     log = F.log_softmax(logits, dim=-1)
     return -(log.exp() * log).sum(-1).mean()
@@ -194,14 +201,14 @@ def gradient_of_logits(logits: torch.Tensor) -> torch.Tensor:
 
 
 LOCAL: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
-    causal, of_a_batch, masked, another_ignored, capped, scaled, biased, shifted, smoothed, trainer_smoothed, weighted,
-    by_token, selected, nothing_to_learn, log_probabilities, selective_log_softmax, negative_log_likelihood, entropy,
-    entropy_of_softmax, transposed, transposed_probabilities, distilled, distilled_from_logarithms, z_loss, highest,
-    accuracy, passed_on,
+    causal, of_a_batch, masked, another_ignored, capped, scaled, biased, shifted, smoothed, trainer_smoothed,
+    by_token, selected, nothing_to_learn, log_probabilities, normalized_by_hand, selective_log_softmax,
+    negative_log_likelihood, entropy, entropy_of_softmax, transposed, transposed_probabilities, distilled,
+    distilled_from_logarithms, z_loss, highest, accuracy, passed_on,
 )  # fmt: skip
 """For which ranks exchange some numbers per token and no columns."""
 
-WHOLE = (sorted_columns, class_probabilities, loss_and_columns, written_into, gradient_of_logits)
+WHOLE = (weighted, sorted_columns, class_probabilities, loss_and_columns, written_into, gradient_of_logits)
 """For which the columns are gathered."""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_plugin.cli.target import randomize
+from tp_plugin.cli.models import randomize
 
 COMMON = {
     "vocab_size": 97,  # divisible by no tp: the vocabulary is padded

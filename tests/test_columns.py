@@ -92,7 +92,7 @@ def change_model(model: Any, change: str) -> Any:
 
 def step(model: Any, change: str, vocabulary: int) -> dict[str, Any]:
     """Two micro-batches of a training step: what it computed, and how."""
-    from tp_plugin.mesh.groups import ledger
+    from counted import ledger
 
     record = getattr(model, "tp_record", None) or getattr(getattr(model, "base_model", None), "tp_record", None)
     for book in ledger.values():
@@ -107,7 +107,7 @@ def step(model: Any, change: str, vocabulary: int) -> dict[str, Any]:
         loss += found.item()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     if record is not None and change != "lora":
-        gather = record.mesh.control.gather_objects
+        gather = record.mesh.unit_cpu.gather_objects
         grads = {name: record.plan.layouts[name].gather(gather(grad)) for name, grad in grads.items()}
     return {
         "loss": loss,

@@ -42,8 +42,9 @@ def case(
     model_type: str, overrides: dict[str, Any], options: dict[str, Any], backend: str, regional: bool, change: str
 ) -> dict[str, Any]:
     """Run on every rank: two steps of the whole model in eager mode, of the sharded one in eager mode and compiled."""
+    from counted import ledger
+
     import tp_plugin
-    from tp_plugin.mesh.groups import ledger
 
     fresh(**options)
     torch._dynamo.reset()

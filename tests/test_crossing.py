@@ -14,10 +14,11 @@ from workers import run
 
 
 def warning_case(model_type: str, tp: int) -> dict[str, Any]:
-    from tp_plugin.mesh.groups import require_mesh, training
+    from counted import training
+
     from tp_plugin.mesh.hosts import Machine
-    from tp_plugin.runtime.transport import exchange
-    from tp_plugin.shard.topology_warning import bytes_per_token, warn_of_crossing
+    from tp_plugin.runtime.current import require
+    from tp_plugin.shard.topology_warning import bytes_per_token, warn_of_topology
 
     _, model = pair(tp, model_type)
     record: Any = model.tp_record
@@ -26,12 +27,12 @@ def warning_case(model_type: str, tp: int) -> dict[str, Any]:
     loss = model(**batch(97, 0)).loss
     loss.backward()
     sent = training["bytes"]["all_reduce/tp"] - before
-    link, said = exchange(require_mesh()), io.StringIO()
-    link.machines = [Machine(f"host{rank // 2}", "net") for rank in range(tp)]
+    mesh, said = require().mesh, io.StringIO()
+    machines = [Machine(f"host{rank // 2}", "net") for rank in range(tp)]
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     with contextlib.redirect_stderr(said):
         for _ in range(2):
-            warn_of_crossing(model, record.plan, link)
+            warn_of_topology(model, record.plan, mesh, machines)
     return {"sent": sent, "promised": 22 * bytes_per_token(model, record.plan), "said": said.getvalue()}
 
 

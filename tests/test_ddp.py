@@ -14,7 +14,7 @@ from test_save_state import accelerated
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from workers import run
 
-from tp_plugin.config.run_config import OPTIONS
+from tp_plugin.config.keys import ENV_OPTIONS
 
 STEPS, MICRO = 3, 2
 LLAMA = {"tie_word_embeddings": False, "use_cache": False}
@@ -33,7 +33,7 @@ def train(tp: int, model_type: str, overrides: dict[str, Any], options: dict[str
 
     if tp == 1:
         return _train(tp, make(), None, how if how == "hook" else "")
-    os.environ[OPTIONS] = json.dumps(options)
+    os.environ[ENV_OPTIONS] = json.dumps(options)
     try:
         with accelerated(tp):
             from accelerate import Accelerator
@@ -47,12 +47,12 @@ def train(tp: int, model_type: str, overrides: dict[str, Any], options: dict[str
                 model = torch.compile(model, backend="aot_eager")
             return _train(tp, model, accelerator, how)
     finally:
-        del os.environ[OPTIONS]
+        del os.environ[ENV_OPTIONS]
 
 
 def _train(tp: int, model: Any, accelerator: Any, how: str) -> dict[str, Any]:
-    from tp_plugin.shard.full_tensor import plain_name
-    from tp_plugin.tensor.grad_norm import layout_of
+    from tp_plugin.shard.params import plain_name
+    from tp_plugin.tensor.param_entry import layout_of
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
     vocabulary = model.config.vocab_size
@@ -126,9 +126,9 @@ def by_hand_case(tp: int) -> list[float]:
     """A script without Accelerate: ``parallelize``, then torch's own wrapper."""
     import tp_plugin
     from tp_plugin.engines import torch_utils
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
 
-    forget_mesh()
+    stop()
     torch_utils.install()
     model = build(config_for("llama", **LLAMA)).train()
     if tp > 1:

@@ -97,7 +97,7 @@ def killed_in_loading(folder: str) -> None:
     from tp_plugin.shard import lazy_load
 
     if rank() == 1:
-        lazy_load.take = die
+        lazy_load.read_shard = die
     begin(folder)
     if rank() == 0:
         torch.distributed.barrier()  # what a script does when its model is there
@@ -134,13 +134,13 @@ def test_a_collective_on_one_rank_only(model_folder: str, tmp_path: Path) -> Non
     # while it lasts, and as it ends by torch's own timeout: the line at which the other rank is
     (notice,) = [line for line in ended[1].said.splitlines() if "tp_plugin: rank 1 has waited" in line]
     assert "rank 0 is at" in notice and "in lone_collective, busy" in notice
-    assert "rank 1 lost other ranks in all_gather of the control group [0, 1]" in ended[1].said
+    assert "rank 1 lost other ranks in all_gather of the unit_cpu group [0, 1]" in ended[1].said
 
 
 def stopped(folder: str) -> None:
-    from tp_plugin.runtime import transport as exchange
+    from tp_plugin.runtime import transport
 
-    exchange.UNANSWERED = 2.0
+    transport.UNANSWERED = 2.0
     everything = begin(folder, patience=15)
     step(*everything)
     pid = Path(folder).parent / "stopped.pid"
@@ -170,7 +170,7 @@ def killed_in_saving(folder: str, output: str, who: int) -> None:
     model = everything[1]
     model.save_pretrained(output, **IN_PIECES)
     step(*everything)
-    exchange = model.tp_record.exchange
+    transport = model.tp_record.runtime.transport
     calls = []
 
     def dying(original: Any) -> Any:
@@ -181,7 +181,7 @@ def killed_in_saving(folder: str, output: str, who: int) -> None:
         return call
 
     if rank() == who == 1:
-        exchange.tensors["read"] = dying(exchange.tensors["read"])
+        transport._tensors["read"] = dying(transport._tensors["read"])
     elif rank() == who:
         saving.nameless = dying(saving.nameless)
     model.save_pretrained(output, **IN_PIECES)

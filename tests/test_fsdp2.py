@@ -41,11 +41,11 @@ def make(tp: int, model_type: str, overrides: dict[str, Any], **settings: Any) -
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     import tp_plugin
-    from tp_plugin.config.run_config import OPTIONS
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.config.keys import ENV_OPTIONS
+    from tp_plugin.runtime.runtime import stop
     from tp_plugin.shard import local_states
 
-    forget_mesh()
+    stop()
     _install()
     config = config_for(model_type, **overrides)
     model = build(config, seed=settings.pop("seed", 0))
@@ -54,7 +54,7 @@ def make(tp: int, model_type: str, overrides: dict[str, Any], **settings: Any) -
     options = {name: settings.pop(name) for name in OPTIONS_OF_OURS & settings.keys()}
     compiled = settings.pop("compiled", "")
     if tp > 1:
-        os.environ[OPTIONS] = json.dumps(options)
+        os.environ[ENV_OPTIONS] = json.dumps(options)
         model = tp_plugin.parallelize(model, tp_size=tp)
     precision = settings.pop("mixed_precision", "no")
     settings = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True} | settings
@@ -84,8 +84,8 @@ def make(tp: int, model_type: str, overrides: dict[str, Any], **settings: Any) -
 
 def step(model: Any, optimizer: Any, vocabulary: int, tp: int, number: int, sync_each: bool) -> dict[str, Any]:
     """One optimizer step of MICRO micro-batches; what this rank saw."""
-    from tp_plugin.mesh.dtensor_utils import joined
-    from tp_plugin.shard.full_tensor import plain_name
+    from tp_plugin.mesh.dtensor_utils import all_rows
+    from tp_plugin.shard.params import plain_name
 
     dp_rank = torch.distributed.get_rank() // tp
     losses = []
@@ -95,7 +95,7 @@ def step(model: Any, optimizer: Any, vocabulary: int, tp: int, number: int, sync
         (loss / MICRO).backward()
         losses.append(loss.item())
     grads = {
-        plain_name(name): joined(p.grad).detach().float().clone()
+        plain_name(name): all_rows(p.grad).detach().float().clone()
         for name, p in model.named_parameters()
         if p.grad is not None
     }
@@ -111,10 +111,11 @@ def new_optimizer(model: Any) -> torch.optim.Optimizer:
 
 
 def train(tp: int, model_type: str, overrides: dict[str, Any], settings: dict[str, Any], sync_each: bool) -> Any:
-    from tp_plugin.mesh.dtensor_utils import held, joined
-    from tp_plugin.mesh.groups import ledger
-    from tp_plugin.shard.full_tensor import plain_name
-    from tp_plugin.tensor.grad_norm import layout_of
+    from counted import ledger
+
+    from tp_plugin.mesh.dtensor_utils import all_rows, held
+    from tp_plugin.shard.params import plain_name
+    from tp_plugin.tensor.param_entry import layout_of
 
     settings = dict(settings)
     steps = settings.pop("steps", STEPS)
@@ -129,7 +130,7 @@ def train(tp: int, model_type: str, overrides: dict[str, Any], settings: dict[st
     return {
         "steps": seen,
         "moved": {book: {k: v for k, v in found.items() if v} for book, found in moved.items()},
-        "weights": {name: joined(p).detach().float().clone() for name, p in named.items()},
+        "weights": {name: all_rows(p).detach().float().clone() for name, p in named.items()},
         "layouts": {name: layout_of(p) for name, p in named.items()},
         "held": {name: held(p).numel() for name, p in named.items()},
     }
@@ -252,13 +253,13 @@ def head_case() -> list[bool]:
     from torch.distributed.tensor import DTensor
 
     from tp_plugin.engines.fsdp2 import wrapping
-    from tp_plugin.mesh.dtensor_utils import joined
-    from tp_plugin.tensor.grad_norm import layout_of
+    from tp_plugin.mesh.dtensor_utils import all_rows
+    from tp_plugin.tensor.param_entry import layout_of
 
     model, _ = make(2, *LLAMA)
     head = model.lm_head.weight
     # (torch's own gathers in the group of the first mesh that was equal to this one, which is a case of before)
-    whole = wrapping._full_tensor(joined, head)
+    whole = wrapping._full_tensor(all_rows, head)
     found = layout_of(whole)
     assert found is not None and found is layout_of(head)
     return [hasattr(DTensor.full_tensor, "tp_patched"), whole.shape == found.local_shape(0) != found.shape]
@@ -318,11 +319,13 @@ def test_bytes(dp: int, reshard: bool, sequence: bool) -> None:
         kept = sum(size for name, size in held.items() if name in ("model.norm.weight", "lm_head.weight"))
         whole = sum(held.values())
         gathered = 2 * whole - kept if reshard else whole
-        moved = {key: size for key, size in result["moved"]["bytes"].items() if key.endswith("/dp")}
+        moved = {key: size for key, size in result["moved"]["bytes"].items() if key.endswith("/data")}
         expected = {
-            "all_gather_into_tensor/dp": MICRO * gathered / dp, "reduce_scatter_tensor/dp": whole, "all_reduce/dp": 4
-        }  # fmt: skip
-        moved.pop("all_gather/dp", None)  # this test's own, which reads the gradients
+            "all_gather_into_tensor/data": MICRO * gathered / dp,
+            "reduce_scatter_tensor/data": whole,
+            "all_reduce/data": 4,
+        }
+        moved.pop("all_gather/data", None)  # this test's own, which reads the gradients
         assert moved == ({} if dp == 1 else expected)
         tp_side = {key: size for key, size in result["moved"]["count"].items() if key.endswith("/tp")}
         assert tp_side == ddp_counts(sequence)
@@ -335,15 +338,17 @@ def ddp_counts(sequence: bool) -> dict[str, int]:
 
 
 def count_without(sequence: bool) -> dict[str, int]:
-    import tp_plugin
-    from tp_plugin.config.run_config import OPTIONS
-    from tp_plugin.engines import torch_utils
-    from tp_plugin.mesh.groups import forget_mesh, ledger
+    from counted import ledger
 
-    forget_mesh()
+    import tp_plugin
+    from tp_plugin.config.keys import ENV_OPTIONS
+    from tp_plugin.engines import torch_utils
+    from tp_plugin.runtime.runtime import stop
+
+    stop()
     torch_utils.install()
     model = build(config_for("llama", **LLAMA[1], vocab_size=96))
-    os.environ[OPTIONS] = json.dumps({"sequence_parallel": sequence})
+    os.environ[ENV_OPTIONS] = json.dumps({"sequence_parallel": sequence})
     tp_plugin.parallelize(model, tp_size=2)
     before = dict(ledger["count"])
     for micro in range(MICRO):
@@ -442,9 +447,9 @@ def refusals(tp: int) -> list[str]:
     from torch.distributed.device_mesh import init_device_mesh
 
     from tp_plugin import TPError, parallelize
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
 
-    forget_mesh()
+    stop()
     _install()
     model = parallelize(build(config_for("llama")), tp_size=tp)
     world = torch.distributed.get_world_size()

@@ -155,17 +155,16 @@ def test_assisted(assistant: str) -> None:
 
 def alone_case() -> list[list[Any]]:
     """The leader generates alone, with what cannot simply be sent to its peer, which waits at a barrier."""
-    from tp_plugin.mesh.groups import require_mesh
+    from tp_plugin.runtime.current import require
     from tp_plugin.runtime.sync_points import BARRIER
-    from tp_plugin.runtime.transport import exchange
     from tp_plugin.shard import parallelize
 
     whole, sharded = pair(2)
     small = build(config_for("llama", num_hidden_layers=1, hidden_size=24), seed=1).eval()
     helper = parallelize(copy.deepcopy(small), 2)
     whole.eval(), sharded.eval()
-    sync_points = exchange(require_mesh()).sync_points
-    sync_points.meet(BARRIER)
+    sync_points = require().sync_points
+    sync_points.rendezvous(BARRIER)
     found = []
     with generation():
         if rank() == 0:
@@ -173,7 +172,7 @@ def alone_case() -> list[list[Any]]:
             for model, assistants in ((whole, [small, small]), (sharded, [helper, small])):
                 found.append([tokens(model, prompt=one, do_sample=True, assistant_model=a) for a in assistants])
                 found[-1] += [streamed(model), tokens(model, cache_implementation="static", num_beams=2)]
-        sync_points.meet(BARRIER)
+        sync_points.rendezvous(BARRIER)
     return found
 
 
@@ -184,16 +183,16 @@ def test_the_main_process_alone_brings_its_streamer_and_its_assistant() -> None:
 
 def encoder_decoder_alone_case(model_type: str) -> list[Any]:
     """The leader alone: a forward, beams; then all of them train."""
-    from tp_plugin.mesh.groups import forget_mesh, require_mesh
+    from tp_plugin.runtime.current import require
+    from tp_plugin.runtime.runtime import stop
     from tp_plugin.runtime.sync_points import BARRIER
-    from tp_plugin.runtime.transport import exchange
     from tp_plugin.shard import parallelize
 
-    forget_mesh()
+    stop()
     whole = build(config_for(model_type), auto="AutoModelForSeq2SeqLM").eval()
     sharded = parallelize(copy.deepcopy(whole), 2)
-    sync_points = exchange(require_mesh()).sync_points
-    sync_points.meet(BARRIER)
+    sync_points = require().sync_points
+    sync_points.rendezvous(BARRIER)
     found: list[Any] = []
     with generation():
         if rank() == 0:
@@ -201,7 +200,7 @@ def encoder_decoder_alone_case(model_type: str) -> list[Any]:
                 with torch.no_grad():
                     loss = model(input_ids=PROMPT, attention_mask=MASK, labels=PROMPT.flip(1)).loss.item()
                 found.append([loss, tokens(model), tokens(model, num_beams=3)])
-        sync_points.meet(BARRIER)
+        sync_points.rendezvous(BARRIER)
     for model in (whole, sharded):
         model.train()
         found.append(model(input_ids=PROMPT, attention_mask=MASK, labels=PROMPT.flip(1)).loss.item())

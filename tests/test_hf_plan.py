@@ -14,8 +14,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from workers import run
 
-from tp_plugin.cli.parity import Result, compare
-from tp_plugin.cli.target import build, small_config
+from tp_plugin.cli.models import build, small_config
+from tp_plugin.cli.parity import compare
+from tp_plugin.cli.parity_result import Result
 from tp_plugin.errors import PolicyError
 from tp_plugin.policy import make_plan, policies, policy_for
 from tp_plugin.policy.hf_plan import PROVEN, policy_from_plan
@@ -41,10 +42,10 @@ USUAL = ("cwm", "afmoe", "exaone_moe", "minicpm3", "aria_text", "olmo_hybrid")
 
 def imported(model_type: str, tp: int) -> Result:
     """Run on every rank."""
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
 
     warnings.filterwarnings("ignore")
-    forget_mesh()
+    stop()
     random.seed(0)
     np.random.seed(0)
     config = small(model_type, tp)

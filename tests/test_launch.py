@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from tp_plugin.config.run_config import Options
+from tp_plugin.config import environment
+from tp_plugin.config.resolve import current_config, resolve
+from tp_plugin.config.run_config import RunConfig
+from tp_plugin.config.written import Written
 from tp_plugin.errors import TPError
-from tp_plugin.launch import autoload
 
 CONFIG = """\
 compute_environment: LOCAL_MACHINE
@@ -23,39 +26,79 @@ num_machines: 1
 num_processes: 2
 main_process_port: 0
 """
+TRAINS = """\
+import os, sys
+from accelerate import Accelerator
+a = Accelerator()
+size, options = (os.environ.get("TP_PLUGIN_" + name) for name in ("TP_SIZE", "OPTIONS"))
+sys.stdout.write(f"SEES {size} {options} {a.num_processes} {a.is_main_process}\\n")  # one write a rank
+"""
+LOOKS = """\
+import os, sys
+values = [os.environ.get(name) for name in ("TP_PLUGIN_TP_SIZE", "TP_PLUGIN_OPTIONS", "WORLD_SIZE", "RANK")]
+sys.stdout.write(" ".join(map(str, ["SEES", *values])) + "\\n")
+"""
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` in a fresh interpreter (output captured), with the plugin's variables only as given."""
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``command`` (output captured), with the plugin's variables only as given."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("TP_PLUGIN", "TORCH_DEVICE"))}
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**kept, **environment}, capture_output=True, text=True, timeout=120
-    )
+    env = {**kept, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
-def launch(tmp_path: Path, config: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a fresh interpreter."""
+    return run([sys.executable, "-c", code, *arguments], **environment)
+
+
+def launch(
+    tmp_path: Path, config: str, *arguments: str, script: str = TRAINS, to_script: tuple[str, ...] = (), **env: str
+) -> subprocess.CompletedProcess[str]:
     """``accelerate launch`` with ``config`` of a script that says what it sees."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import os, sys\nfrom accelerate import Accelerator\na = Accelerator()\n"
-        "size, options = (os.environ.get('TP_PLUGIN_' + name) for name in ('TP_SIZE', 'OPTIONS'))\n"
-        "sys.stdout.write(f'SEES {size} {options} {a.num_processes} {a.is_main_process}\\n')\n"  # one write a rank
-    )
+    (tmp_path / "script.py").write_text(script)
     (tmp_path / "config.yaml").write_text(config)
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("TP_PLUGIN", "TORCH_DEVICE"))}
-    return subprocess.run(
-        [*command, "--config_file", str(tmp_path / "config.yaml"), *arguments, str(script)],
-        env={**kept, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    words = ["--config_file", str(tmp_path / "config.yaml"), *arguments, str(tmp_path / "script.py"), *to_script]
+    return run([*command, *words], **env)
 
 
 def seen(result: subprocess.CompletedProcess[str]) -> list[str]:
     assert result.returncode == 0, result.stdout + result.stderr
     return sorted(line for line in result.stdout.splitlines() if line.startswith("SEES"))
+
+
+DECIDE = """\
+import json, os, sys
+from accelerate.commands import launch
+from trl.cli.accelerate_launcher import launch_training_script
+before = dict(os.environ)
+for arguments, environment in json.loads(sys.argv[1]):
+    os.environ.update(environment)
+    said = None
+    try:
+        if arguments[0] == "trl":
+            check = launch._validate_launch_command
+            launch_training_script("sft.py", arguments[1:], [], launch_command_fn=check)
+        else:
+            launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
+    except SystemExit as stop:
+        said = stop.code
+    print("DECIDED", json.dumps([*map(os.environ.get, ("TP_PLUGIN_TP_SIZE", "TP_PLUGIN_OPTIONS")), said]))
+    os.environ.clear()
+    os.environ.update(before)
+"""
+
+
+def decide(cases: dict[str, tuple[list[str], dict[str, str]]]) -> dict[str, list[Any]]:
+    """What the launcher decides for each (arguments, environment), all in one process that starts nothing.
+
+    Returns for each case TP_PLUGIN_TP_SIZE, TP_PLUGIN_OPTIONS, and the message with which the launch ended, or None.
+    """
+    result = python(DECIDE, json.dumps(list(cases.values())))
+    lines = [line.removeprefix("DECIDED") for line in result.stdout.splitlines() if line.startswith("DECIDED")]
+    assert len(lines) == len(cases), result.stdout + result.stderr
+    return dict(zip(cases, map(json.loads, lines), strict=True))
 
 
 # --- without the key ------------------------------------------------------------------------------------------------
@@ -69,7 +112,8 @@ def test_without_the_key_nothing_is_imported_or_patched() -> None:
         "accelerate.PartialState.__init__.__module__, accelerate.utils.operations.torch is torch]))"
     )
     modules, *owners = json.loads(result.stdout)
-    light = ["", ".launch", ".launch.autoload", ".launch.deepspeed_config", ".launch.imports"]
+    config = ["", ".config", ".config.environment", ".config.keys"]
+    light = [*config, ".launch", ".launch.autoload", ".launch.deepspeed_config", ".launch.imports"]
     assert modules == [f"tp_plugin{name}" for name in light], result.stderr
     assert owners == ["torch.nn.utils.clip_grad", "accelerate.accelerator", "accelerate.state", True]
 
@@ -124,26 +168,51 @@ def test_every_library_is_patched_whichever_is_imported_first(first: str) -> Non
 # --- accelerate launch ----------------------------------------------------------------------------------------------
 
 
-def test_key_in_the_file(tmp_path: Path) -> None:
-    lines = seen(launch(tmp_path, CONFIG + "tp_size: 2\ntp_plugin:\n  audit_every: 3\n"))
+@pytest.mark.parametrize("kind", ["MULTI_CPU", "MULTI_GPU"])
+def test_key_in_the_file(tmp_path: Path, kind: str) -> None:
+    keys = "tp_size: 2\ntp_plugin:\n  audit_every: 3\n"
+    lines = seen(launch(tmp_path, CONFIG.replace("MULTI_CPU", kind) + keys))
     assert lines == ['SEES 2 {"audit_every": 3} 1 False', 'SEES 2 {"audit_every": 3} 1 True']
 
 
-@pytest.mark.parametrize("flag", [["--tp_size", "2"], ["--tp-size=2"]])
-def test_key_on_the_command_line(tmp_path: Path, flag: list[str]) -> None:
-    assert len(seen(launch(tmp_path, CONFIG, *flag))) == 2
+BIN = Path(sys.executable).parent
+LAUNCHES_ITSELF = """\
+import sys
+from accelerate.commands.launch import launch_command, launch_command_parser
+launch_command(launch_command_parser().parse_args(sys.argv[1:]))
+"""
+FORMS = {
+    "accelerate-launch": [str(BIN / "accelerate-launch")],
+    "python -m accelerate.commands.launch": [sys.executable, "-m", "accelerate.commands.launch"],
+    "launch_command in a script": [sys.executable, "-c", LAUNCHES_ITSELF],
+}
+"""Beside `python -m accelerate.commands.accelerate_cli launch`, which :func:`launch` is, like `accelerate launch`."""
 
 
-def test_multi_gpu_with_use_cpu_counts_its_processes(tmp_path: Path) -> None:
-    config = CONFIG.replace("MULTI_CPU", "MULTI_GPU").replace("num_processes: 2", "num_processes: 4") + "tp_size: 2\n"
-    lines = seen(launch(tmp_path, config))
-    assert lines == ["SEES 2 {} 2 False"] * 3 + ["SEES 2 {} 2 True"]
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_the_launcher_knows_the_key(tmp_path: Path, form: str) -> None:
+    config, script = tmp_path / "config.yaml", tmp_path / "script.py"
+    config.write_text(CONFIG + "tp_size: 2\n")
+    script.write_text(LOOKS)
+    assert seen(run([*FORMS[form], "--config_file", str(config), str(script)])) == ["SEES 2 {} 2 0", "SEES 2 {} 2 1"]
 
 
-def test_disabled_the_key_is_legal_and_does_nothing(tmp_path: Path) -> None:
-    config = CONFIG.replace("num_processes: 2", "num_processes: 1") + "tp_size: 2\n"
-    result = launch(tmp_path, config, TP_PLUGIN_DISABLE="1")
-    assert seen(result) == ["SEES None None 1 True"]
+NOTEBOOK = """\
+import os, sys
+from accelerate import Accelerator, notebook_launcher
+os.environ["TP_PLUGIN_TP_SIZE"] = "2"  # in a later cell than the imports
+def main():
+    a = Accelerator(cpu=True)
+    sys.stdout.write(f"SEES {a.num_processes} {a.is_main_process}\\n")
+notebook_launcher(main, num_processes=2, use_port=sys.argv[1])
+"""
+
+
+def test_notebook_launcher() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    assert seen(python(NOTEBOOK, port)) == ["SEES 1 False", "SEES 1 True"]
 
 
 def test_without_the_plugin_accelerate_would_refuse_the_key(tmp_path: Path) -> None:
@@ -151,10 +220,30 @@ def test_without_the_plugin_accelerate_would_refuse_the_key(tmp_path: Path) -> N
     assert "unknown keys (['tp_size'])" in result.stderr, "Accelerate changed: is tp_size its own key now?"
 
 
+ACCEPTED: dict[str, tuple[str, list[str], dict[str, str], list[str | None]]] = {
+    # keys in the file, arguments, environment → TP_PLUGIN_TP_SIZE and TP_PLUGIN_OPTIONS of the workers
+    "no key": ("", [], {}, [None, None]),
+    "the file": ("tp_size: 2\ntp_plugin: {audit_every: 3}\n", [], {}, ["2", '{"audit_every": 3}']),
+    "off": ("tp_size: 1\n", [], {}, ["1", "{}"]),
+    "an option": ("", ["--tp_size", "2"], {}, ["2", "{}"]),
+    "an option with dashes": ("", ["--tp-size=2"], {}, ["2", "{}"]),
+    "an option before the file": ("tp_size: 1\n", ["--tp_size", "2"], {}, ["2", "{}"]),
+    "options as an option": ("tp_size: 2\n", ["--tp_plugin", "{fuse: true}"], {}, ["2", '{"fuse": true}']),
+    "the environment": (
+        "",
+        [],
+        {"TP_PLUGIN_TP_SIZE": "2", "TP_PLUGIN_OPTIONS": '{"fuse": true}'},
+        ["2", '{"fuse": true}'],
+    ),
+    "the file before the environment": ("tp_size: 2\n", [], {"TP_PLUGIN_TP_SIZE": "1"}, ["2", "{}"]),
+    "disabled": ("tp_size: 2\n", [], {"TP_PLUGIN_DISABLE": "1"}, [None, None]),
+    "trl": ("tp_size: 2\n", ["trl"], {}, ["2", "{}"]),
+    "trl's own file": ("", ["trl", "--tp_size", "2", "--tp_plugin", "{'fuse': True}"], {}, ["2", '{"fuse": true}']),
+}
 REFUSED = {
     "another world": ("tp_size: 3\n", "tp_size: 3 does not divide num_processes: 2"),
-    "a word": ("tp_size: two\n", "tp_size: expected a whole number >= 1, found 'two'"),
-    "unknown key": ("tp_size: 2\ntp_plugin: {audit: 3}\n", "tp_plugin: unknown key 'audit'; the known keys are policy"),
+    "a word": ("tp_size: two\n", "tp_size: expected a whole number >= 1, found 'two' in the Accelerate config"),
+    "unknown key": ("tp_size: 2\ntp_plugin: {audit: 3}\n", "tp_plugin: unknown key 'audit' in the Accelerate config"),
     "no mapping": ("tp_size: 2\ntp_plugin: 7\n", "tp_plugin: expected a mapping"),
     "nested": ("parallelism_config:\n  tp_size: 2\n", "`parallelism_config.tp_size: 2` has no effect there"),
     "both": (
@@ -165,15 +254,37 @@ REFUSED = {
 }
 
 
+@pytest.fixture(scope="module")
+def decided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    folder, cases = tmp_path_factory.mktemp("decided"), {}
+    for name, (keys, *rest) in (ACCEPTED | REFUSED).items():
+        config = folder / f"{name}.yaml"
+        config.write_text((CONFIG.replace("MULTI_CPU", "FSDP") if name == "FSDP" else CONFIG) + keys)
+        arguments, environment = rest[:2] if name in ACCEPTED else ([], {})
+        launcher = ["trl"] if "trl" in arguments else []
+        options = [word for word in arguments if word != "trl"]
+        cases[name] = (
+            [*launcher, "--config_file", str(config), *options, *([] if launcher else ["x.py"])],
+            environment,
+        )
+    return decide(cases)
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_what_the_workers_are_told(decided: dict[str, list[Any]], case: str) -> None:
+    assert decided[case] == [*ACCEPTED[case][3], None]
+
+
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_before_anything_starts(tmp_path: Path, case: str) -> None:
-    keys, message = REFUSED[case]
-    result = launch(tmp_path, (CONFIG.replace("MULTI_CPU", "FSDP") if case == "FSDP" else CONFIG) + keys)
-    assert result.returncode == 1
-    assert "tp_plugin: " in result.stderr and message in result.stderr and "Traceback" not in result.stderr, (
-        result.stderr
-    )
-    assert "SEES" not in result.stdout
+def test_refused_before_anything_starts(decided: dict[str, list[Any]], case: str) -> None:
+    message = decided[case][2]
+    assert message is not None and message.startswith("tp_plugin: ") and REFUSED[case][1] in message
+
+
+def test_a_refusal_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
+    result = launch(tmp_path, CONFIG + "tp_size: 3\n")
+    assert result.returncode == 1 and "SEES" not in result.stdout
+    assert "tp_plugin: tp_size: 3 does not divide" in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
 def test_one_process_is_refused_when_the_state_is_made() -> None:
@@ -181,21 +292,49 @@ def test_one_process_is_refused_when_the_state_is_made() -> None:
     assert "tp_size=2 needs 2 processes or a multiple, but this is one process" in result.stderr
 
 
-# --- options --------------------------------------------------------------------------------------------------------
+# --- RunConfig ------------------------------------------------------------------------------------------------------
 
 
-def test_options_survive_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = Options.parse("4", {"policy": "a:B", "audit_every": 5, "leave_whole": ["bert"]})
-    for key, value in options.to_environment().items():
-        monkeypatch.setenv(key, value)
+def test_a_config_survives_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig.parse("4", {"policy": "a:B", "audit_every": 5, "leave_whole": ["bert"]})
+    for name in ("TP_PLUGIN_TP_SIZE", "TP_PLUGIN_OPTIONS"):
+        monkeypatch.setenv(name, "")  # so that it is taken back
     monkeypatch.delenv("TP_PLUGIN_DISABLE", raising=False)
-    assert Options.from_environment() == options == Options(4, "a:B", 5, ("bert",))
+    environment.publish(config.as_written())
+    assert current_config() == config == RunConfig(4, "a:B", 5, ("bert",))
+    monkeypatch.setenv("TP_PLUGIN_DISABLE", "1")
+    assert current_config() == RunConfig()
+
+
+def test_the_precedence_is_one() -> None:
+    places = {
+        "command_line": Written("the command line", 2, {"audit_every": 1}),
+        "accelerate_yaml": Written("the file", 4, {"audit_every": 2}),
+        "environment": Written("the environment", 8, {"audit_every": 3}),
+        "deepspeed": Written("ds.json", None, {"audit_every": 4}),
+    }
+    for audit_every, (size, place) in enumerate(zip((2, 4, 8, 1), list(places), strict=True), start=1):
+        assert resolve(**places) == RunConfig(size, audit_every=audit_every)
+        del places[place]
+    assert resolve() == RunConfig()
+    # each key by itself
+    assert resolve(command_line=Written("x", "2"), environment=Written("y", None, {"fuse": True})) == RunConfig(
+        2, fuse=True
+    )
+
+
+@pytest.mark.parametrize("place", ["command_line", "accelerate_yaml", "environment"])
+def test_a_deepspeed_config_must_agree(place: str) -> None:
+    inner = Written("ds.json", 2)
+    assert resolve(**{place: Written("here", "2")}, deepspeed=inner) == RunConfig(2)
+    with pytest.raises(TPError, match=r"tp_size is 4 in here, but 2 in ds\.json; write it in one place"):
+        resolve(**{place: Written("here", 4)}, deepspeed=inner)
 
 
 @pytest.mark.parametrize("bad", [0, -1, "x", None, True, 1.5])
 def test_bad_sizes(bad: Any) -> None:
     with pytest.raises(TPError, match="tp_size: expected a whole number"):
-        Options.parse(bad)
+        RunConfig.parse(bad)
 
 
 @pytest.mark.parametrize(
@@ -208,44 +347,4 @@ def test_bad_sizes(bad: Any) -> None:
 )
 def test_bad_options(mapping: dict[str, Any], message: str) -> None:
     with pytest.raises(TPError, match=message):
-        Options.parse(2, mapping)
-
-
-@pytest.mark.parametrize(
-    ("argv", "is_launcher"),
-    [
-        (["/usr/bin/accelerate", "launch", "x.py"], True),
-        (["/usr/bin/accelerate-launch", "x.py"], True),
-        (["-m", "launch"], True),
-        (["/site-packages/accelerate/commands/launch.py"], True),
-        (["/usr/bin/accelerate", "config"], False),
-        (["train.py", "launch"], False),
-        (["/home/me/launch.py"], False),
-        ([], False),
-    ],
-)
-def test_launchers_are_known(argv: list[str], is_launcher: bool) -> None:
-    assert autoload._is_accelerate_launch(argv) is is_launcher
-
-
-@pytest.mark.parametrize("how", ["accelerate_config", "config", "inside", "option"])
-def test_trl_launches_by_accelerate(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``trl sft`` is seen as a launcher, wherever it is told of the key."""
-    from tp_plugin.launch import accelerate_cli, autoload
-
-    launch, own = tmp_path / "launch.yaml", tmp_path / "sft.yaml"
-    launch.write_text("num_processes: 2\ntp_size: 2\n")
-    own.write_text(f"accelerate_config: {launch}\n" if how == "inside" else "tp_size: 2\n")
-    argv = ["/bin/trl", "sft", *{
-        "accelerate_config": ["--accelerate_config", str(launch)], "config": ["--config", str(own)],
-        "inside": ["--config", str(own)], "option": ["--tp_size", "2"],
-    }[how]]  # fmt: skip
-    awaited: list[str] = []
-    monkeypatch.setattr(accelerate_cli, "after_import", lambda name, action: awaited.append(name))
-    monkeypatch.delenv("TP_PLUGIN_TP_SIZE", raising=False)
-    assert autoload._is_accelerate_launch(argv)
-    accelerate_cli.register(argv)
-    assert awaited == ["accelerate.commands.config.config_args", "accelerate.commands.launch"]
-    awaited.clear()
-    accelerate_cli.register(["/bin/trl", "sft", "--learning_rate", "1"])
-    assert not awaited
+        RunConfig.parse(2, mapping)

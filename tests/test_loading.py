@@ -84,7 +84,8 @@ def pair(folder: str, dtype: torch.dtype | None = None, **kwargs: Any) -> tuple[
 
 def unread(model: nn.Module) -> int:
     """How many bytes of the model's parameters nobody has read yet."""
-    from tp_plugin.shard.lazy_load import LazyParameter, is_mapped, pages_read
+    from tp_plugin.shard.lazy_load import LazyParameter, is_mapped
+    from tp_plugin.shard.mapped_file import pages_read
 
     return sum(
         p.nbytes for p in model.parameters() if isinstance(p, LazyParameter) or (is_mapped(p) and pages_read(p) == 0)
@@ -347,14 +348,14 @@ def test_a_model_left_whole_is_read_whole(folders: dict[str, str]) -> None:
 
 
 def test_mappings_go_with_their_models(folders: dict[str, str]) -> None:
-    from tp_plugin.shard import lazy_load
+    from tp_plugin.shard import mapped_file
 
-    before = len(lazy_load._mappings)
+    before = len(mapped_file.mappings)
     for dtype in DTYPES:
         _, lazy = pair(folders["llama"], dtype)
-        assert len(lazy_load._mappings) > before
+        assert len(mapped_file.mappings) > before
         del lazy
-        assert len(lazy_load._mappings) == before
+        assert len(mapped_file.mappings) == before
 
 
 def test_only_the_kernel_knows_who_wrote(folders: dict[str, str]) -> None:
@@ -375,11 +376,11 @@ def test_a_row_split_touches_no_foreign_page(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     from tp_plugin.policy import ParamLayout
-    from tp_plugin.shard import lazy_load
+    from tp_plugin.shard import lazy_load, mapped_file
 
     rows = 4096  # of 1 KB
     save_file({"w": torch.arange(rows * 256, dtype=torch.float32).view(rows, 256)}, tmp_path / "x.safetensors")
-    found = lazy_load.open_checkpoint(tmp_path / "x.safetensors")
+    found = mapped_file.open_checkpoint(tmp_path / "x.safetensors")
     assert found is not None
     weight = found["w"]
     for dim, layout in enumerate([
@@ -389,12 +390,12 @@ def test_a_row_split_touches_no_foreign_page(tmp_path: Path) -> None:
         before = _read_so_far()
         local = lazy_load.read_shard(weight, layout, 0)
         assert 0 <= _read_so_far() - before - local.nbytes < 200_000  # and what this test reads in /proc
-        assert lazy_load.pages_read(weight) == 0
+        assert mapped_file.pages_read(weight) == 0
         whole = torch.arange(rows * 256, dtype=torch.float32).view(rows, 256)
         assert torch.equal(local, whole.narrow(dim, 0, (1024, 128)[dim]))
     weight[0, 0] = 5.0  # from now on the file is not asked
     assert lazy_load.read_shard(weight, layout, 0)[0, 0] == 5.0
-    assert lazy_load.pages_read(weight) > 0
+    assert mapped_file.pages_read(weight) > 0
 
 
 def _read_so_far() -> int:
@@ -403,18 +404,18 @@ def _read_so_far() -> int:
 
 
 def sharded_case(folder: str, dtype: torch.dtype | None, optimizer_first: bool) -> dict[str, Any]:
-    from tp_plugin.mesh.groups import forget_mesh
-    from tp_plugin.shard import lazy_load, parallelize
+    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.shard import lazy_load, mapped_file, parallelize
 
-    forget_mesh()
+    stop()
     plain = load(folder, dtype)
     with patched():
-        lazy_load.read_bytes.clear()
+        mapped_file.read_bytes.clear()
         lazy = load(folder, dtype)
         optimizer = torch.optim.AdamW(lazy.parameters(), lr=1e-2) if optimizer_first else None
         ids = {name: id(p) for name, p in lazy.named_parameters()}
         parallelize(lazy, 2)
-        taken = dict(lazy_load.read_bytes)
+        taken = dict(mapped_file.read_bytes)
     assert {name: id(p) for name, p in lazy.named_parameters()} == ids
     rank = torch.distributed.get_rank()
     layouts = lazy.tp_record.plan.layouts
@@ -449,10 +450,10 @@ def test_each_rank_reads_its_share(folders: dict[str, str], name: str, dtype: to
 
 def changed_case(folder: str, dtype: torch.dtype | None) -> bool:
     """One rank changed a weight before prepare: the leader's count, as ever."""
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
     from tp_plugin.shard import parallelize
 
-    forget_mesh()
+    stop()
     plain = load(folder, dtype)
     with patched():
         lazy = load(folder, dtype)
@@ -476,10 +477,10 @@ def test_ranks_agree_also_when_one_has_written(folders: dict[str, str], dtype: t
 
 def copies_case(folder: str, other: str) -> bool:
     """Each rank has files of its own (as on two hosts), and they differ."""
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
     from tp_plugin.shard import parallelize
 
-    forget_mesh()
+    stop()
     plain = load(folder)
     rank = torch.distributed.get_rank()
     with patched():
@@ -500,13 +501,13 @@ def test_files_that_differ_between_hosts_are_noticed(folders: dict[str, str], tm
 
 
 def memory_case(folder: str, dtype: torch.dtype | None) -> dict[str, int]:
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
     from tp_plugin.shard import lazy_load, parallelize
 
-    forget_mesh()
+    stop()
     with patched():
         parallelize(load(folder, dtype), 2)  # imports, groups, caches of the allocator
-        forget_mesh()
+        stop()
         before = _memory("VmRSS")
         with open("/proc/self/clear_refs", "w", encoding="ascii") as peak:
             peak.write("5")

@@ -27,10 +27,11 @@ def lora_case(model_type: str, overrides: dict[str, Any], dropout: float, **own:
 
     from tp_plugin.engines import peft as engine
     from tp_plugin.engines import torch_utils
-    from tp_plugin.mesh.groups import forget_mesh, require_mesh
+    from tp_plugin.runtime.current import require
+    from tp_plugin.runtime.runtime import stop
     from tp_plugin.shard import parallelize
 
-    forget_mesh()
+    stop()
     torch_utils.install()
     for seed_all in (random.seed, np.random.seed, torch.manual_seed):
         seed_all(0)
@@ -45,7 +46,7 @@ def lora_case(model_type: str, overrides: dict[str, Any], dropout: float, **own:
     sharded = copy.deepcopy(whole)
     parallelize(sharded, 2)
     plan = sharded.base_model.model.tp_record.plan
-    mesh = require_mesh()
+    mesh = require().mesh
     found: dict[str, Any] = {"losses": [], "norms": [], "columns": []}
     for model in (whole, sharded):
         torch.manual_seed(5)
@@ -64,7 +65,7 @@ def lora_case(model_type: str, overrides: dict[str, Any], dropout: float, **own:
     prefix = "base_model.model."
     deviations = {}
     for name, grad in found[True].items():
-        gathered = plan.layouts[name.removeprefix(prefix)].gather(mesh.control.gather_objects(grad))
+        gathered = plan.layouts[name.removeprefix(prefix)].gather(mesh.unit_cpu.gather_objects(grad))
         expected = found[False][name]
         deviations[name] = ((gathered - expected).norm() / expected.norm()).item()
     adapter = {k: v for k, v in sharded.state_dict().items() if "lora_" in k}

@@ -29,7 +29,7 @@ def tensors(output: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 def asked(model: torch.nn.Module, **how: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """What a training forward returns, and the gradients of a loss that is made of all of it."""
-    from tp_plugin.cli.inputs import batch
+    from tp_plugin.cli.random_batch import batch
 
     torch.manual_seed(3)
     output = model.train()(**batch(model, 0), output_attentions=True, output_hidden_states=True, **how)
@@ -41,9 +41,9 @@ def asked(model: torch.nn.Module, **how: Any) -> tuple[dict[str, torch.Tensor], 
 
 
 def returned_case(tp: int, model_type: str, overrides: dict[str, Any], how: dict[str, Any], **options: bool) -> Any:
-    from tp_plugin.cli.target import build
-    from tp_plugin.config.run_config import Options
-    from tp_plugin.mesh.groups import require_mesh
+    from tp_plugin.cli.models import build
+    from tp_plugin.config.run_config import RunConfig
+    from tp_plugin.runtime.current import require
     from tp_plugin.shard import parallelize
 
     fresh()
@@ -53,9 +53,9 @@ def returned_case(tp: int, model_type: str, overrides: dict[str, Any], how: dict
             each._attn_implementation = "eager"
     whole, sharded = build(config, meta=False), build(config, meta=False)
     sharded.load_state_dict(whole.state_dict())
-    parallelize(sharded, tp, options=Options(tp, **options))
+    parallelize(sharded, tp, options=RunConfig(tp, **options))
     (expected, grads), (got, local) = (asked(model, **how) for model in (whole, sharded))
-    plan, rank = sharded.tp_record.plan, require_mesh().tp.rank
+    plan, rank = sharded.tp_record.plan, require().mesh.tp.rank
     size = torch.stack([grad.norm() for grad in grads.values()]).norm()
     apart = {
         name: f"{tuple(t.shape)} {tuple(got[name].shape)}"
@@ -113,9 +113,9 @@ def after_training_case() -> list[list[int]]:
     """A short input without gradients, as long as a rank's part of the input before."""
     from test_parallel import pair
 
-    from tp_plugin.config.run_config import Options
+    from tp_plugin.config.run_config import RunConfig
 
-    _, sharded = pair(2, options=Options(2, sequence_parallel=True))
+    _, sharded = pair(2, options=RunConfig(2, sequence_parallel=True))
     ids = torch.arange(3, 15).unsqueeze(0)
     lengths = []
     for tokens, gradients in ((ids, True), (ids[:, :6], False), (ids[:, :1], True)):

@@ -19,10 +19,10 @@ GQA = {"num_attention_heads": 4, "num_key_value_heads": 1}
 def pair(tp: int, model_type: str = "llama", seed: int = 0, options: Any = None, **overrides: Any) -> tuple[Any, Any]:
     """A plain model and its sharded copy, on a fresh mesh."""
     from tp_plugin.engines import torch_utils
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
     from tp_plugin.shard import parallelize
 
-    forget_mesh()
+    stop()
     for seed_all in (random.seed, np.random.seed, torch.manual_seed):
         seed_all(0)
     whole = build(config_for(model_type, **overrides), seed)
@@ -200,14 +200,13 @@ def test_a_learned_mask_is_refused() -> None:
 
 
 def other_place_case() -> str:
-    from tp_plugin.mesh.groups import require_mesh
+    from tp_plugin.runtime.current import require
     from tp_plugin.runtime.sync_points import BARRIER
-    from tp_plugin.runtime.transport import exchange
 
     _, sharded = pair(2)
     if rank() == 0:
         return expect("a lone training forward", lambda: sharded(**batch(97, 0)))
-    return expect("a lone barrier", lambda: exchange(require_mesh()).sync_points.meet(BARRIER))
+    return expect("a lone barrier", lambda: require().sync_points.rendezvous(BARRIER))
 
 
 def test_ranks_at_different_places_are_told_at_once() -> None:
@@ -222,13 +221,12 @@ def main_only_case() -> dict[str, Any] | None:
     from transformers import GenerationMixin
 
     from tp_plugin.engines.transformers import _generate
-    from tp_plugin.mesh.groups import require_mesh
+    from tp_plugin.runtime.current import require
     from tp_plugin.runtime.sync_points import BARRIER
-    from tp_plugin.runtime.transport import exchange
 
     whole, sharded = pair(2, **GQA)
-    sync_points = exchange(require_mesh()).sync_points
-    sync_points.meet(BARRIER)
+    sync_points = require().sync_points
+    sync_points.rendezvous(BARRIER)
     prompt = batch(97, 3, size=1, length=4)["input_ids"]
     found: dict[str, Any] = {}
     if rank() == 1:
@@ -244,7 +242,7 @@ def main_only_case() -> dict[str, Any] | None:
         tokens = _generate(GenerationMixin.generate, sharded, prompt, max_new_tokens=8, do_sample=True, pad_token_id=0)
         found["tokens"] = [expected.tolist(), tokens.tolist()]
     before = torch.get_rng_state()
-    sync_points.meet(BARRIER)
+    sync_points.rendezvous(BARRIER)
     found["generators kept"] = torch.equal(before, torch.get_rng_state())
     return found
 
@@ -262,9 +260,8 @@ def loader_on_main_case() -> list[list[int]]:
     from accelerate.state import PartialState
 
     from tp_plugin.engines.accelerate import loaders
-    from tp_plugin.mesh.groups import require_mesh
+    from tp_plugin.runtime.current import require
     from tp_plugin.runtime.sync_points import BARRIER
-    from tp_plugin.runtime.transport import exchange
 
     pair(2)
     loader = data_loader.DataLoaderShard(list(range(5)), batch_size=2)
@@ -272,7 +269,7 @@ def loader_on_main_case() -> list[list[int]]:
     epochs = [[b.tolist() for b in loaders._iterate(plain, loader)]]
     if rank() == 0:
         epochs.append([b.tolist() for b in loaders._iterate(plain, loader)])
-    exchange(require_mesh()).sync_points.meet(BARRIER)
+    require().sync_points.rendezvous(BARRIER)
     PartialState._reset_state()  # iterating made one; this worker's next case must not find it
     return epochs
 
@@ -300,7 +297,7 @@ def unequal_case() -> dict[str, Any]:
     from tp_plugin.engines.accelerate import operations
 
     mesh = pair(2)[1].tp_record.mesh
-    over = operations.OverDP()
+    over = operations.DPScopedDist()
     value = torch.tensor([float(rank()), 1.0])
     gathered = [torch.zeros(2) for _ in range(mesh.dp_size)]
     over.all_gather(gathered, value)
@@ -328,12 +325,12 @@ def test_the_leaders_value_is_the_groups(ranks: int) -> None:
 
 def audit_beside_case() -> str:
     """A home-made head around a sharded model."""
-    from tp_plugin.config.run_config import Options
+    from tp_plugin.config.run_config import RunConfig
     from tp_plugin.shard import parallelize
 
     whole, _ = pair(2, **GQA)
     model = parallelize(
-        torch.nn.ModuleDict({"body": whole, "score": torch.nn.Linear(3, 1)}), 2, options=Options(2, audit_every=1)
+        torch.nn.ModuleDict({"body": whole, "score": torch.nn.Linear(3, 1)}), 2, options=RunConfig(2, audit_every=1)
     )
     model["body"](**batch(97, 0))
     with torch.no_grad():
@@ -342,9 +339,9 @@ def audit_beside_case() -> str:
 
 
 def audit_case() -> str:
-    from tp_plugin.config.run_config import Options
+    from tp_plugin.config.run_config import RunConfig
 
-    _, sharded = pair(2, options=Options(2, audit_every=2), **GQA)
+    _, sharded = pair(2, options=RunConfig(2, audit_every=2), **GQA)
     sharded(**batch(97, 0))
     sharded(**batch(97, 0))  # audited, and equal
     with torch.no_grad():
@@ -419,9 +416,10 @@ def states_case() -> dict[str, Any]:
     whole, sharded = pair(2, tie_word_embeddings=True, **GQA)
     found: dict[str, Any] = {}
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (whole, sharded)]
+    from tp_plugin.runtime.current import require
     from tp_plugin.shard import shard_optimizer
 
-    shard_optimizer(optimizers[1])
+    shard_optimizer(optimizers[1], require())
     for model, optimizer in zip((whole, sharded), optimizers, strict=True):
         model(**batch(97, 0)).loss.backward()
         optimizer.step()
@@ -441,7 +439,7 @@ def states_case() -> dict[str, Any]:
     found["missing"] = str(other.load_state_dict(states[1]))
     resumed = torch.optim.AdamW(other.parameters(), lr=1e-2)
     other(**batch(97, 0)).loss.backward()  # the copy's gradients sum over replicas too
-    shard_optimizer(resumed)
+    shard_optimizer(resumed, require())
     resumed.load_state_dict(copy.deepcopy(optimizers[1].state_dict()))  # torch shares tensors otherwise
     for model, optimizer in ((sharded, optimizers[1]), (other, resumed), (whole, optimizers[0])):
         optimizer.zero_grad()
@@ -464,10 +462,10 @@ def test_state_dicts_are_whole_and_go_back_in() -> None:
 
 
 def moved_on_case(counted: bool) -> str:
-    from tp_plugin.runtime import transport as exchange
+    from tp_plugin.runtime import published
 
     _, sharded = pair(2)
-    exchange.PATIENCE = 1.0
+    published.PATIENCE = 1.0
     try:
         if rank() == 0:
             message = expect("a peer that changed its weights", sharded.state_dict)
@@ -478,7 +476,7 @@ def moved_on_case(counted: bool) -> str:
             message = ""
         torch.distributed.barrier()
     finally:
-        exchange.PATIENCE = 30.0
+        published.PATIENCE = 30.0
     return message
 
 
@@ -510,11 +508,12 @@ def test_a_peer_that_lags_is_waited_for() -> None:
 
 def lbfgs_case() -> str:
     from tp_plugin.errors import TPError
+    from tp_plugin.runtime.current import require
     from tp_plugin.shard import shard_optimizer
 
     _, sharded = pair(2)
     with pytest.raises(TPError) as raised:
-        shard_optimizer(torch.optim.LBFGS(sharded.parameters()))
+        shard_optimizer(torch.optim.LBFGS(sharded.parameters()), require())
     return str(raised.value)
 
 

@@ -11,7 +11,8 @@ from models import build, config_for
 from workers import WorkerError, run
 from zoo import fresh
 
-from tp_plugin.cli.parity import Result, compare
+from tp_plugin.cli.parity import compare
+from tp_plugin.cli.parity_result import Result
 from tp_plugin.policy import policy_for
 
 LAYERS = 2
@@ -91,10 +92,12 @@ def side_by_side_case(change: str) -> tuple[int, int, float]:
     """Run on every rank: all-reduces of a forward and of its backward, and the distance to the whole model's output."""
     import copy
 
-    import tp_plugin
-    from tp_plugin.mesh.groups import forget_mesh, ledger
+    from counted import ledger
 
-    forget_mesh()
+    import tp_plugin
+    from tp_plugin.runtime.runtime import stop
+
+    stop()
     whole = build(config_for("gptj"))
     sharded = copy.deepcopy(whole)
     tp_plugin.parallelize(sharded, tp_size=2)
@@ -166,11 +169,11 @@ def test_experts_implementation(model_type: str, expert_parallel: bool, implemen
 def shared_dropout_case() -> list[float]:
     """Losses of the whole and the sharded DeBERTa from equal generators; all dropouts but the probabilities' on."""
     import tp_plugin
-    from tp_plugin.cli.inputs import loss_of
-    from tp_plugin.cli.target import build
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.cli.models import build
+    from tp_plugin.cli.random_batch import loss_of
+    from tp_plugin.runtime.runtime import stop
 
-    forget_mesh()
+    stop()
     whole = build(config_for("deberta-v2", hidden_dropout_prob=0.3), meta=False).train()
     sharded = tp_plugin.parallelize(copy.deepcopy(whole), tp_size=2)
     losses = []

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad
 
-from tp_plugin.engines.accelerate.operations import OverDP
+from tp_plugin.engines.accelerate.operations import DPScopedDist
 
 
 def distributed_calls(module: Any) -> set[str]:
@@ -40,7 +40,7 @@ def distributed_calls(module: Any) -> set[str]:
 
 @pytest.mark.parametrize("module", [accelerate.utils.operations, accelerate.utils.random])
 def test_accelerate_calls_only_collectives_that_are_redirected(module: Any) -> None:
-    unknown = distributed_calls(module) - set(OverDP.HANDLED)
+    unknown = distributed_calls(module) - set(DPScopedDist.HANDLED)
     assert not unknown, f"{module.__name__} now calls torch.distributed.{unknown}: over which group should it go?"
 
 

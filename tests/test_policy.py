@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections.abc import Callable
 from importlib.metadata import entry_points
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +18,21 @@ import tp_plugin
 from model_policies.gpt2 import GPT2
 from model_policies.llama import POLICIES
 from tp_plugin.errors import PolicyError
-from tp_plugin.policy import Policy, Vocabulary, check_config, even, make_plan, policies, policy_for, registry
+from tp_plugin.policy import (
+    MLP,
+    Attention,
+    Block,
+    Experts,
+    Policy,
+    Vocabulary,
+    check_config,
+    even,
+    make_plan,
+    policies,
+    policy_for,
+    q,
+    registry,
+)
 
 LLAMA = POLICIES[0]
 
@@ -70,7 +87,7 @@ def test_renamed_module_is_named() -> None:
 
 
 def test_renamed_attribute_is_named() -> None:
-    block = dataclasses.replace(LLAMA.blocks[0], local={"n_rep": "groups"})
+    block = dataclasses.replace(LLAMA.blocks[0], local_sizes={"n_rep": "groups"})
     with pytest.raises(PolicyError, match="has no attribute 'n_rep'"):
         make_plan(meta(), dataclasses.replace(LLAMA, blocks=(block, LLAMA.blocks[1])), 2)
 
@@ -101,6 +118,35 @@ def test_wrapped_linear_is_refused() -> None:
 def test_too_many_ranks_is_known_from_the_config() -> None:
     with pytest.raises(PolicyError, match=r"larger than the number of attention heads \(4\)"):
         check_config(config_for("llama"), LLAMA, 8)
+
+
+@pytest.mark.parametrize(
+    "make, new, value",
+    [
+        (lambda: Attention("a", at="self"), "entry", "self"),
+        (lambda: Attention("a", local={"n": "groups"}), "local_sizes", {"n": "groups"}),
+        (lambda: Attention("a", wide_norms={"norm": q}), "sharded_norms", {"norm": q}),
+        (lambda: MLP("m", having="up"), "requires", "up"),
+        (lambda: Block("b", {}, {}, having="up"), "requires", "up"),
+        (lambda: Experts("e", once=("bias",)), "bias_shards", ("bias",)),
+        (lambda: Experts("e", eager_parts=False), "eager_supports_ep", False),
+        (lambda: Policy(("t",), side_by_side="h.*"), "parallel_residual", "h.*"),
+        (lambda: Policy(("t",), side_by_side_if=callable), "parallel_residual_if", callable),
+        (lambda: dataclasses.replace(LLAMA.blocks[0], local={"n": "groups"}), "local_sizes", {"n": "groups"}),
+    ],
+)
+def test_renamed_keywords_are_accepted_with_a_warning(make: Callable[[], Any], new: str, value: object) -> None:
+    with pytest.warns(DeprecationWarning, match=rf"\(\w+=…\) is deprecated .*write {new}=…$"):
+        assert getattr(make(), new) == value
+
+
+def test_new_keywords_do_not_warn_and_unknown_ones_are_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        block = Attention("a", entry="self", requires="q", local_sizes={"n": "groups"})
+        assert dataclasses.replace(block, entry="").local_sizes == {"n": "groups"}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'onse'"):
+        Experts("e", onse=("bias",))
 
 
 def test_no_policy_says_what_to_write() -> None:

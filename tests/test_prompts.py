@@ -54,9 +54,9 @@ KIND_OF_MODEL = {
 def prompt_case(tp: int, model_type: str, overrides: dict[str, Any], kind: str) -> dict[str, Any]:
     """Three clipped steps of two micro-batches, then some tokens; beside plain PEFT."""
     import peft
+    from counted import ledger
 
     from tp_plugin.engines import torch_utils
-    from tp_plugin.mesh import groups as mesh
     from tp_plugin.shard import parallelize
 
     fresh()
@@ -86,13 +86,13 @@ def prompt_case(tp: int, model_type: str, overrides: dict[str, Any], kind: str) 
                 if task == "SEQ_CLS":
                     data["labels"] = torch.tensor([0, 1])
                 loss = model(**data).loss
-                before_backward = mesh.ledger["count"].copy()
+                before_backward = ledger["count"].copy()
                 loss.backward()
                 found["losses"].append(loss.item())
             trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
             if step == 0:
                 found["grads"].append({name: p.grad.clone() for name, p in trained.items()})
-                found["counts"].append(dict(mesh.ledger["count"] - before_backward))
+                found["counts"].append(dict(ledger["count"] - before_backward))
             found["norms"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1).item())
             optimizer.step()
             optimizer.zero_grad()

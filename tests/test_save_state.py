@@ -27,12 +27,12 @@ def accelerated(tp: int) -> Iterator[None]:
     """A worker of Accelerate with ``tp_size``, for one case."""
     from tp_plugin.engines import patching, torch_utils
     from tp_plugin.launch.worker import _PATCHES
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
 
     names = [name for name in _PATCHES if name.startswith("accelerate.") and "deepspeed" not in name]
     modules = {name: importlib.import_module(name) for name in names}
     modules["accelerate.state"].AcceleratorState._reset_state(True)
-    forget_mesh()
+    stop()
     os.environ |= {"TP_PLUGIN_TP_SIZE": str(tp), "ACCELERATE_USE_CPU": "true"}
     before = len(patching._originals)
     mine: list[Any] = []

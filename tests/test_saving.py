@@ -22,10 +22,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def save_case(model_type: str, folder: str, max_shard_size: str, main_only: bool) -> bool:
     from tp_plugin.engines import transformers as engine
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
     from tp_plugin.shard import parallelize
 
-    forget_mesh()
+    stop()
     sharded = build(config_for(model_type), 0)
     parallelize(sharded, 2)
     rank = torch.distributed.get_rank()
@@ -50,10 +50,10 @@ def test_the_files_are_those_of_transformers(model_type: str, max_shard_size: st
 
 def memory_case(folder: str, max_shard_size: str) -> dict[str, int]:
     from tp_plugin.engines import saving
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
     from tp_plugin.shard import parallelize
 
-    forget_mesh()
+    stop()
     config = config_for(
         "llama", hidden_size=512, intermediate_size=2048, vocab_size=6000, num_hidden_layers=4, num_key_value_heads=4
     )
@@ -87,10 +87,10 @@ def broken_case(folder: str) -> list[str]:
     import transformers.modeling_utils as modeling
 
     from tp_plugin.engines import saving
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
     from tp_plugin.shard import parallelize
 
-    forget_mesh()
+    stop()
     sharded = build(config_for("llama"), 0)
     parallelize(sharded, 2)
     written: list[str] = []
@@ -121,10 +121,10 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path) -> None:
 
 def promise_case() -> bool:
     """Whatever is done with a promise is done with the whole tensor."""
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
     from tp_plugin.shard import has_lazy, lazy_full_tensors, materialize, parallelize
 
-    forget_mesh()
+    stop()
     whole = build(config_for("llama"), 0)
     sharded = copy.deepcopy(whole)
     parallelize(sharded, 2)
@@ -162,9 +162,8 @@ def mixed_case(folder: str, alone: bool) -> list[str]:
     from test_parallel import pair, rank
 
     from tp_plugin.engines import patching, saving
-    from tp_plugin.mesh.groups import require_mesh
+    from tp_plugin.runtime.current import require
     from tp_plugin.runtime.sync_points import BARRIER
-    from tp_plugin.runtime.transport import exchange
 
     _, sharded = pair(2)
 
@@ -181,7 +180,7 @@ def mixed_case(folder: str, alone: bool) -> list[str]:
     try:
         if not alone or rank() == 0:
             Around().save_pretrained(folder)
-        exchange(require_mesh()).sync_points.meet(BARRIER)
+        require().sync_points.rendezvous(BARRIER)
         dist.barrier()
         config = json.loads((Path(folder) / "config.json").read_text())
         return [config["model_type"], *sorted(path.name for path in Path(folder).iterdir())]

@@ -13,11 +13,12 @@ from zoo import fresh
 
 
 def collectives_case() -> dict[str, Any]:
+    from tp_plugin.config.run_config import RunConfig
     from tp_plugin.engines import patching, sentence_transformers
-    from tp_plugin.mesh import groups as mesh
+    from tp_plugin.runtime.runtime import start, stop
 
-    mesh.forget_mesh()
-    process = mesh.init_mesh(2).dp.rank
+    stop()
+    process = start(RunConfig(2)).mesh.data.rank
     module: Any = SimpleNamespace(dist=torch.distributed, torch=torch)
     sentence_transformers.install(module)
     try:
@@ -63,13 +64,13 @@ def forward_case(same: bool, gradients: bool) -> str:
     from transformers import AutoModel
 
     import tp_plugin
-    from tp_plugin.mesh.groups import require_mesh
+    from tp_plugin.runtime.current import require
 
     fresh()
     whole = build(config_for("bert"))
     model = AutoModel.from_config(whole.config)
     model = tp_plugin.parallelize(model, tp_size=2)
-    ids = torch.arange(3, 12).unsqueeze(0) + (0 if same else require_mesh().tp.rank)
+    ids = torch.arange(3, 12).unsqueeze(0) + (0 if same else require().mesh.tp.rank)
     with torch.set_grad_enabled(gradients):
         try:
             model.forward(input_ids=ids)  # as sentence-transformers does: none of the model's hooks runs

@@ -15,7 +15,7 @@ from models import build, config_for
 from test_parity import LAYERS, assert_parity, parity
 from workers import WorkerError, run
 
-from tp_plugin.cli.parity import Result
+from tp_plugin.cli.parity_result import Result
 
 USUAL = ("llama", "qwen3", "gpt2", "gptj", "bert", "t5", "falcon")
 OTHERS = (
@@ -62,18 +62,18 @@ def test_collectives() -> None:
         assert result.collectives.pop("all_gather/tp") == 3 * blocks + 2 + 1
         # the embedding, the head's backward, the norms in the layers
         assert result.collectives.pop("all_reduce/tp") == 2 + 2 * LAYERS
-        assert result.collectives.pop("all_gather/control") == 1
+        assert result.collectives.pop("all_gather/unit_cpu") == 1
         assert result.collectives == {}
 
 
 def kept(tp: int, sequence_parallel: bool) -> float:
     """Run on every rank: bytes that autograd keeps of a layer: a third of what five layers keep beyond two."""
     import tp_plugin
-    from tp_plugin.config.run_config import OPTIONS
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.config.keys import ENV_OPTIONS
+    from tp_plugin.runtime.runtime import stop
 
-    forget_mesh()
-    os.environ[OPTIONS] = json.dumps({"sequence_parallel": sequence_parallel})
+    stop()
+    os.environ[ENV_OPTIONS] = json.dumps({"sequence_parallel": sequence_parallel})
     found = []
     for layers in (2, 5):
         size = {"n_layer": layers, "n_embd": 64, "n_head": 4, "n_inner": 256, "vocab_size": 8}
@@ -103,11 +103,11 @@ def test_activations_of_a_layer(tp: int) -> None:
 def trained(change: str) -> tuple[list[float], list[tuple[int, ...]], float]:
     """Run on every rank: losses of two steps, the shapes that norms saw, the distance to the whole model's weights."""
     import tp_plugin
-    from tp_plugin.config.run_config import OPTIONS
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.config.keys import ENV_OPTIONS
+    from tp_plugin.runtime.runtime import stop
 
-    forget_mesh()
-    os.environ[OPTIONS] = json.dumps({"sequence_parallel": True})
+    stop()
+    os.environ[ENV_OPTIONS] = json.dumps({"sequence_parallel": True})
     whole = build(config_for("llama", attention_dropout=0.3 if change == "dropout" else 0.0))
     sharded = copy.deepcopy(whole)
     tp_plugin.parallelize(sharded, tp_size=2)
@@ -157,7 +157,7 @@ def test_reentrant_checkpoints_are_refused() -> None:
     ],
 )
 def test_what_cannot_be_split_is_refused(model_type: str, message: str) -> None:
-    from tp_plugin.cli.target import build as build_on_meta
+    from tp_plugin.cli.models import build as build_on_meta
     from tp_plugin.policy import make_plan, policy_for
     from tp_plugin.policy.stacks import stacks
 

@@ -40,16 +40,18 @@ def _off(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def scores_case(kind: str) -> dict[str, Any]:
+    from counted import ledger
     from trl.kernels import ChunkedLogProbFunction
 
+    from tp_plugin.config.run_config import RunConfig
     from tp_plugin.engines.trl import OPTIONAL, _LogProbs
-    from tp_plugin.mesh import groups as mesh
     from tp_plugin.policy import ParamLayout
     from tp_plugin.policy.split import vocabulary_rows
+    from tp_plugin.runtime.runtime import start, stop
     from tp_plugin.tensor import grad_norm as layouts
 
-    mesh.forget_mesh()
-    group = mesh.init_mesh(2).tp
+    stop()
+    group = start(RunConfig(2)).mesh.tp
     torch.manual_seed(0)
     size, width, tokens = 97, 12, 30
     hidden, weight, bias = torch.randn(tokens, width), torch.randn(size, width), torch.randn(size)
@@ -68,11 +70,11 @@ def scores_case(kind: str) -> dict[str, Any]:
         if split:
             layouts.attach(w, layout)
             layouts.attach(b, biases)
-        before = {name: dict(book) for name, book in mesh.ledger.items()}
+        before = {name: dict(book) for name, book in ledger.items()}
         fetched: Any = Gathering() if split and kind == "partitioned" else lambda *_: contextlib.nullcontext()
         with fetched(w, b):
             found = _LogProbs(ChunkedLogProbFunction, fetched).apply(x, w, b, targets, *rest)
-        forward = {n: mesh.ledger["bytes"][n] - before["bytes"].get(n, 0) for n in mesh.ledger["bytes"]}
+        forward = {n: ledger["bytes"][n] - before["bytes"].get(n, 0) for n in ledger["bytes"]}
         weights = torch.linspace(-1, 1, tokens)
         (found[0] * weights + 0.3 * found[1] * weights.flip(0)).sum().backward()
         results.append([None if one is None else one.detach() for one in found])
@@ -128,16 +130,17 @@ def test_distillation_by_whole_heads_is_refused() -> None:
 
 
 def rewards_case() -> list[float]:
+    from tp_plugin.config.run_config import RunConfig
     from tp_plugin.engines import patching
     from tp_plugin.engines.trl import install_rewards
-    from tp_plugin.mesh import groups as mesh
+    from tp_plugin.runtime.runtime import start, stop
 
     class GRPOTrainer:
         def _calculate_rewards(self, count: int) -> torch.Tensor:
             return torch.full((count,), float(torch.distributed.get_rank()))  # a judge that each rank asks for itself
 
-    mesh.forget_mesh()
-    mesh.init_mesh(2)
+    stop()
+    start(RunConfig(2))
     install_rewards(type("module", (), {"GRPOTrainer": GRPOTrainer}))
     try:
         return GRPOTrainer()._calculate_rewards(3).tolist()

@@ -13,10 +13,11 @@ from torch import nn
 from workers import run
 from zoo import fresh
 
-from tp_plugin.cli import hints
 from tp_plugin.cli.main import main
-from tp_plugin.cli.parity import Result, prove_here
-from tp_plugin.config.run_config import OPTIONS
+from tp_plugin.cli.parity_result import Result
+from tp_plugin.cli.policy_hints import explain_failures, hint_for_block
+from tp_plugin.cli.proof import prove_here
+from tp_plugin.config.keys import ENV_OPTIONS
 from tp_plugin.errors import TPError
 from tp_plugin.policy import BlockPlan, HeadSplit, ParamLayout, Plan
 
@@ -41,7 +42,7 @@ POLICY = Policy(
 """
 RIGHT = {
     "COLUMNS": 'columns={"q_proj": q, "k_proj": kv, "v_proj": kv},',
-    "LOCAL": 'local={"num_key_value_groups": "groups"}',
+    "LOCAL": 'local_sizes={"num_key_value_groups": "groups"}',
     "NORMS": '"layers.*.input_layernorm", "layers.*.post_attention_layernorm", "norm"',
 }
 
@@ -72,7 +73,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof runs on ranks that are there already."""
 
     def prove(config: Any, reference: str | None, tp: int) -> list[Result]:
-        results = run(tp, proven, config, reference, tp, json.loads(os.environ[OPTIONS]))
+        results = run(tp, proven, config, reference, tp, json.loads(os.environ[ENV_OPTIONS]))
         for result in results:
             if isinstance(result, TPError):
                 raise result
@@ -160,7 +161,7 @@ def test_mistake_a_module_is_misspelt(tiny: str, tmp_path: Path, capsys: pytest.
 @pytest.mark.usefixtures("started")
 def test_mistake_the_numbers_are_wrong(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A block whose input is not named gets no sum in its backward: the forward is right, the gradients are not."""
-    wrong = policy(tmp_path, LOCAL='local={"num_key_value_groups": "groups"}, inputs=("position_embeddings",)')
+    wrong = policy(tmp_path, LOCAL='local_sizes={"num_key_value_groups": "groups"}, inputs=("position_embeddings",)')
     assert main(["verify", tiny, "--policy", wrong]) == 1
     shown = capsys.readouterr().out
     assert "FAILED: gradient deviates" in shown and "FAILED: weight deviates" in shown
@@ -202,23 +203,23 @@ def counted() -> tuple[nn.Module, Plan]:
 def test_counts_of_the_whole_model_are_named() -> None:
     """Only what the forward reads, and no head size that happens to equal a count."""
     model, plan = counted()
-    hint = hints.of_block(model, plan, "0.proj")
-    assert hint == "in 0, heads = 4 counts the whole model's, this rank has 2: add it to `local` as 'q_heads'"
+    hint = hint_for_block(model, plan, "0.proj")
+    assert hint == "in 0, heads = 4 counts the whole model's, this rank has 2: add it to `local_sizes` as 'q_heads'"
     plan.attributes["0", "heads"] = (2, 2)
-    assert "what enters 0 is right" in hints.of_block(model, plan, "0")
-    assert hints.of_block(model, plan, "1") == ""
+    assert "what enters 0 is right" in hint_for_block(model, plan, "0")
+    assert hint_for_block(model, plan, "1") == ""
 
 
 def test_an_exception_names_the_innermost_module() -> None:
     model, plan = counted()
     with (
         pytest.raises(TPError, match=r"the whole model cannot run: 0\.proj \(Linear\) raised RuntimeError: mat1"),
-        hints.explained(model, None),
+        explain_failures(model, None),
     ):
         model[0].proj(torch.ones(1, 8))
     with (
         pytest.raises(TPError, match=r"the sharded model cannot run: 0 \(Counted\) raised .* in 0, heads = 4"),
-        hints.explained(model, plan),
+        explain_failures(model, plan),
     ):
         model(torch.ones(1, 8))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -23,13 +23,13 @@ class Pair:
     """A plain head, and the same one split over the ranks as the plugin does it."""
 
     def __init__(self, tp: int, vocabulary: int, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN):
-        from tp_plugin.mesh.groups import forget_mesh, init_mesh
-        from tp_plugin.runtime.transport import exchange
-        from tp_plugin.tensor.vocab import VocabularyColumns
+        from tp_plugin.config.run_config import RunConfig
+        from tp_plugin.runtime.runtime import start, stop
+        from tp_plugin.tensor.vocab import Vocabulary, VocabularyColumns
 
-        forget_mesh()
-        mesh = init_mesh(tp)
-        exchange(mesh)
+        stop()
+        runtime = start(RunConfig(tp))
+        mesh, peers = runtime.mesh, runtime.remote_logits
         self.group = mesh.tp
         torch.manual_seed(0)
         self.plain = nn.Linear(hidden, vocabulary).to(dtype)
@@ -41,7 +41,7 @@ class Pair:
         self.padding = (0, tp * width - vocabulary)
         self.split.weight.data = F.pad(self.plain.weight.data, (0, 0, *self.padding))[self.rows].clone()
         self.split.bias.data = F.pad(self.plain.bias.data, self.padding)[self.rows].clone()
-        columns = VocabularyColumns(vocabulary, width)
+        columns = VocabularyColumns(Vocabulary(vocabulary, width, mesh.tp, peers))
         self.split.register_forward_pre_hook(columns.before)
         self.split.register_forward_hook(columns.after, prepend=True)
 
@@ -52,7 +52,7 @@ class Pair:
 
     def apart(self, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """Relative deviations of the loss and of the gradients, and the bytes that the split head sent."""
-        from tp_plugin.mesh.groups import ledger
+        from counted import ledger
 
         ledger["bytes"].clear()
         found = self._run(self.split, loss_of)
@@ -98,7 +98,7 @@ def test_numbers(tp: int, vocabulary: int) -> None:
 
 
 def bytes_case(tp: int) -> dict[str, dict[str, int]]:
-    from tp_plugin.mesh.groups import ledger
+    from counted import ledger
 
     pair, found = Pair(tp, 97), {}
     for loss_of in (losses.causal, losses.smoothed, losses.accuracy, losses.log_probabilities, losses.sorted_columns):
@@ -124,7 +124,7 @@ def test_bytes() -> None:
 
 def bf16_case(tp: int) -> dict[str, tuple[float, float]]:
     """Distances from fp64 of the split head in bf16 and of the plain one."""
-    pair, exact, found = Pair(tp, 97, torch.bfloat16), Pair(tp, 97, torch.bfloat16), {}
+    exact, pair, found = Pair(tp, 97, torch.bfloat16), Pair(tp, 97, torch.bfloat16), {}  # the last one has the groups
     exact.plain.double()
     for loss_of in (losses.causal, losses.capped, losses.scaled, losses.biased, losses.smoothed, losses.distilled):
         want = exact._run(exact.plain, lambda logits, of=loss_of: of(logits).double())
@@ -221,8 +221,7 @@ def reading_case(tp: int) -> None:
 def whole(logits: torch.Tensor) -> torch.Tensor:
     """Another gather than the one under test."""
     found = [None] * torch.distributed.get_world_size()
-    (leaf,) = logits.tensors  # type: ignore[attr-defined]
-    torch.distributed.all_gather_object(found, logits.tensors[leaf])  # type: ignore[attr-defined]
+    torch.distributed.all_gather_object(found, logits.expr.data)  # type: ignore[attr-defined]
     return torch.cat(found, -1)[:, : logits.shape[-1]].reshape(logits.shape).clone()
 
 
@@ -236,10 +235,10 @@ def test_reading(tp: int) -> None:
 
 def _models() -> tuple[Any, nn.Module, nn.Module]:
     import tp_plugin
-    from tp_plugin.mesh.groups import forget_mesh
     from tp_plugin.policy import policy_for
+    from tp_plugin.runtime.runtime import stop
 
-    forget_mesh()
+    stop()
     config = config_for("llama")
     sharded, plain = build(config), build(config)
     tp_plugin.parallelize(sharded, tp_size=torch.distributed.get_world_size(), policy=policy_for(config))
@@ -442,15 +441,16 @@ def test_others_have_left_the_function() -> None:
 
 def kept_memory_case() -> tuple[int, int]:
     """Logits that a script drops are held for slower peers only until the ranks have met."""
-    from tp_plugin.mesh.groups import shelf
+    from tp_plugin.runtime.current import require
 
     config, sharded, _ = _models()
     outputs = _forward(sharded.train(), config, 0)
     loss = outputs.loss
     del outputs
-    held = len(shelf.before())
+    deferred = require().mesh.context.deferred
+    held = len(deferred.before())
     loss.backward()
-    return held, len(shelf.before())
+    return held, len(deferred.before())
 
 
 def test_dropped_logits_are_let_go() -> None:

@@ -25,23 +25,26 @@ def _transformers(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def _same_gradients(model: torch.nn.Module) -> None:
-    from tp_plugin.mesh.groups import require_mesh
-    from tp_plugin.tensor.grad_norm import layout_of
+
+    from tp_plugin.runtime.current import require
+    from tp_plugin.tensor.param_entry import layout_of
 
     for parameter in model.parameters():
         layout = layout_of(parameter)
         shape = parameter.shape if layout is None else layout.shape
         grad = torch.randn(shape)
-        parameter.grad = grad if layout is None else layout.shard(grad, require_mesh().tp.rank)
+        parameter.grad = grad if layout is None else layout.shard(grad, require().mesh.tp.rank)
 
 
 def whole_step_case(kind: str) -> dict[str, Any]:
+    from counted import ledger
+
     from tp_plugin.engines import torch_utils
-    from tp_plugin.mesh import groups as mesh
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.current import require
+    from tp_plugin.runtime.runtime import stop
     from tp_plugin.shard import parallelize, shard_optimizer
 
-    forget_mesh()
+    stop()
     torch_utils.install()
     torch.manual_seed(0)
     whole = build(config_for("llama", **GQA))
@@ -49,7 +52,7 @@ def whole_step_case(kind: str) -> dict[str, Any]:
     # one optimizer is built before its model is sharded, as scripts do
     optimizers = [MAKERS[kind](model) for model in (whole, sharded)]
     parallelize(sharded, 2)
-    shard_optimizer(optimizers[1])
+    shard_optimizer(optimizers[1], require())
     calls = []
     optimizers[1].register_step_post_hook(lambda *args: calls.append(1))
     found: dict[str, Any] = {}
@@ -65,9 +68,9 @@ def whole_step_case(kind: str) -> dict[str, Any]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             if kind == "muon":  # rounds to bf16, so it tells gradients apart that are equal up to their last digits
                 _same_gradients(model)
-            before = mesh.ledger["count"]["all_gather/tp"]
+            before = ledger["count"]["all_gather/tp"]
             optimizer.step()
-            found["gathers"] = mesh.ledger["count"]["all_gather/tp"] - before
+            found["gathers"] = ledger["count"]["all_gather/tp"] - before
             optimizer.zero_grad()
     states = [model.state_dict() for model in (whole, sharded)]
     kept = [optimizer.state_dict()["state"] for optimizer in optimizers]
@@ -101,14 +104,15 @@ class AdamW8bit(torch.optim.SGD):
 
 def blockwise_case() -> str:
     from tp_plugin.errors import TPError
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.current import require
+    from tp_plugin.runtime.runtime import stop
     from tp_plugin.shard import parallelize, shard_optimizer
 
-    forget_mesh()
+    stop()
     model = build(config_for("llama", **GQA))
     parallelize(model, 2)
     with pytest.raises(TPError) as raised:
-        shard_optimizer(AdamW8bit(model.parameters(), lr=1.0))
+        shard_optimizer(AdamW8bit(model.parameters(), lr=1.0), require())
     return str(raised.value)
 
 

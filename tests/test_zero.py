@@ -12,7 +12,7 @@ import torch
 from models import adapted, batch, build, config_for
 from workers import run
 
-from tp_plugin.config.run_config import OPTIONS
+from tp_plugin.config.keys import ENV_OPTIONS
 
 STEPS, MICRO = 3, 2
 
@@ -39,10 +39,10 @@ def plain_again() -> None:
     import deepspeed
     from deepspeed.utils import groups
 
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # no compile, no buffers in /dev/shm
-    forget_mesh()
+    stop()
     groups.mpu = None
 
 
@@ -61,9 +61,9 @@ def train(
     import deepspeed
 
     plain_again()
-    os.environ.pop(OPTIONS, None)
+    os.environ.pop(ENV_OPTIONS, None)
     if options and tp > 1:
-        os.environ[OPTIONS] = json.dumps(options)
+        os.environ[ENV_OPTIONS] = json.dumps(options)
     settings = config_for(model_type, **overrides)
     # every rank another model: the leader's of the first TP group is what is trained
     model = build(settings, seed=torch.distributed.get_rank() if seeds and tp > 1 else 0)
@@ -83,7 +83,7 @@ def train(
         engine.compile(backend="aot_eager")
     dp_rank = torch.distributed.get_rank() // tp
     losses, norms = [], []
-    from tp_plugin.mesh.groups import ledger
+    from counted import ledger
 
     before = {key: (ledger["count"][key], ledger["bytes"][key]) for key in ledger["count"]}
     for step in range(STEPS):
@@ -105,7 +105,7 @@ def train(
         weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
     layouts = {}
     if tp > 1:
-        from tp_plugin.tensor.grad_norm import layout_of
+        from tp_plugin.tensor.param_entry import layout_of
 
         layouts = {name: layout_of(p) for name, p in model.named_parameters()}
     engine.destroy()
@@ -179,15 +179,15 @@ def test_bytes(stage: int, dp: int) -> None:
         sizes = [4 * tensor.numel() for tensor in result["weights"].values()]
         assert all(size % (4 * dp) == 0 for size in sizes)  # no padding in this model
         held = sum(sizes)
-        moved = {key: size / STEPS for key, (_, size) in result["moved"].items() if key.endswith("/dp") and size}
+        moved = {key: size / STEPS for key, (_, size) in result["moved"].items() if key.endswith("/data") and size}
         expected = {
-            0: {"all_reduce/dp": held},
-            1: {"all_reduce/dp": held + 4, "all_gather_into_tensor/dp": held / dp},
-            2: {"all_reduce/dp": MICRO * held + 4, "all_gather_into_tensor/dp": held / dp},
+            0: {"all_reduce/data": held},
+            1: {"all_reduce/data": held + 4, "all_gather_into_tensor/data": held / dp},
+            2: {"all_reduce/data": MICRO * held + 4, "all_gather_into_tensor/data": held / dp},
             3: {
-                "reduce_scatter_tensor/dp": MICRO * held,
-                "all_gather_into_tensor/dp": 2 * MICRO * held / dp,
-                "all_reduce/dp": 8,
+                "reduce_scatter_tensor/data": MICRO * held,
+                "all_gather_into_tensor/data": 2 * MICRO * held / dp,
+                "all_reduce/data": 8,
             },
         }[stage]
         assert moved == ({} if dp == 1 else expected)
@@ -344,8 +344,9 @@ def flattened_norm(tp: int) -> tuple[float, float, float]:
     import tp_plugin
     from tp_plugin.engines.deepspeed.groups import Mpu
     from tp_plugin.engines.deepspeed.norms import _norm_mask
-    from tp_plugin.mesh.groups import require_mesh
+    from tp_plugin.runtime.current import require
     from tp_plugin.tensor.grad_norm import total_norm
+    from tp_plugin.tensor.param_entry import layout_of
 
     plain_again()
     settings = config_for(*REPLICATED_KV[:1], **REPLICATED_KV[1])
@@ -355,9 +356,9 @@ def flattened_norm(tp: int) -> tuple[float, float, float]:
     flat = torch.nn.Parameter(torch.zeros(sum(p.numel() for p in group)))
     flat.grad = torch.cat([p.grad.reshape(-1) for p in group])
     mask = _norm_mask(None, None, group)
-    norm = get_flattened_grad_norm([flat], mpu=Mpu(require_mesh()), grad_norm_mask=[mask])
-    bare = get_flattened_grad_norm([flat], mpu=Mpu(require_mesh()), grad_norm_mask=[torch.empty(0)])
-    return norm, total_norm([p.grad for p in group]).item(), bare
+    norm = get_flattened_grad_norm([flat], mpu=Mpu(require().mesh), grad_norm_mask=[mask])
+    bare = get_flattened_grad_norm([flat], mpu=Mpu(require().mesh), grad_norm_mask=[torch.empty(0)])
+    return norm, total_norm([p.grad for p in group], [layout_of(p) for p in group], require().mesh).item(), bare
 
 
 def test_mask_of_the_fused_optimizer() -> None:

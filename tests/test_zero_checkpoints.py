@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import pytest
 import torch
 from models import batch, build, config_for
@@ -11,6 +14,7 @@ from workers import run
 
 from tp_plugin.cli.export import export
 from tp_plugin.cli.reshard import reshard
+from tp_plugin.config.keys import ENV_OPTIONS
 from tp_plugin.errors import TPError
 
 BEFORE, AFTER = 2, 3
@@ -36,10 +40,11 @@ def steps(engine, vocabulary, first, last, tp):
     return losses, norms
 
 
-def engine_for(tp, model, stage, lora=False, **changes):
+def engine_for(tp, model, stage, lora=False, options=None, **changes):
     import deepspeed
 
     plain_again()
+    os.environ[ENV_OPTIONS] = json.dumps(options or {})
     settings = config_for(model[0], **model[1])
     net = build(settings)
     if lora:
@@ -166,6 +171,30 @@ def test_reshard(stage, source, target, tmp_path) -> None:
     for result in ours:
         assert result[0] == pytest.approx(expected[0], rel=1e-5)
         assert result[1] == pytest.approx(expected[1], rel=1e-5)
+
+
+MIXTRAL = ("mixtral", {"num_local_experts": 4, "experts_implementation": "eager", "output_router_logits": False})
+BY_EXPERTS = {"expert_parallel": True}
+
+
+@pytest.mark.parametrize("stage", [3, rest(0), rest(2)])
+def test_resume_without_expert_parallel(stage, tmp_path) -> None:
+    """A rank then holds as many elements of the experts as before, but others: sizes do not tell, layouts do."""
+    saved, again, out = (str(tmp_path / name) for name in ("plain", "experts", "resharded"))
+    expected = run(4, uninterrupted, 1, MIXTRAL, stage, False, {}, saved)[0]
+    parallel = run(4, uninterrupted, 2, MIXTRAL, stage, False, {"options": BY_EXPERTS}, again)[0]
+    assert parallel[0] == pytest.approx(expected[0], rel=1e-5)
+    for options in ({}, BY_EXPERTS):
+        for rank, result in enumerate(run(4, resumed, 2, MIXTRAL, stage, False, {"options": options}, again)):
+            assert result[0] == pytest.approx(expected[0], rel=1e-5), f"rank {rank}, {options}"
+            assert result[1] == pytest.approx(expected[1], rel=1e-5), f"rank {rank}, {options}"
+    reshard(tmp_path / "experts", tmp_path / "resharded", None, 4, 1)
+    sidecar = json.loads(next((tmp_path / "resharded").glob("*/tp_plugin.json")).read_text())
+    assert sidecar["tp_plugin"] == BY_EXPERTS
+    experts = [layout for name, layout in sidecar["layouts"].items() if name.endswith("experts.down_proj")]
+    assert experts and all(layout["dim"] == 0 and len(layout["shape"]) == 3 for layout in experts)
+    for result in run(4, resumed, 4, MIXTRAL, stage, False, {"options": BY_EXPERTS}, out):
+        assert result[0] == pytest.approx(expected[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage, tp, dp", [(0, 4, 1), (1, 2, 2), (2, 4, 1), (3, 2, 2)])

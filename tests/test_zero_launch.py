@@ -7,18 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_launch import launch, seen
+from test_launch import LOOKS, decide, launch, seen
 
-from tp_plugin.config.run_config import Options
-from tp_plugin.engines.deepspeed import batch
-from tp_plugin.engines.deepspeed.batch import multiplied_by_world
-from tp_plugin.engines.deepspeed.config import REFUSED, options_of, refuse, without_our_keys
-from tp_plugin.engines.deepspeed.initialize import _refuse_arguments
+from tp_plugin.config.deepspeed import as_mapping, read, without_our_keys
+from tp_plugin.config.run_config import RunConfig
+from tp_plugin.engines.deepspeed.config import REFUSED, check_batch_sizes, refuse
+from tp_plugin.engines.deepspeed.initialize import _refuse_arguments, _run_config
 from tp_plugin.errors import TPError
 from tp_plugin.launch import deepspeed_config
 
@@ -48,24 +46,60 @@ def test_in_the_json_that_the_yaml_names(tmp_path: Path) -> None:
     assert seen(launch(tmp_path, config)) == ['SEES 2 {"audit_every": 5} 1 False', 'SEES 2 {"audit_every": 5} 1 True']
 
 
-def test_in_the_yaml_without_a_json(tmp_path: Path) -> None:
-    lines = seen(launch(tmp_path, CONFIG + "tp_size: 2\ndeepspeed_config:\n  zero_stage: 3\n"))
-    assert lines == ["SEES 2 {} 1 False", "SEES 2 {} 1 True"]
+def test_in_the_json_that_the_script_is_given(tmp_path: Path) -> None:
+    """`accelerate launch train.py --deepspeed ds.json`, of which Accelerate knows nothing."""
+    inner(tmp_path, tp_size=2, tp_plugin={"fuse": True})
+    config = CONFIG.replace("DEEPSPEED", "MULTI_CPU")
+    result = launch(tmp_path, config, script=LOOKS, to_script=("--deepspeed", str(tmp_path / "ds.json")))
+    assert seen(result) == ['SEES 2 {"fuse": true} 2 0', 'SEES 2 {"fuse": true} 2 1']
 
 
-@pytest.mark.parametrize(
-    "outer, keys, message",
-    [
-        ("tp_size: 1\n", {"tp_size": 2}, "tp_size is 1 in the Accelerate config"),
-        ("", {"tp_size": 3}, "tp_size: 3 does not divide num_processes: 2"),
-        ("", {"tp_size": 2, "tensor_parallel": {"autotp_size": 2}}, "`tensor_parallel.autotp_size: 2` does not go"),
-        ("tp_size: 2\n", {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size"),
-    ],
-)
-def test_refused_before_anything_starts(tmp_path: Path, outer: str, keys: dict[str, Any], message: str) -> None:
-    result = launch(tmp_path, CONFIG + outer + inner(tmp_path, **keys))
-    assert result.returncode != 0 and "SEES" not in result.stdout
-    assert message in result.stderr and "Traceback" not in result.stderr, result.stderr
+DECIDED: dict[str, tuple[str, dict[str, Any], str | list[str]]] = {
+    # keys in the YAML, keys in the JSON → the message, or TP_PLUGIN_TP_SIZE and TP_PLUGIN_OPTIONS of the workers
+    "they disagree": ("tp_size: 1\n", {"tp_size": 2}, "tp_size is 1 in the Accelerate config"),
+    "another world": ("", {"tp_size": 3}, "tp_size: 3 does not divide num_processes: 2"),
+    "AutoTP": (
+        "",
+        {"tp_size": 2, "tensor_parallel": {"autotp_size": 2}},
+        "`tensor_parallel.autotp_size: 2` is incompatible",
+    ),
+    "hpZ": (
+        "tp_size: 2\n",
+        {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+        "zero_hpz_partition_size",
+    ),
+    "both, and the YAML's options count": (
+        "tp_size: 2\ntp_plugin: {audit_every: 3}\n",
+        {"tp_size": 2, "tp_plugin": {"audit_every": 5}},
+        ["2", '{"audit_every": 3}'],
+    ),
+    "one key in each": ("tp_size: 2\n", {"tp_plugin": {"audit_every": 5}}, ["2", '{"audit_every": 5}']),
+}
+
+
+@pytest.fixture(scope="module")
+def decided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    cases: dict[str, tuple[list[str], dict[str, str]]] = {}
+    for name, (outer, keys, _) in DECIDED.items():
+        folder = tmp_path_factory.mktemp("decided")
+        (folder / "config.yaml").write_text(CONFIG + outer + inner(folder, **keys))
+        cases[name] = (["--config_file", str(folder / "config.yaml"), "x.py"], {})
+    cases["no JSON"] = (["--config_file", str(folder / "plain.yaml"), "x.py"], {})
+    (folder / "plain.yaml").write_text(CONFIG + "tp_size: 2\ndeepspeed_config:\n  zero_stage: 3\n")
+    return decide(cases)
+
+
+@pytest.mark.parametrize("case", DECIDED)
+def test_before_anything_starts(decided: dict[str, list[Any]], case: str) -> None:
+    expected, (*told, message) = DECIDED[case][2], decided[case]
+    if isinstance(expected, str):
+        assert message is not None and expected in message
+    else:
+        assert (told, message) == (expected, None)
+
+
+def test_in_the_yaml_without_a_json(decided: dict[str, list[Any]]) -> None:
+    assert decided["no JSON"] == ["2", "{}", None]
 
 
 SWITCHED_ON = {
@@ -109,30 +143,47 @@ class PipelineModule(torch.nn.Linear):
 )
 def test_arguments_that_do_not_go(given: dict[str, Any], message: str) -> None:
     with pytest.raises(TPError, match=message):
-        _refuse_arguments(given, Options(2))
+        _refuse_arguments(given, RunConfig(2))
 
 
 def test_ordinary_configs_pass() -> None:
     refuse(ZERO | {"optimizer": {"type": "AdamW"}, "tensor_parallel": {"autotp_size": 0}, "elasticity": {}}, 2)
 
 
-def test_one_place_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TP_PLUGIN_TP_SIZE", "TP_PLUGIN_OPTIONS", "TP_PLUGIN_DISABLE"):
-        monkeypatch.delenv(name, raising=False)
-    assert options_of({}, "x") == Options()
-    assert options_of({"tp_size": 2}, "x") == Options(2)
-    monkeypatch.setenv("TP_PLUGIN_TP_SIZE", "2")
-    assert options_of({}, "x") == options_of({"tp_size": 2}, "x") == Options(2)
-    with pytest.raises(TPError, match="tp_size is 4 in x, but 2 in the environment"):
-        options_of({"tp_size": 4}, "x")
-    for keys, message in {
-        "two": ({"tp_size": "two"}, "tp_size: expected a whole number >= 1, found 'two'"),
-        "option": ({"tp_size": 2, "tp_plugin": {"sequenc": 1}}, "x: tp_plugin: unknown key 'sequenc'"),
-        "nested": ({"zero_optimization": {"stage": 2, "tp_size": 2}}, "`zero_optimization.tp_size` in x has no effect"),
-    }.values():
-        with pytest.raises(TPError, match=message):
-            options_of(keys, "x")
+@pytest.fixture
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("TP_PLUGIN_TP_SIZE", "TP_PLUGIN_OPTIONS"):
+        monkeypatch.setenv(name, "")  # what is published is taken back
+    monkeypatch.delenv("TP_PLUGIN_DISABLE", raising=False)
+    return monkeypatch
+
+
+def test_one_place_is_enough(no_variables: pytest.MonkeyPatch) -> None:
+    assert _run_config({}) == RunConfig()
+    assert _run_config({"tp_size": 2, "tp_plugin": {"fuse": True}}) == RunConfig(2, fuse=True)
+    assert _run_config({}) == RunConfig(2, fuse=True), "the other engines are not told"
+    no_variables.setenv("TP_PLUGIN_OPTIONS", "")
+    assert _run_config({"tp_plugin": {"audit_every": 3}}) == RunConfig(2, audit_every=3)
+    with pytest.raises(TPError, match=r"tp_size is 2 in the environment .*, but 4 in the DeepSpeed config"):
+        _run_config({"tp_size": 4})
     assert without_our_keys({"tp_size": 2, "tp_plugin": {}, "bf16": 1}) == {"bf16": 1}
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"tp_size": "two"}, "tp_size: expected a whole number >= 1, found 'two' in the DeepSpeed config"),
+        ({"tp_size": 2, "tp_plugin": {"sequenc": 1}}, "tp_plugin: unknown key 'sequenc' in the DeepSpeed config"),
+        ({"zero_optimization": {"stage": 2, "tp_size": 2}}, "`zero_optimization.tp_size` in the DeepSpeed config has"),
+    ],
+)
+def test_bad_keys(no_variables: pytest.MonkeyPatch, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(TPError, match=message):
+        _run_config(keys)
+
+
+def test_deepspeeds_own_section_has_a_key_of_that_name() -> None:
+    assert read({"tensor_parallel": {"tp_size": 2}}, "x").is_empty
 
 
 @pytest.mark.parametrize("flag", ["--deepspeed", "--deepspeed_config", "--deepspeed-config", "--ds_config"])
@@ -157,8 +208,8 @@ def test_a_config_is_read_in_every_form(tmp_path: Path) -> None:
     path.write_text('{\n  // a comment, as DeepSpeed allows\n  "tp_size": 2\n}')
     encoded = base64.urlsafe_b64encode(b'{"tp_size": 2}').decode()
     for form in (path, str(path), {"tp_size": 2}, '{"tp_size": 2}', encoded):
-        assert deepspeed_config.read(form) == {"tp_size": 2}
-    assert deepspeed_config.read("nothing/there.json") is deepspeed_config.read(None) is None
+        assert as_mapping(form) == {"tp_size": 2}
+    assert as_mapping("nothing/there.json") is as_mapping(None) is None
 
 
 LATE = {
@@ -176,7 +227,9 @@ LATE = {
         "import sys; sys.path.insert(0, TESTS)\nimport torch, deepspeed\nfrom models import build, config_for\n"
         "model = build(config_for('llama'))\nwhole = model.lm_head.weight.shape[0]\n"
         "optimizer = torch.optim.AdamW(model.parameters())\n"
+        "import os\nCONFIG['train_batch_size'] = 4 * (int(os.environ['WORLD_SIZE']) // 2)  # 4 steps of 1 x dp\n"
         "engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)\n"
+        "assert (engine.train_batch_size(), engine.gradient_accumulation_steps()) == (4, 4)\n"
         "say(engine.dp_world_size, 0, model.lm_head.weight.shape[0] < whole and not engine.global_rank)\n"
     ),
 }
@@ -193,7 +246,10 @@ def test_a_dict_in_the_scripts_own_code(tmp_path: Path, library: str) -> None:
     head += "import sys\nsay = lambda *values: sys.stdout.write(' '.join(map(str, ['SEES', *values])) + '\\n')\n"
     script.write_text(head + LATE[library])
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("TP_PLUGIN", "TORCH_DEVICE"))}
-    command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2", str(script)]
+    torchrun = [str(Path(sys.executable).parent / "torchrun")]
+    if library == "Trainer":
+        torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    command = [*torchrun, "--standalone", "--nproc_per_node", "2", str(script)]
     before = set(os.listdir("/dev/shm"))
     result = subprocess.run(
         command, env={**kept, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, cwd=tmp_path
@@ -203,35 +259,45 @@ def test_a_dict_in_the_scripts_own_code(tmp_path: Path, library: str) -> None:
     assert not any(name.startswith("deepspeed") for name in set(os.listdir("/dev/shm")) - before)
 
 
-@pytest.mark.parametrize(
-    "line, by_world",
-    [
-        ("ds['train_batch_size'] = args.micro * torch.distributed.get_world_size() * args.steps", True),
-        ("ds = {'train_batch_size': 2 * int(os.environ['WORLD_SIZE'])}", True),
-        ("n = dist.get_world_size()\nds['train_batch_size'] = 4 * n", True),
-        ("ds['train_batch_size'] = args.total\nprint(dist.get_world_size())", False),
-        ("ds = {'train_batch_size': 32, 'world_size': 4}", False),
-        ("no python", False),
-    ],
-)
-def test_whether_a_script_multiplies_by_its_processes(line: str, by_world: bool) -> None:
-    assert multiplied_by_world(line) is by_world
+# --- batch sizes: world 4, tp 2, dp 2 ---------------------------------------------------------------------------------
+
+
+def sizes(total: Any, micro: Any, steps: Any = None) -> dict[str, Any]:
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return {key: value for key, value in zip(keys, (total, micro, steps), strict=True) if value is not None}
 
 
 @pytest.mark.parametrize(
-    "config, expected",
+    "config",
     [
-        ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 2}, (12, 3)),
-        ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}, (12, 3)),
-        # of replicas already
-        ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 6}, (24, 6)),
-        ({"train_batch_size": 12, "train_micro_batch_size_per_gpu": 2}, (12, None)),
-        ({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 2}, ("auto", None)),
+        sizes(16, 4, 2),  # of two processes
+        sizes(8, 4, 1),
+        sizes(8, 4),  # too small for four
+        sizes(None, 4, 2),
+        sizes(16, None, 2),
+        sizes("auto", "auto", "auto"),
+        sizes(24, 4, 5),  # wrong for two and for four: DeepSpeed's own message
     ],
 )
-def test_batch_sizes_that_a_script_computes(
-    monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], expected: tuple[Any, Any]
+def test_batch_sizes_that_have_one_meaning(config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    before = dict(config)
+    check_batch_sizes(config, 2, 2)
+    assert config == before and not caplog.records
+
+
+def test_a_batch_size_that_counts_ranks_is_refused() -> None:
+    with pytest.raises(TPError, match=r"write train_batch_size: 16 \(micro batch x steps x data-parallel size\)"):
+        check_batch_sizes(sizes(32, 4, 2), 2, 2)
+    check_batch_sizes(sizes(32, 4, 2), 1, 4)  # plain
+
+
+def test_without_steps_both_readings_fit_and_the_warning_says_which_one_counts(
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(batch, "_script", lambda: "ds['train_batch_size'] = micro * world_size")
-    batch.count_replicas(config, SimpleNamespace(tp_size=2, dp_size=2, is_leader=False))  # type: ignore[arg-type]
-    assert (config["train_batch_size"], config.get("gradient_accumulation_steps")) == expected
+    config = sizes(16, 4)  # 4 x get_world_size() x 1, or 4 x (get_world_size() // 2) x 2
+    check_batch_sizes(config, 2, 2)
+    assert config == sizes(16, 4)
+    assert "means gradient_accumulation_steps: 2, because with tp_size=2 the 4 ranks are 2" in caplog.text
+    caplog.clear()
+    check_batch_sizes(config, 2, 2, warn=False)
+    assert not caplog.records

@@ -13,8 +13,8 @@ from torch import nn
 from workers import run
 
 import tp_plugin
-from tp_plugin.cli.inputs import LENGTH, SAMPLES
 from tp_plugin.cli.main import main
+from tp_plugin.cli.random_batch import LENGTH, SAMPLES
 from tp_plugin.errors import PolicyError
 from tp_plugin.policy import make_plan, policies, policy_for, registry
 
@@ -81,7 +81,7 @@ def test_a_renamed_module_is_noticed(types: list[str]) -> None:
     """Each module that is split: without it the policy does not fit, and says what is missing or left over."""
     model, policy = zoo.on_meta(config_for(types[0])), policy_for(types[0])
     plan = make_plan(model, policy, 2)
-    split = [*plan.columns, *plan.rows, *plan.embeddings, *plan.heads, *plan.wide_norms]
+    split = [*plan.columns, *plan.rows, *plan.embeddings, *plan.heads, *plan.sharded_norms]
     for name in sorted({path.rpartition(".")[2] for path in split}):
         with renamed(model, name), pytest.raises(PolicyError, match=f"{name}|nothing in the policy claims"):
             make_plan(model, policy, 2)
@@ -134,7 +134,7 @@ def test_proof(case: zoo.Case) -> None:
     results = run(case.tp, zoo.prove, case)
     assert zoo.faults(results) == []
     model, plan = zoo.plan_of(case)
-    promised = sum(zoo.reductions(case.model_type, plan)) + len(plan.gradient_sums()) + 2 * len(plan.wide_norms)
+    promised = sum(zoo.reductions(case.model_type, plan)) + len(plan.gradient_sums()) + 2 * len(plan.sharded_norms)
     shared_by_some = {g for layout in plan.layouts.values() for g in layout.replica_groups if len(g) < case.tp}
     for result in results:
         assert (result.generation is True) == model.can_generate()
@@ -144,7 +144,7 @@ def test_proof(case: zoo.Case) -> None:
         # logits stay where they are: the loss takes three numbers per token
         assert result.collectives.pop("all_gather/tp", 0) == len(plan.heads)
         assert result.sent.get("all_gather/tp", 0) <= len(plan.heads) * 3 * 4 * TOKENS
-        assert result.collectives.pop("all_gather/control") == 1  # the guard
+        assert result.collectives.pop("all_gather/unit_cpu") == 1  # the guard
         assert bool(result.collectives.pop("all_reduce/replicas", 0)) == bool(shared_by_some)
         assert result.collectives == {}, "an unexpected collective"
 

@@ -23,14 +23,16 @@ from models import OWN, config_for
 from torch import nn
 from transformers import PreTrainedModel
 
-from tp_plugin.cli.dropout import Dropout, dropouts, prove_dropout
-from tp_plugin.cli.parity import Result, compare
-from tp_plugin.cli.target import build, typical_share
-from tp_plugin.config.run_config import OPTIONS
+from tp_plugin.cli.dropout import dropouts, prove_dropout
+from tp_plugin.cli.models import build, typical_share
+from tp_plugin.cli.parity import compare
+from tp_plugin.cli.parity_result import DropoutResult, Result
+from tp_plugin.config.keys import ENV_OPTIONS
 from tp_plugin.policy import Attention, Experts, Plan, Policy, make_plan, policies, policy_for
 from tp_plugin.policy.hf_plan import PROVEN
 from tp_plugin.policy.names import matches
-from tp_plugin.policy.planner import Planner
+from tp_plugin.policy.planner import plan_named, replicate_rest
+from tp_plugin.policy.scope import Scope
 
 PLAIN, FEW_KEYS, ODD_HEADS, WHOLE_EXPERTS = "plain", "kv heads < tp", "odd heads", "whole experts"
 
@@ -193,7 +195,7 @@ def on_meta(config: Any, cls: type[nn.Module] | None = None) -> nn.Module:
 
 
 BELOW = (
-    *("columns", "row", "partial", "tensors", "wide_norms", "input_of", "output_of", "once", "replicated"),
+    *("columns", "row", "partial", "tensors", "sharded_norms", "input_of", "output_of", "bias_shards", "replicated"),
     "shared_dropouts",
 )
 """What a block says of modules and parameters below it."""
@@ -205,49 +207,44 @@ def written(policy: Policy) -> set[tuple[str, ...]]:
     for number, block in enumerate(policy.blocks):
         own = f"block {number} {block.path}"
         names.add((own,))
-        for what in (*BELOW, "local"):
+        for what in (*BELOW, "local_sizes"):
             names |= {(own, what, name) for name in getattr(block, what, ())}
     if policy.vocabulary is not None:
         embedding, head = policy.vocabulary.embedding, policy.vocabulary.head
         names |= {("embedding", name) for name in ((embedding,) if isinstance(embedding, str) else embedding)}
         names |= {("head", head)} if head else set()
-    names |= {("side_by_side", policy.side_by_side)} if policy.side_by_side else set()
+    names |= {("parallel_residual", policy.parallel_residual)} if policy.parallel_residual else set()
     names |= {("towers", pattern) for pattern in policy.towers}
     return names | {("linears", name) for name in policy.linears}
 
 
-class _Recorder(Planner):
-    def claim_replicated(self) -> None:
-        self.rest = [name for name in self.parameters if name not in self.plan.layouts and self._in_sight(name)]
-        super().claim_replicated()
-
-
 def found(policy: Policy, model: nn.Module) -> set[tuple[str, ...]]:
     """What of :func:`written` is there in ``model``."""
-    settings = {"expert_parallel": False, "leave_whole": ()}
-    planner = _Recorder(model, policy, Plan(2), model.config, settings)
+    scope = Scope(model, policy, model.config, Plan(2))
     names: set[tuple[str, ...]] = set()
     for number, block in enumerate(policy.blocks):
-        paths = [path for path in planner._matching(block.path) if planner._has(path, block.having)]
+        paths = [path for path in scope.matching(block.path) if scope.has(path, block.requires)]
         own = f"block {number} {block.path}"
         names |= {(own,)} if paths else set()
         for what in BELOW:
             for name in getattr(block, what, ()):
-                if any(planner._has(path, name.removesuffix("?")) for path in paths):
+                if any(scope.has(path, name.removesuffix("?")) for path in paths):
                     names.add((own, what, name))
-        for name in block.local:
-            if any(_has_attribute(planner.modules[path], name.removesuffix("?")) for path in paths):
-                names.add((own, "local", name))
+        for name in block.local_sizes:
+            if any(_has_attribute(scope.modules[path], name.removesuffix("?")) for path in paths):
+                names.add((own, "local_sizes", name))
     for kind, *rest in written(policy):
-        if kind in ("embedding", "head", "towers") and any(matches(rest[0], path) for path in planner.modules):
+        if kind in ("embedding", "head", "towers") and any(matches(rest[0], path) for path in scope.modules):
             names.add((kind, rest[0]))
-    planner.plan_all()
-    for name in planner.rest:
+    plan_named(scope)
+    rest = [name for name in scope.parameters if name not in scope.plan.layouts and scope.covers(name)]
+    replicate_rest(scope)
+    for name in rest:
         parts = name.split(".")
         prefixes = [".".join(parts[:k]) for k in range(1, len(parts) + 1)]
         names |= {("replicated", p) for p in policy.replicated if any(matches(p, prefix) for prefix in prefixes)}
-    names |= {("side_by_side", policy.side_by_side)} if planner.plan.side_by_side else set()
-    kinds = {type(module).__name__ for module in planner.modules.values()}
+    names |= {("parallel_residual", policy.parallel_residual)} if scope.plan.parallel_residual else set()
+    kinds = {type(module).__name__ for module in scope.modules.values()}
     return names | {("linears", name) for name in policy.linears if name in kinds}
 
 
@@ -274,7 +271,7 @@ def reductions(model_type: str, plan: Plan, below: str = "") -> tuple[int, int]:
     """All-reduces of activations in a forward and a backward of the model that the proof trains, or of one layer."""
     forward, backward = plan.reductions(below)
     if model_type in ONE_INPUT:
-        backward -= sum(f"{path}.".startswith(below) for path in plan.side_by_side)
+        backward -= sum(f"{path}.".startswith(below) for path in plan.parallel_residual)
     if not below and len(plan.embeddings) > 2:
         forward -= 1  # of the three names of a shared embedding, encoder and decoder use their own
     return forward, backward
@@ -295,10 +292,10 @@ def model_types() -> list[str]:
 
 def fresh(**options: Any) -> None:
     """Every case begins alike: no mesh of an earlier one, its own options, generators equal on all ranks."""
-    from tp_plugin.mesh.groups import forget_mesh
+    from tp_plugin.runtime.runtime import stop
 
-    forget_mesh()
-    os.environ[OPTIONS] = json.dumps(options)
+    stop()
+    os.environ[ENV_OPTIONS] = json.dumps(options)
     random.seed(0)
     np.random.seed(0)  # equal generators: the guard has nothing to synchronise
     torch.use_deterministic_algorithms(True)
@@ -310,7 +307,7 @@ def prove(case: Case) -> Result:
     return compare(case.config(), policy_for(case.model_type), case.tp, steps=6)
 
 
-def prove_with_dropout(model_type: str, tp: int) -> Dropout:
+def prove_with_dropout(model_type: str, tp: int) -> DropoutResult:
     """Run on every rank: what dropouts draw, and whether the ranks stay one model."""
     fresh()
     return prove_dropout(config_for(model_type), policy_for(model_type), tp)
@@ -328,7 +325,7 @@ def faults(results: list[Result]) -> list[str]:
     return sorted(found)
 
 
-def dropout_faults(model_type: str, results: list[Dropout]) -> list[str]:
+def dropout_faults(model_type: str, results: list[DropoutResult]) -> list[str]:
     """Likewise; a dropout of activations that are whole on every rank must be one process'."""
     found = {fault for result in results for fault in result.faults}
     if any(result.equal != results[0].equal for result in results):

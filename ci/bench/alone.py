@@ -11,8 +11,11 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tp_plugin.mesh import groups as mesh
-from tp_plugin.mesh.groups import Group, Mesh
+from tp_plugin.config.run_config import RunConfig
+from tp_plugin.mesh.groups import CommContext, Group
+from tp_plugin.mesh.roles import Mesh
+from tp_plugin.runtime.current import slot
+from tp_plugin.runtime.runtime import Runtime
 
 
 class _Echo(Group):
@@ -37,8 +40,8 @@ class _Echo(Group):
 def enter(tp: int) -> Mesh:
     """Be rank 0 of a world of ``tp`` ranks, one TP group; replaces the world that there was."""
     if dist.is_initialized():
-        for close in mesh._mesh.at_end if mesh._mesh is not None else ():
-            close()
+        if slot.runtime is not None:
+            slot.runtime.close()
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
     return use(mesh_of(tp))
@@ -46,13 +49,16 @@ def enter(tp: int) -> Mesh:
 
 def mesh_of(tp: int) -> Mesh:
     """The groups of rank 0 of ``tp`` ranks; more than one mesh may stand in one world, and one is in use."""
-    ranks = tuple(range(tp))
-    group = Group("tp", ranks, dist.group.WORLD)
-    me = Group("dp", (0,), None)
-    return Mesh(tp, 1, group, me, _Echo("control", ranks, group.pg), Group("world", ranks, group.pg))
+    ranks, context, pg = range(tp), CommContext(), dist.group.WORLD
+    group, me = Group("tp", ranks, pg, context), Group("data", (0,), None, context)
+    unit_cpu = _Echo("unit_cpu", ranks, pg, context)
+    devices: Any = None  # torch's own mesh: nothing here asks for it
+    return Mesh(tp, 1, group, group, unit_cpu, me, me, Group("world", ranks, pg, context), devices, context)
 
 
 def use(groups: Mesh) -> Mesh:
     """Have what runs next run on this mesh."""
-    mesh._mesh = groups
+    if slot.runtime is not None:
+        slot.runtime.close()
+    slot.runtime = Runtime(RunConfig(groups.tp_size), groups)
     return groups

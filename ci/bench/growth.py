@@ -57,16 +57,16 @@ def measure(tp: int, tokens: int, sequence_parallel: bool = False, **size: int) 
     """One step of rank 0: measured and expected bytes of each kind."""
     import alone
     import torch
+    from counted import ledger
     from formulas import Llama, on_the_wire
     from memory import LiveBytes
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import tp_plugin
-    from tp_plugin.config.run_config import OPTIONS
-    from tp_plugin.mesh.groups import ledger
+    from tp_plugin.config.keys import ENV_OPTIONS
 
     torch.set_num_threads(1)
-    os.environ[OPTIONS] = json.dumps({"sequence_parallel": sequence_parallel})
+    os.environ[ENV_OPTIONS] = json.dumps({"sequence_parallel": sequence_parallel})
     llama = Llama(**size)
     config = LlamaConfig(
         vocab_size=llama.vocabulary, hidden_size=llama.hidden, intermediate_size=llama.inner, use_cache=False,

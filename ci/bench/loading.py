@@ -89,8 +89,9 @@ def rank_main(folder: str, how: str, dtype: str, out: str) -> None:
     import transformers
     from transformers import modeling_utils
 
+    from tp_plugin.config.run_config import RunConfig
     from tp_plugin.engines import loading, saving
-    from tp_plugin.mesh.groups import init_mesh
+    from tp_plugin.runtime.runtime import start
     from tp_plugin.shard import parallelize
 
     torch.set_num_threads(1)
@@ -100,12 +101,12 @@ def rank_main(folder: str, how: str, dtype: str, out: str) -> None:
     if how == "plugin":
         loading.install(modeling_utils)
         saving.install(modeling_utils)
-    init_mesh(tp)
+    start(RunConfig(tp))
     from transformers.models.llama import modeling_llama  # noqa: F401  (imported before the clock starts)
 
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before, start = numbers(), time.perf_counter()
+    before, began = numbers(), time.perf_counter()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     loaded = time.perf_counter()
     parallelize(model, tp)
@@ -114,7 +115,7 @@ def rank_main(folder: str, how: str, dtype: str, out: str) -> None:
     file_share = sum(parameter.numel() * 2 for parameter in model.parameters())
     dist.barrier()
     found = {
-        "from_pretrained s": round(loaded - start, 2), "prepare s": round(done - loaded, 2),
+        "from_pretrained s": round(loaded - began, 2), "prepare s": round(done - loaded, 2),
         "asked of share": round((after["rchar"] - before["rchar"]) / file_share, 3),
         "disk of share": round((after["read_bytes"] - before["read_bytes"]) / file_share, 3),
         "peak of share": round((after["VmHWM"] - before["VmRSS"]) / share, 3), "share MB": round(share / 1e6),
@@ -122,12 +123,12 @@ def rank_main(folder: str, how: str, dtype: str, out: str) -> None:
     }  # fmt: skip
     if out:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        before, start = numbers(), time.perf_counter()
+        before, began = numbers(), time.perf_counter()
         if how == "plugin" or dist.get_rank() == 0:
             model.save_pretrained(out, max_shard_size="250MB")
         dist.barrier()
         after = numbers()
-        found |= {"save s": round(time.perf_counter() - start, 2)}
+        found |= {"save s": round(time.perf_counter() - began, 2)}
         found |= {"save peak MB": round((after["VmHWM"] - before["VmRSS"]) / 1e6)}
     Path(os.environ["BENCH_RESULT"] + str(dist.get_rank())).write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()

@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from tp_plugin.checkpoint.safe_paths import inside
 from tp_plugin.errors import TPError
 
 ASIDE = ".unfinished"
@@ -26,63 +27,91 @@ FORMAT = 1
 
 
 def begin(folder: Path) -> Path:
-    """An empty place for the files of a new checkpoint in ``folder``; what a dead process left is finished or goes."""
+    """Prepare to save into ``folder``: an empty folder inside it, into which all files are to be written.
+
+    What an earlier process left there is moved in if it was complete, else removed. Processes of several machines may
+    call this at once.
+
+    Returns:
+        ``folder/.unfinished``.
+
+    Raises:
+        TPError: the manifest of what was left is damaged, or names a file outside ``folder``.
+    """
     recover(folder)
     aside = folder / ASIDE
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True, exist_ok=True)  # other machines' processes may do the same
+    aside.mkdir(parents=True, exist_ok=True)
     return aside
 
 
 def abandon(folder: Path) -> None:
-    """Remove what :func:`begin` made; a folder that held nothing else goes, too."""
+    """Remove what :func:`begin` made, and ``folder`` too if it holds nothing else."""
     shutil.rmtree(folder / ASIDE, ignore_errors=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
 
 
 def finish(folder: Path, about: dict[str, Any]) -> None:
-    """All files are written: seal them and move them in. ``about`` goes into the manifest."""
+    """Seal what was written since :func:`begin`, and move it into ``folder``.
+
+    Args:
+        about: what saved the checkpoint, as JSON; it goes into the manifest (:func:`read_manifest`).
+    """
     describe(folder / ASIDE, about)
     recover(folder)
 
 
 def describe(folder: Path, about: dict[str, Any]) -> None:
-    """Write the manifest of what lies in ``folder``."""
+    """Write the manifest of all files in ``folder``: their names and sizes, and ``about``."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
     draft = folder / f"{MANIFEST}.draft"
     draft.write_text(json.dumps({"format": FORMAT, **about, "files": sizes}), encoding="utf-8")
     os.replace(draft, folder / MANIFEST)
 
 
 def recover(folder: Path) -> None:
-    """Move in what is sealed; any number of processes may do it at once, or again."""
+    """Move in what was completely written, if a process died before it did so.
+
+    Any number of processes may do it at once, or again.
+
+    Raises:
+        TPError: the manifest is damaged, or names a file outside ``folder``; then nothing is moved.
+    """
     aside = folder / ASIDE
     sealed = read_manifest(aside)
     if sealed is None:
         return
+    moves = []
     for name in (*sealed["files"], MANIFEST):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        target = inside(folder, name, aside / MANIFEST)
+        moves.append((inside(folder, f"{ASIDE}/{name}", aside / MANIFEST), target))
+    for source, target in moves:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # it is there already
-            os.replace(aside / name, folder / name)
+            os.replace(source, target)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What saved the checkpoint; None if nothing of ours did.
+    """What saved the checkpoint, and ``files``: each file's size by its name. None if this plugin did not save it.
 
     Raises:
-        TPError: it is damaged, or a newer version's.
+        TPError: it is damaged, or was written by a newer version.
     """
     try:
-        found: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise TPError(f"{folder / MANIFEST} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise TPError(f"{folder / MANIFEST} is damaged: expected a JSON object, found {type(found).__name__}")
     if found.get("format") != FORMAT:
         raise TPError(f"{folder / MANIFEST} has format {found.get('format')}; this version reads format {FORMAT}")
+    if not isinstance(found.get("files"), dict):
+        raise TPError(f"{folder / MANIFEST} is damaged: it has no list of files")
     return found
 
 
@@ -90,7 +119,8 @@ def check(folder: Path) -> dict[str, Any]:
     """The manifest of a complete checkpoint; empty for one that this plugin did not save.
 
     Raises:
-        TPError: its saving was interrupted, or a file is missing or truncated; the message names it.
+        TPError: its saving was interrupted, a file is missing or truncated, or the manifest names a file outside
+            ``folder``; the message names the file.
     """
     manifest = read_manifest(folder)
     if (folder / ASIDE).exists():
@@ -102,7 +132,7 @@ def check(folder: Path) -> dict[str, Any]:
             )
         warnings.warn(f"a run that saved into {folder} ended in the middle; its earlier state is loaded", stacklevel=2)
     for name, size in (manifest or {}).get("files", {}).items():
-        path = folder / name
+        path = inside(folder, name, folder / MANIFEST)
         if not path.is_file():
             raise TPError(f"checkpoint {folder} is not complete: {name} is missing")
         found = path.stat().st_size
@@ -123,12 +153,16 @@ def is_complete(folder: Path) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
+    """Whether the file's own format says that nothing of it is missing."""
     if path.suffix == ".safetensors":
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if 8 + length > path.stat().st_size:
                 return False
-            header = json.loads(file.read(length))
+            try:
+                header = json.loads(file.read(length))
+            except ValueError:
+                return False
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         return path.stat().st_size == 8 + length + max(ends, default=0)
     return path.suffix in (".bin", ".pt", ".pth", ".pkl") and zipfile.is_zipfile(path)

@@ -1,6 +1,6 @@
-"""A rank's part of a whole tensor as chunks: what torch's distributed checkpoint (DCP) writes and reads.
+"""A rank's part of a full tensor as chunks: what torch's distributed checkpoint (DCP) writes and reads.
 
-A checkpoint in coordinates of the whole tensor knows nothing of TP or DP: any tp, any dp and plain FSDP2 load it, and
+A checkpoint in coordinates of the full tensor knows nothing of TP or DP: any tp, any dp and plain FSDP2 load it, and
 ``accelerate merge-weights`` makes one file of it.
 """
 
@@ -17,24 +17,33 @@ from tp_plugin.policy import ParamLayout
 
 @dataclass(frozen=True)
 class Chunk:
-    """A rectangular part of a whole tensor, and where it begins in what the rank holds."""
+    """A rectangular part of a full tensor.
+
+    Attributes:
+        offsets: where it begins in the full tensor, by dimension.
+        sizes: its shape.
+        local_offsets: where it begins in the tensor that the rank holds.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    at: tuple[int, ...]
+    local_offsets: tuple[int, ...]
 
 
 def chunks(layout: ParamLayout, rank: int, rows: tuple[int, int] | None, owned: bool = False) -> list[Chunk]:
-    """The chunks of TP rank ``rank``, which holds ``rows`` (of dimension 0; None: all) of its tensor under ``layout``.
+    """What a rank holds of a full tensor, as rectangles.
 
     Args:
-        owned: only elements that no TP rank before this one holds.
+        layout: how the full tensor is split over the TP ranks.
+        rank: the TP rank.
+        rows: which rows ``[start, stop)`` of dimension 0 of the TP rank's tensor this DP rank holds; None: all.
+        owned: only elements that no lower TP rank holds, so that each element is written once.
     """
     local = layout.local_shape(rank)
     if layout.dim is None:
         spans = [(0, 0, local[0] if local else 1)]
     else:
-        # cut where replication changes, so that a box is owned as a whole or not at all
+        # cut where replication changes, so that a chunk is owned as a whole or not at all
         spans = [
             (start, layout.to_local(rank, start, stop)[0], stop - start)
             for start, stop, ranks in layout.segments
@@ -55,9 +64,10 @@ def chunks(layout: ParamLayout, rank: int, rows: tuple[int, int] | None, owned: 
 
 
 class DCPShardView(torch.Tensor):
-    """A whole tensor by its shape, of which this rank holds some chunks, with DCP's hooks for such a thing.
+    """A tensor with the shape of the full one, of which this rank holds some chunks, with DCP's protocol for that.
 
-    (``torch.distributed._checkpointable``.) ``tp_local`` is the parameter's DTensor; DCP reads and writes its memory.
+    The protocol is torch's ``torch.distributed._checkpointable._Checkpointable``. ``tp_local`` is the parameter's
+    DTensor; DCP reads and writes its memory.
     """
 
     tp_local: Any
@@ -66,21 +76,23 @@ class DCPShardView(torch.Tensor):
 
     @staticmethod
     def of(local: Any, layout: ParamLayout, rank: int) -> DCPShardView:
-        """``local`` under ``layout``, on TP rank ``rank``."""
-        part = torch.Tensor._make_wrapper_subclass(DCPShardView, layout.shape, dtype=local.dtype, device=local.device)
-        part.tp_local, part.tp_layout, part.tp_rank = local, layout, rank
-        return part  # type: ignore[no-any-return]
+        """The view of shape ``layout.shape`` on ``local``, what TP rank ``rank`` holds under ``layout``."""
+        view = torch.Tensor._make_wrapper_subclass(DCPShardView, layout.shape, dtype=local.dtype, device=local.device)
+        view.tp_local, view.tp_layout, view.tp_rank = local, layout, rank
+        return view
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function is torch.ops.aten.detach.default:
             return DCPShardView.of(args[0].tp_local, args[0].tp_layout, args[0].tp_rank)
         raise NotImplementedError(
-            f"{function} on a part of a tensor that lies on several ranks; it can only be saved and loaded by "
-            "torch.distributed.checkpoint. For whole tensors use StateDictOptions(full_state_dict=True)"
+            f"{function} on a tensor of which this rank holds a part; it can only be saved and loaded by "
+            "torch.distributed.checkpoint. For full tensors use StateDictOptions(full_state_dict=True)"
         )
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DCPShardView(shape={tuple(self.shape)}, dtype={self.dtype}, rank={self.tp_rank})"
 
     def _chunks(self, owned: bool = False) -> list[Chunk]:
@@ -93,25 +105,25 @@ class DCPShardView(torch.Tensor):
         properties = TensorProperties.create_from_tensor(held(self.tp_local))
         return [
             WriteItem(
-                index=MetadataIndex(fqn, torch.Size(box.offsets)),
+                index=MetadataIndex(fqn, torch.Size(chunk.offsets)),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
-                    ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)), properties, self.shape
+                    ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)), properties, self.shape
                 ),
             )
-            for box in self._chunks(owned=True)
+            for chunk in self._chunks(owned=True)
         ]
 
     def __create_chunk_list__(self) -> list[Any]:
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-        return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in self._chunks()]
+        return [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in self._chunks()]
 
     def __get_tensor_shard__(self, index: Any) -> torch.Tensor:
-        for box in self._chunks():
-            if box.offsets == tuple(index.offset):
+        for chunk in self._chunks():
+            if chunk.offsets == tuple(index.offset):
                 view = held(self.tp_local)
-                for dim, (start, size) in enumerate(zip(box.at, box.sizes, strict=True)):
+                for dim, (start, size) in enumerate(zip(chunk.local_offsets, chunk.sizes, strict=True)):
                     view = view.narrow(dim, start, size)
                 return view
         raise ValueError(f"no part of {index.fqn!r} begins at {tuple(index.offset)} on this rank")

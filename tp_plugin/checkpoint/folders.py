@@ -1,4 +1,4 @@
-"""Where a checkpoint is, and an output folder that is there complete or not at all."""
+"""Which folder holds the checkpoint, and an output folder that is complete or not there."""
 
 from __future__ import annotations
 
@@ -8,20 +8,27 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from tp_plugin.checkpoint.safe_paths import inside
 from tp_plugin.errors import TPError
 
 
 def find_tag(folder: Path, tag: str | None) -> Path:
-    """The folder with the files of one checkpoint: a tag of ``folder``, or ``folder`` itself.
+    """The folder with the files of one DeepSpeed checkpoint: a tag of ``folder``, or ``folder`` itself.
+
+    Args:
+        folder: what was given to ``save_checkpoint``, or one of the tags in it.
+        tag: the tag's name; None: the one that the file ``latest`` names, else the only one there is.
 
     Raises:
-        TPError: there is none; the message says what was looked for.
+        TPError: there is none, or ``latest`` names one outside ``folder``; the message says what was looked for.
     """
-    if tag is None and (folder / "latest").is_file():
-        tag = (folder / "latest").read_text(encoding="utf-8").strip()
-    if tag is not None:
+    latest = folder / "latest"
+    if tag is None and latest.is_file():
+        tag = latest.read_text(encoding="utf-8").strip()
         if not tag:
-            raise TPError(f"{folder / 'latest'} is empty; name one of {', '.join(_tags(folder)) or 'none'} with --tag")
+            raise TPError(f"{latest} is empty; name one of {', '.join(_tags(folder)) or 'none'} with --tag")
+        inside(folder, tag, latest)
+    if tag is not None:
         if not (folder / tag).is_dir():
             raise TPError(f"{folder} has no checkpoint {tag!r}; there are: {', '.join(_tags(folder)) or 'none'}")
         return folder / tag
@@ -48,7 +55,7 @@ def _tags(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def complete_or_absent(output: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name ``output`` when all is written.
+    """A folder to write into, which takes the name ``output`` when all is written and is removed after an exception.
 
     Raises:
         TPError: ``output`` exists and holds something.

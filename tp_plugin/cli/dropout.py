@@ -10,39 +10,25 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 import tp_plugin
-from tp_plugin.cli.inputs import loss_of
-from tp_plugin.cli.parity import LIMITS, on_one_rank
-from tp_plugin.cli.target import build
+from tp_plugin.cli.local_ranks import on_first_rank
+from tp_plugin.cli.models import build
+from tp_plugin.cli.parity_result import LIMITS, DropoutResult
+from tp_plugin.cli.random_batch import loss_of
 from tp_plugin.errors import DivergenceError
-from tp_plugin.mesh.groups import require_mesh
 from tp_plugin.policy import Policy
+from tp_plugin.runtime.current import require
+from tp_plugin.shard.audit import audit
 from tp_plugin.shard.model_state import checksum
 
 PROBABILITY = 0.25
 SEED = 5
 STEPS, MICRO = 3, 2
-
-
-@dataclass
-class Dropout:
-    """What one rank found.
-
-    Attributes:
-        equal: names in the config of dropouts that give one process' loss exactly (up to the order of additions).
-        own: names of those that each rank draws for its own share.
-        faults: what is wrong, in words.
-    """
-
-    equal: list[str] = field(default_factory=list)
-    own: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
 
 
 def dropouts(config: Any, prefix: str = "") -> Iterator[str]:
@@ -75,27 +61,27 @@ def with_dropouts(config: Any, names: list[str]) -> Any:
     return changed
 
 
-def prove_dropout(config: Any, policy: Policy, tp: int) -> Dropout:
+def prove_dropout(config: Any, policy: Policy, tp: int) -> DropoutResult:
     """Run on every rank of an initialised world of ``tp``."""
-    found = Dropout()
+    found = DropoutResult()
     names = list(dropouts(config))
     if not names:
         return found
     # the mesh comes with the first sharded model
     sharded = _sharded(with_dropouts(config, names[:1]), policy, tp)
-    drawn = on_one_rank(
-        require_mesh(),
+    drawn = on_first_rank(
+        require().mesh,
         lambda: [_draws(build(with_dropouts(config, on), meta=False)) for on in ([], *([name] for name in names))],
     )
     quiet = drawn[0][1]  # routers may draw, too
     for name, expected in zip(names, drawn[1:], strict=True):
         if sharded is None:
             sharded = _sharded(with_dropouts(config, [name]), policy, tp)
-        _one(name, quiet, expected, _draws(sharded), found)
+        _check_one(name, quiet, expected, _draws(sharded), found)
         sharded = None
     used = [*found.equal, *found.own]
     if used:
-        _all(with_dropouts(config, used), policy, tp, found)
+        _check_together(with_dropouts(config, used), policy, tp, found)
     return found
 
 
@@ -108,12 +94,12 @@ def _draws(model: nn.Module) -> tuple[float, torch.Tensor]:
     return loss_of(model.train(), 0, draws=SEED).item(), torch.get_rng_state()
 
 
-def _one(
+def _check_one(
     name: str,
     quiet: torch.Tensor,
     expected: tuple[float, torch.Tensor],
     own: tuple[float, torch.Tensor],
-    found: Dropout,
+    found: DropoutResult,
 ) -> None:
     """Whether a single dropout draws what one process draws; a name that draws nothing is left out."""
     if torch.equal(expected[1], quiet):
@@ -127,9 +113,9 @@ def _one(
         found.faults.append(f"with {name} on, the loss deviates by {apart:.1e} though its masks are one process'")
 
 
-def _all(config: Any, policy: Policy, tp: int, found: Dropout) -> None:
+def _check_together(config: Any, policy: Policy, tp: int, found: DropoutResult) -> None:
     """Train with all on, generators unequal before each forward; ranks must stay one model."""
-    mesh = require_mesh()
+    mesh = require().mesh
     model = _sharded(config, policy, tp).train()
     plan, record = model.tp_record.plan, model.tp_record  # type: ignore[union-attr]
     seen: dict[str, int] = {}
@@ -160,13 +146,13 @@ def _all(config: Any, policy: Policy, tp: int, found: Dropout) -> None:
         optimizer.zero_grad()
     if not all(math.isfinite(loss) for loss in losses):
         found.faults.append(f"with dropout on, losses are {losses}")
-    everyone = mesh.control.gather_objects((seen, losses))
+    everyone = mesh.unit_cpu.gather_objects((seen, losses))
     apart = [path for path in seen if len({outputs[path] for outputs, _ in everyone}) > 1]
     if apart:
         found.faults.append(f"with dropout on, ranks compute different outputs of {apart[0]}")
     if any(other != losses for _, other in everyone):
         found.faults.append("with dropout on, ranks see different losses")
     try:
-        record.audit()
+        audit(record, 0.0, repair=False)
     except DivergenceError as error:
         found.faults.append(str(error))

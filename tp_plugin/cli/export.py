@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,19 +13,25 @@ from safetensors.torch import save_file
 
 from tp_plugin.checkpoint import sources
 from tp_plugin.checkpoint.folders import complete_or_absent
+from tp_plugin.checkpoint.safe_paths import copy_inside
 from tp_plugin.errors import TPError
 
 BESIDE = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
-"""What a Trainer leaves beside the checkpoint and a model folder needs, too."""
+"""Files that Trainer leaves beside the weights and that belong in a model folder."""
 
 
-def export(folder: Path, output: Path, tag: str | None, dtype: str, shard_size: int) -> None:
+def export(folder: Path, output: Path, tag: str | None, dtype: str, shard_size: int, *, trust: bool = False) -> None:
     """Write ``output`` with safetensors files of at most ``shard_size`` bytes, tensor by tensor, and the config.
 
+    Args:
+        tag: of several DeepSpeed checkpoints in ``folder`` the one to read; default the one that ``latest`` names.
+        dtype: the torch dtype, by its name, of all floating-point tensors in ``output``.
+        trust: read pickles that name unknown classes.
+
     Raises:
-        TPError: no checkpoint, an incomplete or damaged one, or ``output`` exists.
+        TPError: no checkpoint, an incomplete, damaged or untrusted one, or ``output`` exists.
     """
-    source = sources.find(folder, tag)
+    source = sources.find(folder, tag, trust=trust)
     if any(name.startswith("base_model.model.") for name in source.names):
         raise TPError(
             f"{source.folder} is a checkpoint of a PEFT model, which is no plain model; resume from it and call "
@@ -35,7 +40,7 @@ def export(folder: Path, output: Path, tag: str | None, dtype: str, shard_size: 
     with complete_or_absent(output) as out:
         for pattern in BESIDE:
             for path in sorted(folder.glob(pattern)):
-                shutil.copy2(path, out)
+                copy_inside(folder, path, out / path.name)
         known = (out / "config.json").exists()
         if source.config is not None and not known:
             config = {**source.config, "dtype": dtype}

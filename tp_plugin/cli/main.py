@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tp_plugin.config.keys import ENV_DISABLE
 from tp_plugin.errors import TPError
 
 
@@ -15,14 +16,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     arguments = _parser().parse_args(argv)
     # the tool itself is one plain process
-    before, os.environ["TP_PLUGIN_DISABLE"] = os.environ.get("TP_PLUGIN_DISABLE", ""), "1"
+    before, os.environ[ENV_DISABLE] = os.environ.get(ENV_DISABLE, ""), "1"
     try:
         return _run(arguments)
     except TPError as error:
         print(f"tp-plugin {arguments.command}: {error}", file=sys.stderr)
         return 1
     finally:
-        os.environ["TP_PLUGIN_DISABLE"] = before
+        os.environ[ENV_DISABLE] = before
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("target", help="model type, config.json or local checkpoint folder")
     verify.add_argument("--tp", type=int, default=2, help="ranks of the TP group; default 2")
     verify.add_argument("--policy", help="module:NAME or path/to/file.py:NAME; default the registered one")
-    verify.add_argument("--expert-parallel", action="store_true", help="part mixtures of experts by whole experts")
+    verify.add_argument("--expert-parallel", action="store_true", help="split a mixture of experts by whole experts")
     verify.add_argument("--dry-run", action="store_true", help="only the plan, no proof")
 
     export = commands.add_parser("export", help="turn a checkpoint into a plain Hugging Face model")
@@ -47,6 +48,11 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("output", type=Path, help="folder to write; must not hold anything yet")
         command.add_argument("-t", "--tag", help="tag to read; default the one in the file `latest`")
+        command.add_argument(
+            "--trust",
+            action="store_true",
+            help="read pickles that use unknown classes, which can run any code; only if you know who wrote them",
+        )
     export.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     export.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="largest file; default 5")
     reshard.add_argument("--tp", type=int, required=True, help="tp_size of the run that resumes")
@@ -75,11 +81,12 @@ def _run(arguments: argparse.Namespace) -> int:
             raise TPError(
                 f"--max-shard-size {arguments.max_shard_size:g}: expected a size in GB above 0, for example 5"
             )
-        export(arguments.checkpoint, arguments.output, arguments.tag, arguments.dtype, size)
+        export(arguments.checkpoint, arguments.output, arguments.tag, arguments.dtype, size, trust=arguments.trust)
         return 0
     from tp_plugin.cli.reshard import reshard
 
-    reshard(arguments.checkpoint, arguments.output, arguments.tag, arguments.tp, arguments.dp)
+    sizes = arguments.tp, arguments.dp
+    reshard(arguments.checkpoint, arguments.output, arguments.tag, *sizes, trust=arguments.trust)
     return 0
 
 
@@ -87,7 +94,7 @@ def _policies() -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from tp_plugin.cli.target import typical_share
+    from tp_plugin.cli.models import typical_share
     from tp_plugin.policy import policies
 
     def flat(name: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -14,9 +15,11 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from tp_plugin.cli.parity import Result, prove
-from tp_plugin.cli.target import PROVEN_SIZE, build, named_policy, read_config, small_config
-from tp_plugin.config.run_config import OPTIONS, Options
+from tp_plugin.cli.models import PROVEN_SIZE, build, named_policy, read_config, small_config
+from tp_plugin.cli.parity_result import Result
+from tp_plugin.cli.proof import prove
+from tp_plugin.config.keys import ENV_OPTIONS
+from tp_plugin.config.resolve import current_config
 from tp_plugin.errors import PolicyError, TPError
 from tp_plugin.policy import Plan, Policy, make_plan, policy_for
 
@@ -51,8 +54,8 @@ def verify(target: str, tp: int, reference: str | None, *, dry_run: bool = False
     proven = config if numel <= PROVEN_SIZE else small_config(config)
     if numel > PROVEN_SIZE:
         console.print(f"The proof runs on a small {config.model_type} (this one has {numel / 1e6:,.0f} M parameters).")
-    options = dataclasses.replace(Options.from_environment(), expert_parallel=expert_parallel)
-    os.environ[OPTIONS] = options.to_environment()[OPTIONS]  # for the ranks
+    options = dataclasses.replace(current_config(), expert_parallel=expert_parallel)
+    os.environ[ENV_OPTIONS] = json.dumps(options.as_written().options)  # for the ranks
     results = prove(proven, reference, tp)
     console.print(_proof(results))
     sent = results[0].sent
@@ -96,7 +99,7 @@ def _kind(name: str, plan: Plan) -> str:
         return "replicated, gradients summed" if name in plan.partial else "replicated"
     kinds = {"column-parallel": plan.columns, "row-parallel": plan.rows, "vocabulary": plan.embeddings + plan.heads}
     kind = next((kind for kind, modules in kinds.items() if module in modules), "per head")
-    if module in plan.blocks and plan.blocks[module].sums:
+    if module in plan.blocks and plan.blocks[module].output_is_partial:
         kind = "whole experts" if plan.blocks[module].experts else "inside each expert"
     return f"{kind}, partly replicated" if layout.replica_groups else kind
 
@@ -113,8 +116,8 @@ def _summary(model: nn.Module, config: Any, policy: Policy, plan: Plan) -> list[
     biases = sum(len(block.head_inputs) for block in plan.blocks.values())
     # several may be names of one tied embedding, of which the model need not use all
     forward = f"{'at most ' if len(plan.embeddings) > 1 else ''}{up}"
-    # blocks side by side need not have one input
-    backward = f"{'at most ' if plan.side_by_side else ''}{down}"
+    # the two blocks of a parallel residual need not have one input
+    backward = f"{'at most ' if plan.parallel_residual else ''}{down}"
     hidden = getattr(config, "hidden_size", None)
     lines = [
         f"{share:.1%} of {sum(p.numel() for p in parameters.values()):,} parameters are sharded; "
@@ -125,7 +128,7 @@ def _summary(model: nn.Module, config: Any, policy: Policy, plan: Plan) -> list[
         + ("; one all-gather of three numbers per token for the loss" if plan.heads else "")
         + (f"; at most {biases} of gradients of position biases" if biases else "")
         + (f"; {len(plan.gradient_sums())} of gradients of what all ranks hold" if plan.gradient_sums() else "")
-        + (f"; {2 * len(plan.wide_norms)} of one number per token for wide norms" if plan.wide_norms else "")
+        + (f"; {2 * len(plan.sharded_norms)} of one number per token for sharded norms" if plan.sharded_norms else "")
         + ".",
         _bytes(model, plan),
     ]
@@ -158,7 +161,7 @@ def elements(plan: Plan) -> tuple[int, int]:
         width = widths[path] = other(block.rows[-1]) if block.rows else width  # experts: as the blocks before them
         forward += width
         backward += width if block.inputs else sum(other(at) for at in (*block.input_of, *block.output_of))
-    forward -= sum(widths[first] for first, _ in plan.side_by_side.values())
+    forward -= sum(widths[first] for first, _ in plan.parallel_residual.values())
     forward += sum(other(path) for path in plan.embeddings)
     backward += sum(other(path) for path in plan.heads)
     return forward, backward

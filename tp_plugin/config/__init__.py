@@ -1,1 +1,1 @@
-"""What the user wrote, as validated data."""
+"""What the user wrote: one reader per place it can stand in, one precedence (`resolve.py`), one `RunConfig`."""

@@ -1,41 +1,38 @@
-"""What the user wrote: ``tp_size`` and the optional mapping ``tp_plugin:``, as validated data.
-
-The launcher reads them from the config file and hands them to the workers in two environment variables.
-"""
+"""``RunConfig``: the plugin's settings for one run, validated."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
+from tp_plugin.config.keys import TP_PLUGIN, TP_SIZE
+from tp_plugin.config.written import Written
 from tp_plugin.errors import TPError
-
-TP_SIZE = "TP_PLUGIN_TP_SIZE"
-OPTIONS = "TP_PLUGIN_OPTIONS"
-DISABLE = "TP_PLUGIN_DISABLE"
 
 
 @dataclass(frozen=True)
-class Options:
+class RunConfig:
     """The plugin's settings.
 
     Attributes:
         tp_size: ranks per TP group; 1 means off.
         policy: ``module:NAME`` of a policy to use instead of the registered one.
         audit_every: compare replicas across the TP group every that many training forwards; 0 means never.
+        audit_tolerance: relative difference of replicas up to which the audit takes it for rounding.
+        audit_repair: give all ranks of the TP group the first one's values where the audit finds a difference.
         leave_whole: model types (or class names) that stay whole on every rank, such as a teacher's.
+        expert_parallel: distribute the experts of a mixture over the TP group, instead of splitting each of them.
         sequence_parallel: split the tokens over the TP group between the blocks.
-        expert_parallel: part a mixture of experts by whole experts over the TP group, instead of splitting each.
-        overlap: compute the gradients of weights while that of their input is summed over the TP group.
-        fuse: compute linears of one input, such as q, k and v, as one.
+        overlap: compute the gradients of weights while the gradient of their input is all-reduced over the TP group.
+        fuse: compute linears that share an input, such as q, k and v, as one matrix product.
     """
 
     tp_size: int = 1
     policy: str | None = None
     audit_every: int = 0
+    audit_tolerance: float = 1e-5
+    audit_repair: bool = False
     leave_whole: tuple[str, ...] = ()
     expert_parallel: bool = False
     sequence_parallel: bool = False
@@ -43,84 +40,78 @@ class Options:
     fuse: bool = False
 
     @staticmethod
-    def parse(tp_size: object, mapping: object = None, origin: str = "tp_plugin") -> Options:
-        """Validate what a config holds. ``origin`` names the place in messages.
+    def parse(tp_size: object, options: object = None, origin: str = "") -> RunConfig:
+        """Validate the values of the keys ``tp_size`` and ``tp_plugin``, which were found in ``origin``.
 
         Raises:
-            TPError: naming the key, what was found and what to write.
+            TPError: naming the key, what was found and where, and what to write.
         """
-        size = _whole_number(tp_size, "tp_size", 1)
-        if mapping is None:
-            mapping = {}
-        if not isinstance(mapping, Mapping):
-            raise TPError(f"{origin}: expected a mapping such as `tp_plugin: {{audit_every: 100}}`, found {mapping!r}")
-        known = [f.name for f in fields(Options) if f.name != "tp_size"]
-        for key in mapping:
-            if key not in known:
-                raise TPError(f"{origin}: unknown key {key!r}; the known keys are {', '.join(known)}")
-        values: dict[str, Any] = {key: value for key, value in mapping.items() if value is not None}
-        if "audit_every" in values:
-            values["audit_every"] = _whole_number(values["audit_every"], f"{origin}.audit_every", 0)
-        if "policy" in values and not isinstance(values["policy"], str):
-            raise TPError(f"{origin}.policy: expected `module:NAME`, found {values['policy']!r}")
-        if "leave_whole" in values:
-            whole = values["leave_whole"]
-            if isinstance(whole, str) or not all(isinstance(name, str) for name in whole):
-                raise TPError(f"{origin}.leave_whole: expected a list of model types such as [bert], found {whole!r}")
-            values["leave_whole"] = tuple(whole)
-        for switch in ("expert_parallel", "sequence_parallel", "overlap", "fuse"):
-            if not isinstance(values.get(switch, False), bool):
-                raise TPError(f"{origin}.{switch}: expected true or false, found {values[switch]!r}")
-        return Options(size, **values)
-
-    @staticmethod
-    def from_environment() -> Options:
-        """The options of this worker; tp_size 1 if none were given.
-
-        Raises:
-            TPError: a variable holds something else than the launcher writes.
-        """
-        if os.environ.get(DISABLE, "") not in ("", "0"):
-            return Options()
-        raw = os.environ.get(OPTIONS, "") or "{}"
-        try:
-            mapping = json.loads(raw)
-        except json.JSONDecodeError as error:
-            raise TPError(f"{OPTIONS}: expected a JSON mapping, found {raw!r} ({error})") from error
-        return Options.parse(os.environ.get(TP_SIZE, "1") or "1", mapping, OPTIONS)
-
-    def to_environment(self) -> dict[str, str]:
-        """The variables by which :meth:`from_environment` finds these options again."""
-        mapping = {k: v for k, v in asdict(self).items() if k != "tp_size" and v != getattr(Options, k)}
-        return {TP_SIZE: str(self.tp_size), OPTIONS: json.dumps(mapping)}
-
-
-def from_deepspeed(config: object, origin: str) -> Options | None:
-    """The options that stand in a DeepSpeed config: its ``tp_size`` and ``tp_plugin``; None if it has neither.
-
-    Raises:
-        TPError: naming the key, what was found and what to write.
-    """
-    if not isinstance(config, Mapping):
-        return None
-    for section, values in config.items():
-        # (DeepSpeed's own `tensor_parallel` section has such a key)
-        if isinstance(values, Mapping) and "tp_size" in values and section != "tensor_parallel":
+        place = f" in {origin}" if origin else ""
+        if not isinstance(options := {} if options is None else options, Mapping):
             raise TPError(
-                f"`{section}.tp_size` in {origin} has no effect there; move it to the top level: "
-                f'"tp_size": {values["tp_size"]!r}'
+                f"{TP_PLUGIN}: expected a mapping such as `{TP_PLUGIN}: {{audit_every: 100}}`, found {options!r}{place}"
             )
-    if not {"tp_size", "tp_plugin"} & set(config):
-        return None
-    return Options.parse(config.get("tp_size", 1), config.get("tp_plugin"), f"{origin}: tp_plugin")
+        for key in options:
+            if key not in _VALIDATORS:
+                raise TPError(f"{TP_PLUGIN}: unknown key {key!r}{place}; the known keys are {', '.join(_VALIDATORS)}")
+        values = {
+            key: _VALIDATORS[key](value, f"{TP_PLUGIN}.{key}", place)
+            for key, value in options.items()
+            if value is not None
+        }
+        return RunConfig(_whole_number(tp_size, TP_SIZE, place, least=1), **values)
+
+    def as_written(self, origin: str = "the run's config") -> Written:
+        """The keys from which :meth:`parse` makes this config again; defaults are left out of the mapping."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != TP_SIZE}
+        return Written(origin, self.tp_size, {k: v for k, v in values.items() if v != getattr(RunConfig, k)})
 
 
-def _whole_number(value: object, key: str, least: int) -> int:
+def _whole_number(value: object, key: str, place: str, least: int = 0) -> int:
     if isinstance(value, str) and value.strip().isdecimal():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        example = max(2, least)
         raise TPError(
-            f"{key}: expected a whole number >= {least}, found {value!r}; write for example `{key}: {example}`"
+            f"{key}: expected a whole number >= {least}, found {value!r}{place}; write for example `{key}: 2`"
         )
     return value
+
+
+def _fraction(value: object, key: str, place: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise TPError(
+            f"{key}: expected a number from 0 to below 1, found {value!r}{place}; write for example `{key}: 1e-5`"
+        )
+    return float(value)
+
+
+def _switch(value: object, key: str, place: str) -> bool:
+    if not isinstance(value, bool):
+        raise TPError(f"{key}: expected true or false, found {value!r}{place}")
+    return value
+
+
+def _policy_name(value: object, key: str, place: str) -> str:
+    if not isinstance(value, str):
+        raise TPError(f"{key}: expected `module:NAME`, found {value!r}{place}")
+    return value
+
+
+def _model_types(value: object, key: str, place: str) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise TPError(f"{key}: expected a list of model types such as [bert], found {value!r}{place}")
+    return tuple(value)
+
+
+_VALIDATORS: dict[str, Callable[[object, str, str], Any]] = {
+    "policy": _policy_name,
+    "audit_every": _whole_number,
+    "audit_tolerance": _fraction,
+    "audit_repair": _switch,
+    "leave_whole": _model_types,
+    "expert_parallel": _switch,
+    "sequence_parallel": _switch,
+    "overlap": _switch,
+    "fuse": _switch,
+}
+"""Key in the ``tp_plugin`` mapping → what makes a field of ``RunConfig`` of its value, or refuses it."""

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_plugin.config.run_config import Options
+from tp_plugin.config.resolve import current_config
 from tp_plugin.engines.patching import patch
-from tp_plugin.shard.lazy_load import MOST, LazyParameter, is_mapped, open_checkpoint, read_at_forward
+from tp_plugin.shard.lazy_load import LazyParameter, is_mapped, read_at_forward
+from tp_plugin.shard.mapped_file import MOST, open_checkpoint
 
 
 def install(modeling_utils: Any) -> None:
@@ -24,7 +25,7 @@ def install(modeling_utils: Any) -> None:
         if state_dict is None and _is_plain(modeling_utils, self, checkpoint_files, load_config):
             state_dict = _mapped(self, checkpoint_files, load_config)
         loaded = original(self, state_dict, checkpoint_files, load_config, *args, **kwargs)
-        if Options.from_environment().tp_size > 1:
+        if current_config().tp_size > 1:
             _make_room(modeling_utils, self)
         read_at_forward(self)
         return loaded
@@ -51,7 +52,7 @@ def _make_room(modeling_utils: Any, model: nn.Module) -> None:
 
 
 def _is_plain(modeling_utils: Any, model: Any, files: Any, load_config: Any) -> bool:
-    options = Options.from_environment()
+    options = current_config()
     config = getattr(model, "config", None)
     left_whole = (
         getattr(config, "model_type", None) in options.leave_whole or type(model).__name__ in options.leave_whole

@@ -7,12 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 _originals: list[tuple[Any, str, Any]] = []
+_registered: list[Any] = []
+"""Handles of what was registered with a library by a way of its own."""
 
 
 def patch(owner: Any, name: str, replacement: Any) -> None:
     """Replace attribute ``name`` of a module or class and remember what stood there."""
     _originals.append((owner, name, vars(owner)[name]))
     setattr(owner, name, replacement)
+
+
+def remember(handle: Any) -> None:
+    """Have :func:`unpatch_all` call ``handle.remove()``: a hook that was registered with a library."""
+    _registered.append(handle)
 
 
 def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -32,3 +39,5 @@ def unpatch_all() -> None:
     while _originals:
         owner, name, original = _originals.pop()
         setattr(owner, name, original)
+    while _registered:
+        _registered.pop().remove()

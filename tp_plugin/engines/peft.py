@@ -8,10 +8,9 @@ from torch import nn
 
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import current_mesh
 from tp_plugin.policy import Plan
 from tp_plugin.policy.layout import Parts
-from tp_plugin.runtime.transport import exchange
+from tp_plugin.runtime.current import current_mesh, require
 from tp_plugin.shard import is_sharded, models_in
 from tp_plugin.tensor.regions import copy_to_tp
 
@@ -32,12 +31,12 @@ def _unload(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     records: list[Any] = [model.tp_record for _, model in models_in(self) if is_sharded(model)]
     if not records:
         return original(self, *args, **kwargs)
-    with exchange(records[0].mesh).together("merge_and_unload"):  # a peer reads what is merged here by its new name
+    with require().sessions.together("merge_and_unload"):  # a peer reads what is merged here by its new name
         for record in records:
-            record.parameters()
+            record.index.tensors()
         result = original(self, *args, **kwargs)
         for record in records:
-            record.rename()
+            record.follow_renames()
     return result
 
 
@@ -45,7 +44,7 @@ def _save_pretrained(original: Any, self: Any, save_directory: Any, *args: Any, 
     mesh = current_mesh()
     if mesh is None or not any(is_sharded(model) for _, model in models_in(self)):
         return original(self, save_directory, *args, **kwargs)
-    with exchange(mesh).together("PeftModel.save_pretrained"):
+    with require().sessions.together("PeftModel.save_pretrained"):
         return original(self, save_directory, *args, **kwargs) if mesh.is_leader else None
 
 

@@ -9,12 +9,12 @@ import contextlib
 import inspect
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from tp_plugin.engines.patching import wrap
 from tp_plugin.mesh.dtensor_utils import is_split
-from tp_plugin.mesh.groups import current_mesh
-from tp_plugin.runtime.transport import exchange
+from tp_plugin.runtime.current import current_mesh, require
 from tp_plugin.shard import has_lazy, is_sharded, lazy_full_tensors, materialize, models_in
 
 
@@ -34,24 +34,24 @@ def install_hub_mixin(hub_mixin: Any) -> None:
     wrap(hub_mixin.ModelHubMixin, "save_pretrained", _save_mixed)
 
 
-_unnamed: list[tuple[str, str]] | None = None
+_unnamed: ContextVar[list[tuple[str, str]] | None] = ContextVar("tp_plugin.unnamed", default=None)
 """Complete files of the call in progress: where they are, and their names."""
 
 
 @contextlib.contextmanager
 def all_or_nothing() -> Iterator[None]:
     """Inside, the files of a model get their names at the end; none does if anything is raised."""
-    global _unnamed
-    before, _unnamed = _unnamed, []
+    files: list[tuple[str, str]] = []
+    token = _unnamed.set(files)
     try:
         yield
-        for unfinished, name in _unnamed:
+        for unfinished, name in files:
             os.replace(unfinished, name)
     finally:
-        for unfinished, _ in _unnamed:
+        for unfinished, _ in files:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(unfinished)
-        _unnamed = before
+        _unnamed.reset(token)
 
 
 def _save_pretrained(original: Any, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +61,7 @@ def _save_pretrained(original: Any, self: Any, save_directory: Any, *args: Any, 
     call = inspect.signature(original).bind(self, save_directory, *args, **kwargs)
     if call.arguments.get("state_dict") is None and any(map(is_split, self.parameters())):
         call.arguments["state_dict"] = _joined(self)
-    with record.exchange.together(f"{record.uid} save"):
+    with record.runtime.sessions.together(f"{record.uid} save"):
         if not (record.mesh.is_leader and call.arguments.get("state_dict") != {}):
             return None  # one rank of the TP group writes; the others return when the files are there
         with lazy_full_tensors(), all_or_nothing():
@@ -80,7 +80,7 @@ def _save_mixed(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     mesh = current_mesh()
     if mesh is None:
         return original(self, *args, **kwargs)
-    with exchange(mesh).together(f"{type(self).__name__}.save_pretrained"):
+    with require().sessions.together(f"{type(self).__name__}.save_pretrained"):
         return original(self, *args, **kwargs) if mesh.is_leader else None
 
 
@@ -90,7 +90,7 @@ def save_model(original: Any, self: Any, model: Any, *args: Any, **kwargs: Any) 
     sharded = mesh is not None and any(is_sharded(root) for _, root in models_in(model))
     if mesh is None or not sharded or self.distributed_type.value in ("DEEPSPEED", "FSDP"):
         return original(self, model, *args, **kwargs)  # which gather on all ranks
-    with exchange(mesh).together("Accelerator.save_model"):
+    with require().sessions.together("Accelerator.save_model"):
         if not mesh.is_leader:
             return None
         with lazy_full_tensors(), all_or_nothing():
@@ -105,13 +105,14 @@ def get_state_dict(original: Any, self: Any, model: Any, unwrap: bool = True) ->
 
 
 def _save_file(original: Any, tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
-    with all_or_nothing() if _unnamed is None else contextlib.nullcontext():
+    with all_or_nothing() if _unnamed.get() is None else contextlib.nullcontext():
         return original(materialize(tensors) if has_lazy(tensors) else tensors, nameless(filename), *args, **kwargs)
 
 
 def nameless(filename: Any) -> str:
     """Where to write what gets the name ``filename`` at the end of :func:`all_or_nothing`."""
-    assert _unnamed is not None
+    files = _unnamed.get()
+    assert files is not None
     unfinished = f"{os.fspath(filename)}.unfinished"
-    _unnamed.append((unfinished, os.fspath(filename)))
+    files.append((unfinished, os.fspath(filename)))
     return unfinished

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn
 
-from tp_plugin.engines.accelerate.operations import TorchOverDP, meet_at
+from tp_plugin.engines.accelerate.operations import TorchWithScopedDist, meet_at
 from tp_plugin.engines.patching import patch
 from tp_plugin.engines.trainer import Distributed
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import Group, current_mesh
+from tp_plugin.mesh.groups import Group
+from tp_plugin.runtime.current import current_mesh
 from tp_plugin.tensor.first_order import first_order
 
 
@@ -56,7 +57,7 @@ def _all_gather(tensor: torch.Tensor) -> Any:
     if mesh is None:
         return torch.distributed.nn.all_gather(tensor)  # type: ignore[no-untyped-call]
     meet_at("nn.all_gather")
-    return _Gather.apply(tensor, mesh.dp) if mesh.dp_size > 1 else (tensor,)
+    return _Gather.apply(tensor, mesh.data) if mesh.dp_size > 1 else (tensor,)
 
 
 class _Distributed(Distributed):
@@ -70,7 +71,7 @@ class _Distributed(Distributed):
         if mesh is None:
             return dist.scatter_object_list(output, given, src=src)
         meet_at("scatter_object_list")
-        return dist.scatter_object_list(output, given, group=mesh.dp.pg, group_src=src)
+        return dist.scatter_object_list(output, given, group=mesh.data.pg, group_src=src)
 
     @staticmethod
     def gather_object(value: Any, found: list[Any] | None = None, dst: int = 0) -> None:
@@ -78,8 +79,8 @@ class _Distributed(Distributed):
         if mesh is None:
             return dist.gather_object(value, found, dst=dst)
         meet_at("gather_object")
-        return dist.gather_object(value, found, group=mesh.dp.pg, group_dst=dst)
+        return dist.gather_object(value, found, group=mesh.data.pg, group_dst=dst)
 
 
-class _Torch(TorchOverDP):
+class _Torch(TorchWithScopedDist):
     distributed = _Distributed()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from typing import Any
 
 import torch
@@ -11,11 +10,14 @@ import torch.distributed as dist
 import torch.utils.data.distributed
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.utils import clip_grad
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from tp_plugin.config.run_config import Options
-from tp_plugin.engines.patching import patch, wrap
+from tp_plugin.config.resolve import current_config
+from tp_plugin.engines.patching import patch, remember, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.dtensor_utils import is_split
+from tp_plugin.mesh.dtensor_utils import held, is_split
+from tp_plugin.mesh.roles import process_of
+from tp_plugin.runtime.current import current
 
 
 def install() -> None:
@@ -28,11 +30,15 @@ def install() -> None:
         tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
     ) -> torch.Tensor:
         tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
-        layouts = _layouts()
-        if layouts is None:
+        runtime = current()
+        if runtime is None or not runtime.models:
             return original(tensors, norm_type, error_if_nonfinite, foreach)
+        from tp_plugin.shard.params import layouts_of
+        from tp_plugin.tensor.grad_norm import total_norm
+
         with torch.no_grad():
-            norm: torch.Tensor = layouts.total_norm(tensors, float(norm_type))
+            layouts = layouts_of(tensors, [model.index for model in runtime.models])
+            norm: torch.Tensor = total_norm(tensors, layouts, runtime.mesh, float(norm_type))
         if error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(
                 f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
@@ -49,6 +55,7 @@ def install() -> None:
     wrap(torch.amp.GradScaler, "_unscale_grads_", _unscale_grads)
     patch(torch.utils.data.distributed, "dist", _Replicas())
     wrap(torch.Tensor, "backward", _backward)
+    remember(register_optimizer_step_post_hook(_stepped))
     wrap(torch.nn.parallel.DistributedDataParallel, "__init__", _data_parallel)
     wrap(torch.nn.parallel.DistributedDataParallel, "register_comm_hook", _register_comm_hook)
 
@@ -56,13 +63,12 @@ def install() -> None:
 def _data_parallel(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """A sharded model that a script wraps itself is averaged over the replicas, not over all ranks."""
     call = inspect.signature(original).bind(self, *args, **kwargs)
-    if _tp_size() > 1 and call.arguments.get("process_group") is None:
-        from tp_plugin.mesh.groups import alone, require_mesh
+    runtime = current()
+    if runtime is not None and call.arguments.get("process_group") is None:
         from tp_plugin.shard import is_sharded, models_in
 
         if any(is_sharded(root) for _, root in models_in(call.arguments["module"])):
-            mesh = require_mesh()
-            call.arguments["process_group"] = mesh.dp.pg if mesh.dp_size > 1 else alone()
+            call.arguments["process_group"] = runtime.mesh.grad.pg
     original(*call.args, **call.kwargs)
 
 
@@ -86,10 +92,18 @@ def _register_comm_hook(original: Any, self: Any, state: Any, hook: Any) -> Any:
 
 
 def _backward(original: Any, self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    guard = sys.modules.get("tp_plugin.runtime.batch_guard")
-    if guard is not None:
-        guard.backward_from(self)
+    runtime = current()
+    if runtime is not None:
+        runtime.last_loss.backward_from(self)
     return original(self, *args, **kwargs)
+
+
+def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Post hook of every optimizer's step: fused kernels change weights without counting in-place versions."""
+    runtime = current()
+    if runtime is not None:
+        parameters = optimizer.param_groups[0]["params"] if optimizer.param_groups else []
+        runtime.progress.stepped(parameters[0].device if parameters else torch.device("cpu"))
 
 
 def _like(norm: torch.Tensor, tensors: list[Any]) -> torch.Tensor:
@@ -117,28 +131,19 @@ class _Replicas:
 
     @staticmethod
     def get_rank() -> int:
-        return dist.get_rank() // _tp_size()
+        return process_of(dist.get_rank(), _tp_size())
 
 
 def _tp_size() -> int:
-    mesh = sys.modules.get("tp_plugin.mesh.groups")
-    current = mesh.current_mesh() if mesh is not None else None
-    return int(current.tp_size) if current is not None else Options.from_environment().tp_size
-
-
-def _layouts() -> Any:
-    """The module that knows the layouts, once a model is sharded. Patching torch must not import half of the plugin."""
-    layouts = sys.modules.get("tp_plugin.tensor.grad_norm")
-    return layouts if layouts is not None and layouts.any_sharded() else None
+    runtime = current()
+    return runtime.mesh.tp_size if runtime is not None else current_config().tp_size
 
 
 def _unscale_grads(original: Any, *args: Any, **kwargs: Any) -> dict[torch.device, torch.Tensor]:
-    """An inf in one rank's shard is an inf in the model: every rank of the TP group must skip the step."""
+    """An inf in one rank's shard is an inf in the model: every rank of the unit must skip the step."""
     found: dict[torch.device, torch.Tensor] = original(*args, **kwargs)
-    if _layouts() is not None:
-        from tp_plugin.mesh.dtensor_utils import held
-        from tp_plugin.mesh.groups import require_mesh
-
+    runtime = current()
+    if runtime is not None and runtime.models:
         for tensor in found.values():
-            require_mesh().tp_for(tensor).all_reduce(held(tensor), dist.ReduceOp.MAX)
+            runtime.mesh.unit_for(tensor).all_reduce(held(tensor), dist.ReduceOp.MAX)
     return found

@@ -16,16 +16,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tp_plugin.engines.accelerate.operations import OverDP
+from tp_plugin.engines.accelerate.operations import DPScopedDist
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import current_mesh
+from tp_plugin.runtime.current import current_mesh, require
 from tp_plugin.runtime.sync_points import BARRIER, TRIGGER
-from tp_plugin.runtime.transport import exchange
 from tp_plugin.tensor import rng
 
 
-class Distributed(OverDP):
+class Distributed(DPScopedDist):
     """``torch.distributed`` of dp processes, with barriers at which a TP group meets."""
 
     @staticmethod
@@ -36,7 +35,7 @@ class Distributed(OverDP):
     @staticmethod
     def get_rank() -> int:
         mesh = current_mesh()
-        return dist.get_rank() if mesh is None else mesh.dp.rank
+        return dist.get_rank() if mesh is None else mesh.data.rank
 
     @staticmethod
     def barrier(*args: Any, **kwargs: Any) -> None:
@@ -90,9 +89,9 @@ def _asked_together(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if mesh is None or manager is None:
         return original(self, *args, **kwargs)
     # a signal may reach one rank alone, or each at another step; a timer's thread sets the flag at any moment
-    met = exchange(mesh).sync_points.meet(TRIGGER, [int(manager.is_checkpoint_requested)])
+    met = require().sync_points.rendezvous(TRIGGER, [int(manager.is_checkpoint_requested)])
     asked = torch.tensor(float(any(flag for flag, *_ in met)), device=self.trainer.args.device)
-    if not mesh.dp.all_reduce(asked, dist.ReduceOp.MAX).item() or getattr(manager, "tp_made", False):
+    if not mesh.data.all_reduce(asked, dist.ReduceOp.MAX).item() or getattr(manager, "tp_made", False):
         return None
     manager.is_checkpoint_requested = manager.tp_made = True
     return original(self, *args, **kwargs)
@@ -124,7 +123,7 @@ def _leads() -> bool:
 def _meet() -> None:
     mesh = current_mesh()
     if mesh is not None:
-        exchange(mesh).sync_points.meet(BARRIER)
+        require().sync_points.rendezvous(BARRIER)
 
 
 def _on_leader(original: property) -> property:
@@ -146,7 +145,7 @@ def _save_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     mesh = current_mesh()
     if mesh is None:
         return original(self, *args, **kwargs)
-    with exchange(mesh).together("Trainer.save_model"):  # what it wrote is there when any rank returns
+    with require().sessions.together("Trainer.save_model"):  # what it wrote is there when any rank returns
         return original(self, *args, **kwargs)
 
 
@@ -173,7 +172,7 @@ def _load_rng_state(original: Any, self: Any, checkpoint: Any) -> None:
     mesh = current_mesh()
     if mesh is not None and checkpoint is not None:
         # the leader's file has the generators of its device, which the others of the group do not hold by that number
-        rng.synchronize(mesh.control)
+        rng.synchronize(mesh.unit_cpu)
 
 
 def _save_checkpoint(original: Any, self: Any, model: Any, trial: Any = None) -> Any:
@@ -185,7 +184,7 @@ def _save_checkpoint(original: Any, self: Any, model: Any, trial: Any = None) ->
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         folder.mkdir(parents=True, exist_ok=True)
         return original(self, model, trial)
-    with exchange(mesh).together("Trainer's checkpoint"):  # a peer must not step on while its shards are read
+    with require().sessions.together("Trainer's checkpoint"):  # a peer must not step on while its shards are read
         return original(self, model, trial)
 
 

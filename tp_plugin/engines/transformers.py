@@ -12,16 +12,17 @@ from zlib import crc32
 
 from torch import nn
 
-from tp_plugin.config.run_config import Options
+from tp_plugin.config.resolve import current_config
+from tp_plugin.config.run_config import RunConfig
 from tp_plugin.engines import loading, saving
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import current_mesh
 from tp_plugin.policy import check_config, load, policy_for
 from tp_plugin.runtime.batch_guard import digests
+from tp_plugin.runtime.current import current_mesh
 from tp_plugin.runtime.sync_points import GENERATE, Request
 from tp_plugin.shard import is_sharded
-from tp_plugin.shard.full_tensor import plain_name
+from tp_plugin.shard.params import plain_name
 from tp_plugin.tensor import rng
 
 
@@ -50,15 +51,15 @@ def _generate(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Generate on all ranks together; the main process alone takes its peers along for the whole call."""
     mesh = current_mesh()
     record: Any = getattr(self, "tp_record", None)
-    sync_points = record.exchange.sync_points if mesh is not None and record is not None else None
+    sync_points = record.runtime.sync_points if mesh is not None and record is not None else None
     if sync_points is None or sync_points.helping:
         return original(self, *args, **kwargs)
     call = crc32(repr(sorted(digests(args, kwargs).items())).encode())
     values = [2 * self.training, record.number, call, rng.fingerprint()]
     heard_here = {name: value for name, value in kwargs.items() if name != "streamer"}  # it changes no token
-    rows = sync_points.meet(GENERATE, values, lambda: Request.of("generate", self, args, heard_here))
+    rows = sync_points.rendezvous(GENERATE, values, lambda: Request.of("generate", self, args, heard_here))
     if any(row[3] != values[3] for row in rows):
-        rng.synchronize(mesh.control)  # now: an assistant that is not sharded draws before the first forward meets
+        rng.synchronize(mesh.unit_cpu)  # now: an assistant that is not sharded draws before the first forward meets
     before = sync_points.helping, sync_points.generating
     sync_points.helping, sync_points.generating = len(rows) < mesh.tp_size, True
     try:
@@ -79,7 +80,7 @@ def _from_pretrained(original: Any) -> classmethod[Any, Any, Any]:
             quantized = quantized or written.get("quantization_config")
             config = written.get("model_type")
         if quantized is not None:
-            _refuse_quantized(config, Options.from_environment())
+            _refuse_quantized(config, current_config())
         return original(cls, name, *args, **kwargs)
 
     return classmethod(from_pretrained)
@@ -87,15 +88,15 @@ def _from_pretrained(original: Any) -> classmethod[Any, Any, Any]:
 
 def _init(original: Any, self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
     # from_pretrained and from_config both come here, before any weight is read
-    check_before_load(config, Options.from_environment())
+    check_before_load(config, current_config())
     original(self, config, *args, **kwargs)
 
 
 def _is_off() -> bool:
-    return Options.from_environment().tp_size == 1
+    return current_config().tp_size == 1
 
 
-def check_before_load(config: Any, options: Options) -> None:
+def check_before_load(config: Any, options: RunConfig) -> None:
     """Refuse what cannot be trained tensor-parallel, while nothing is lost.
 
     Raises:
@@ -119,7 +120,7 @@ def check_before_load(config: Any, options: Options) -> None:
         _refuse_quantized(config, options)
 
 
-def _refuse_quantized(config: Any, options: Options) -> None:
+def _refuse_quantized(config: Any, options: RunConfig) -> None:
     model_type = config if isinstance(config, str) else getattr(config, "model_type", None)
     if options.tp_size > 1 and model_type not in options.leave_whole:
         raise TPError(

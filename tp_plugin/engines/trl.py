@@ -9,8 +9,10 @@ import torch
 
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import current_mesh
-from tp_plugin.tensor.grad_norm import is_nameless_share, layout_of
+from tp_plugin.runtime.current import current, current_mesh, require
+from tp_plugin.shard.params import is_unnamed_shard
+from tp_plugin.tensor.param_entry import layout_of
+from tp_plugin.tensor.vocab import Vocabulary
 from tp_plugin.tensor.vocab.scores import scores
 
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -44,7 +46,7 @@ def install_rewards(trainer: Any) -> None:
 def _calculate_rewards(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """The leader's: a judge or a sandbox need not answer each rank alike."""
     rewards, mesh = original(self, *args, **kwargs), current_mesh()
-    return rewards if mesh is None else mesh.tp_for(rewards).broadcast(rewards.contiguous())
+    return rewards if mesh is None else mesh.unit_for(rewards).broadcast(rewards.contiguous())
 
 
 class _LogProbs:
@@ -67,7 +69,8 @@ class _LogProbs:
     ) -> tuple[torch.Tensor | None, ...]:
         """TRL's signature and results."""
         layout = layout_of(weight)
-        if layout is None and is_nameless_share(weight):
+        runtime = current()
+        if layout is None and runtime is not None and is_unnamed_shard(weight, [m.index for m in runtime.models]):
             raise TPError(
                 f"TRL's head was given a weight of {tuple(weight.shape)} that is not a parameter of the model, but has "
                 "the shape of this rank's rows of its vocabulary, and would be taken for all of it; do not copy "
@@ -80,7 +83,9 @@ class _LogProbs:
         # under ZeRO-3 TRL has gathered the head for now, and partitions it again before the backward
         settings: dict[str, Any] = {"fetched": functools.partial(self.fetched, weight, bias)}
         settings |= {"scale": logit_scale, "softcap": final_logit_softcapping, "temperature": temperature}
-        found = scores(hidden, weight, bias, targets, layout, outputs, **settings)
+        tp = require().mesh.tp
+        vocabulary = Vocabulary(layout.shape[0], layout.local_shape(tp.rank)[0], tp, require().remote_logits)
+        found = scores(hidden, weight, bias, targets, vocabulary, outputs, **settings)
         return found["log_probs"], *(found.get(name) for name in OPTIONAL)
 
 

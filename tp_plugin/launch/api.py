@@ -19,7 +19,7 @@ def parallelize(model: nn.Module, tp_size: int | None = None, policy: Policy | N
 
     torch's gradient norms, clipping and GradScaler see the whole model from here on, and ``deepspeed.initialize``
     trains it with ZeRO over the DP groups. Without DeepSpeed, data parallelism, one batch per TP group and saving on
-    one rank are the script's own matter: ``tp_plugin.mesh.groups.require_mesh()`` has the groups.
+    one rank are the script's own matter: ``tp_plugin.mesh.groups.require().mesh`` has the groups.
 
     Args:
         model: a transformers model, or a module that contains some, with whole weights (the same on every rank, or the
@@ -33,9 +33,9 @@ def parallelize(model: nn.Module, tp_size: int | None = None, policy: Policy | N
     """
     import torch
 
-    from tp_plugin.config.run_config import Options
+    from tp_plugin.config.resolve import current_config
     from tp_plugin.launch import worker
-    from tp_plugin.mesh.groups import current_mesh
+    from tp_plugin.runtime.current import current_mesh
     from tp_plugin.shard import parallelize as shard
 
     state = getattr(sys.modules.get("accelerate.state"), "PartialState", None)
@@ -44,7 +44,7 @@ def parallelize(model: nn.Module, tp_size: int | None = None, policy: Policy | N
             "tp_plugin.parallelize was called in a run that Accelerate already counts without tensor parallelism; set "
             "`tp_size` in the Accelerate config (or TP_PLUGIN_TP_SIZE in the environment) instead"
         )
-    options = Options.from_environment()
+    options = current_config()
     worker.register("deepspeed")
     if not torch.distributed.is_initialized() and {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
         torch.distributed.init_process_group()  # as deepspeed.initialize would, by the launcher's variables

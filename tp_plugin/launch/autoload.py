@@ -7,38 +7,51 @@ few look-ups.
 
 from __future__ import annotations
 
-import os
+import functools
 import sys
+from typing import Any
 
-TP_SIZE = "TP_PLUGIN_TP_SIZE"
-DISABLE = "TP_PLUGIN_DISABLE"
+from tp_plugin.config import environment
+from tp_plugin.launch.imports import after_import, run_by_import
+
+LAUNCHER = "accelerate.commands.launch"
+"""What every form of ``accelerate launch``, ``trl`` and a script that launches import, and no training script."""
 
 
 def activate() -> None:
-    """Entry point: register hooks if this process is a worker with a ``tp_size``, or a launcher."""
-    disabled = os.environ.get(DISABLE, "") not in ("", "0")
-    if _is_accelerate_launch(sys.argv):
-        from tp_plugin.launch import accelerate_cli
-
-        accelerate_cli.register(sys.argv)  # disabled, the keys in the file are still legal
+    """Entry point: register hooks on the launcher, and those of a worker if this process has a ``tp_size``."""
+    after_import(LAUNCHER, _install_launcher)  # disabled too: the keys in a config file are still legal
+    run_by_import(LAUNCHER)
+    if environment.is_disabled():
         return
-    if disabled:
-        return
-    if not os.environ.get(TP_SIZE, "").strip():
+    if not environment.tp_size():
         from tp_plugin.launch import deepspeed_config
 
         deepspeed_config.look(sys.argv)
-    if os.environ.get(TP_SIZE, "").strip() not in ("", "1"):
+        after_import("accelerate.launchers", _watch_notebook_launcher)
+    _register_worker()
+
+
+def _register_worker() -> None:
+    if environment.tp_size() not in ("", "1"):
         from tp_plugin.launch import worker
 
         worker.register()
 
 
-def _is_accelerate_launch(argv: list[str]) -> bool:
-    program = os.path.basename(argv[0]) if argv else ""
-    if program == "accelerate-launch" or (program == "launch.py" and os.path.join("accelerate", "commands") in argv[0]):
-        return True
-    if program == "trl":  # launches its scripts by Accelerate, in this process
-        return True
-    launches = len(argv) > 1 and argv[1] == "launch"
-    return launches and (program in ("accelerate", "accelerate_cli.py") or argv[0] == "-m")
+def _install_launcher(launch: Any) -> None:
+    from tp_plugin.launch import accelerate_cli
+
+    accelerate_cli.install(launch)
+
+
+def _watch_notebook_launcher(launchers: Any) -> None:
+    """A notebook sets ``TP_PLUGIN_TP_SIZE`` in a cell, when torch is imported already; its workers are forked."""
+    original = launchers.notebook_launcher
+
+    @functools.wraps(original)
+    def looking(*args: Any, **kwargs: Any) -> Any:
+        _register_worker()
+        return original(*args, **kwargs)
+
+    launchers.notebook_launcher = looking

@@ -3,6 +3,9 @@
 Early: the JSON file that the command line or Accelerate's environment names. Late: a path or a dict in the script's
 own code, seen by three watchers (``deepspeed.initialize``, ``TrainingArguments``, ``DeepSpeedPlugin``) that look for
 the key and do nothing without it.
+
+``import torch`` runs this module in every process: what only a run with a DeepSpeed config needs is imported where it
+is used.
 """
 
 from __future__ import annotations
@@ -13,12 +16,12 @@ import os
 import sys
 from typing import Any
 
+from tp_plugin.config import environment
+from tp_plugin.config.keys import TP_SIZE
 from tp_plugin.launch.imports import after_import
 
-TP_SIZE, OPTIONS = "TP_PLUGIN_TP_SIZE", "TP_PLUGIN_OPTIONS"
-
 FLAGS = ("deepspeed", "deepspeed_config", "deepspeed_config_file", "ds_config")
-"""Command-line options that name a DeepSpeed config file."""
+"""Command-line options of scripts and launchers that name a DeepSpeed config file."""
 
 WATCHED = {
     "deepspeed": ("", "initialize"),
@@ -26,6 +29,18 @@ WATCHED = {
     "accelerate.utils.dataclasses": ("DeepSpeedPlugin", "__post_init__"),
 }
 """Module → class (or none) and function that is handed a DeepSpeed config."""
+
+
+def look(argv: list[str]) -> None:
+    """Take the keys over from the file that is named in ``argv``, or watch for a config in the script's own code.
+
+    Nothing is checked here, inside ``import torch``: a bad value is named by the first patched call.
+    """
+    file = file_in(argv)
+    if file and _take_over(file):
+        return
+    for module in WATCHED:
+        after_import(module, functools.partial(_watch, module))
 
 
 def file_in(argv: list[str]) -> str | None:
@@ -39,64 +54,17 @@ def file_in(argv: list[str]) -> str | None:
     return os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
 
 
-def mentions_key(path: str | None) -> bool:
-    """Whether the file holds our key somewhere; what is wrong with the file its reader says."""
-    try:
-        with open(path or "", encoding="utf-8") as file:
-            return '"tp_size"' in file.read()
-    except (OSError, UnicodeDecodeError):
+def _take_over(file: str) -> bool:
+    """Put the keys of ``file`` into the environment; False if it has no ``tp_size``."""
+    from tp_plugin.config import deepspeed
+    from tp_plugin.config.keys import TP_PLUGIN
+    from tp_plugin.config.written import Written
+
+    config = deepspeed.as_mapping(file) if deepspeed.mentions_key(file) else None
+    if config is None or TP_SIZE not in config:
         return False
-
-
-def read(config: Any) -> dict[str, Any] | None:
-    """A DeepSpeed config as a mapping, from any form it is handed around in; None if it is none of them."""
-    if hasattr(config, "config"):  # HfDeepSpeedConfig
-        config = config.config
-    if isinstance(config, dict):
-        return config
-    if not isinstance(config, str | os.PathLike):
-        return None
-    try:
-        if os.path.exists(config):
-            with open(config, encoding="utf-8") as file:
-                found = _loads(file.read())
-        else:
-            found = _loads(_decoded(os.fspath(config)))
-    except (OSError, ValueError, ImportError):
-        return None  # DeepSpeed says what is wrong with it
-    return found if isinstance(found, dict) else None
-
-
-def _loads(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        import hjson  # DeepSpeed's own reader: comments and trailing commas
-
-        return hjson.loads(text)
-
-
-def _decoded(text: str) -> str:
-    if text.lstrip().startswith("{"):
-        return text
-    import base64
-
-    return base64.urlsafe_b64decode(text).decode("utf-8")
-
-
-def look(argv: list[str]) -> None:
-    """Take the keys over from the file that is named in ``argv``, or watch for a config in the script's own code.
-
-    Nothing is checked here, inside ``import torch``: a bad value is named by the first patched call.
-    """
-    file = file_in(argv)
-    config = read(file) if mentions_key(file) else None
-    if config is not None and "tp_size" in config:
-        os.environ[TP_SIZE] = str(config["tp_size"])
-        os.environ[OPTIONS] = json.dumps(config.get("tp_plugin") or {})
-        return
-    for module in WATCHED:
-        after_import(module, functools.partial(_watch, module))
+    environment.publish(Written(file, config[TP_SIZE], config.get(TP_PLUGIN)))
+    return True
 
 
 def _watch(name: str, module: Any) -> None:
@@ -107,7 +75,7 @@ def _watch(name: str, module: Any) -> None:
     @functools.wraps(original)
     def looking(*args: Any, **kwargs: Any) -> Any:
         config = _config_among(name, args, kwargs)
-        asked = config is not None and not os.environ.get(TP_SIZE) and '"tp_size"' in json.dumps(config, default=str)
+        asked = config is not None and not environment.tp_size() and f'"{TP_SIZE}"' in json.dumps(config, default=str)
         if asked and activate(config):
             return getattr(owner, function)(*args, **kwargs)  # which is patched now
         return original(*args, **kwargs)
@@ -116,13 +84,15 @@ def _watch(name: str, module: Any) -> None:
 
 
 def _config_among(module: str, args: Any, kwargs: Any) -> dict[str, Any] | None:
+    from tp_plugin.config import deepspeed
+
     if module == "deepspeed":
         named = [kwargs.get("config"), kwargs.get("config_params"), args[10] if len(args) > 10 else None]
         from_script = args[0] if args else kwargs.get("args")
         values = [*named, getattr(from_script, "deepspeed_config", None)]
     else:
         values = [getattr(args[0], "deepspeed", None), getattr(args[0], "hf_ds_config", None)]
-    return next((found for value in values if (found := read(value)) is not None), None)
+    return next((found for value in values if (found := deepspeed.as_mapping(value)) is not None), None)
 
 
 def activate(config: Any, origin: str = "the DeepSpeed config") -> bool:
@@ -131,21 +101,22 @@ def activate(config: Any, origin: str = "the DeepSpeed config") -> bool:
     Raises:
         TPError: a bad value, or Accelerate already counts its processes without tensor parallelism.
     """
-    from tp_plugin.config.run_config import from_deepspeed
+    from tp_plugin.config import deepspeed
+    from tp_plugin.config.resolve import resolve
     from tp_plugin.errors import TPError
-    from tp_plugin.mesh.groups import current_mesh
+    from tp_plugin.runtime.current import current_mesh
 
-    options = from_deepspeed(config, origin)
-    if options is None or options.tp_size == 1:
+    resolved = resolve(environment=environment.read(), deepspeed=deepspeed.read(config, origin))
+    if resolved.tp_size == 1:
         return False
     state = getattr(sys.modules.get("accelerate.state"), "PartialState", None)
     if state is not None and state._shared_state and current_mesh() is None:
         raise TPError(
-            f"`tp_size: {options.tp_size}` was found in {origin} when Accelerate had already counted its processes; "
-            f"write it where it is seen earlier: TP_PLUGIN_TP_SIZE={options.tp_size} in the environment, or `tp_size` "
+            f"`tp_size: {resolved.tp_size}` was found in {origin} when Accelerate had already counted its processes; "
+            f"write it where it is seen earlier: TP_PLUGIN_TP_SIZE={resolved.tp_size} in the environment, or `tp_size` "
             "in the config of `accelerate launch`"
         )
-    os.environ.update(options.to_environment())
+    environment.publish(resolved.as_written())
     from tp_plugin.launch import worker
 
     worker.register()

@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import atexit
 import json
-from collections import Counter
 from pathlib import Path
+
+from tp_plugin.runtime.current import current
 
 
 def write_at_exit(directory: str) -> None:
-    """Write ``rank<r>.json`` into ``directory`` when this process ends, if it took part in a mesh."""
+    """Write ``rank<r>.json`` into ``directory`` when this process ends, if it took part in a tensor-parallel run."""
     atexit.register(_write, Path(directory))
 
 
 def _write(directory: Path) -> None:
-    from tp_plugin.mesh.groups import current_mesh, ledger, training
-    from tp_plugin.runtime.batch_guard import training_forwards
-    from tp_plugin.shard.model_state import totals
-
-    mesh = current_mesh()
-    if mesh is None:
+    runtime = current()
+    if runtime is None:
         return
+    mesh, stats = runtime.mesh, runtime.mesh.context.stats
     report = {
         "rank": mesh.rank,
         "tp_rank": mesh.tp.rank,
-        "dp_rank": mesh.dp.rank,
+        "dp_rank": mesh.data.rank,
         "tp_size": mesh.tp_size,
         "dp_size": mesh.dp_size,
-        **totals(),
-        "forwards": training_forwards(),
-        "collectives": _entries(ledger),
-        "training_collectives": _entries(training),
+        "parameter_bytes": runtime.held_bytes,
+        "whole_parameter_bytes": runtime.full_bytes,
+        "forwards": runtime.progress.training_forwards,
+        "collectives": stats.total.as_dict(),
+        "training_collectives": stats.training.as_dict(),
     }
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"rank{mesh.rank}.json").write_text(json.dumps(report, indent=2))
-
-
-def _entries(book: dict[str, Counter[str]]) -> dict[str, dict[str, int]]:
-    return {key: {"count": count, "bytes": book["bytes"][key]} for key, count in sorted(book["count"].items())}

@@ -6,6 +6,7 @@ import importlib
 import os
 from typing import Any
 
+from tp_plugin.config.keys import ENV_REPORT
 from tp_plugin.launch.imports import after_import
 
 _PATCHES = {
@@ -66,10 +67,10 @@ def register(library: str = "") -> None:
         if module.startswith(library) and module not in _registered:
             _registered.add(module)
             after_import(module, _patcher(engine, function))
-    if os.environ.get("TP_PLUGIN_REPORT"):
+    if os.environ.get(ENV_REPORT):
         from tp_plugin.launch.report import write_at_exit
 
-        write_at_exit(os.environ["TP_PLUGIN_REPORT"])
+        write_at_exit(os.environ[ENV_REPORT])
 
 
 def _patcher(engine: str, function: str) -> Any:

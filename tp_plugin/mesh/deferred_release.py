@@ -1,7 +1,7 @@
 """What this rank has dropped but a slower peer may still read, kept until all ranks have met in a collective.
 
 A peer that comes to a collective has left behind everything before it. So what was dropped before this rank entered one
-can go when that one is through.
+can go when that one has completed.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 
 
 class DeferredRelease:
-    """Values by key, from :meth:`put` until a collective that began later is through."""
+    """Values by key, from :meth:`put` until a collective that began later has completed."""
 
     def __init__(self) -> None:
         self._items: dict[Any, Any] = {}
-        self._fences: list[tuple[torch.cuda.Event, list[Any]]] = []
+        self._fences: list[tuple[torch.Event, list[Any]]] = []
         self._lock = threading.RLock()  # an item may be put by a finalizer, at any time
 
     def put(self, key: Any, value: Any) -> None:
@@ -33,19 +33,21 @@ class DeferredRelease:
     def before(self) -> list[Any]:
         """Call when a collective begins; returns what :meth:`after` takes."""
         while self._fences and self._fences[0][0].query():
-            self._clear(self._fences.pop(0)[1])
+            self._release(self._fences.pop(0)[1])
         return list(self._items) if self._items else []
 
-    def after(self, keys: list[Any], on_device: bool) -> None:
-        """Call when the collective is through, ``on_device``: when it is on its stream."""
+    def after(self, keys: list[Any], device: torch.device) -> None:
+        """Call when the collective has completed; on a device, when it is enqueued on the current stream."""
         if not keys:
             return
-        if on_device:
-            self._fences.append((torch.cuda.current_stream().record_event(), keys))
-        else:
-            self._clear(keys)
+        if device.type == "cpu":
+            self._release(keys)
+            return
+        event = torch.Event(device)
+        event.record()
+        self._fences.append((event, keys))
 
-    def _clear(self, keys: list[Any]) -> None:
+    def _release(self, keys: list[Any]) -> None:
         with self._lock:
             for key in keys:
                 self._items.pop(key, None)

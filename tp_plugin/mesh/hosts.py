@@ -1,4 +1,4 @@
-"""Which machine each rank is on, how ranks on others reach it, and what one rank says for all of the world."""
+"""Which machine each rank is on, how ranks on others reach it, and which rank of the world speaks first."""
 
 from __future__ import annotations
 

@@ -1,39 +1,53 @@
 """The collectives as operators: torch.compile keeps each as one call in its graph, which runs as it does in eager mode.
 
 Functional, so that no pass has to know of aliases; without gradients, for the formulas are those of
-:mod:`tp_plugin.tensor.regions`. A group goes by its name in the mesh: a graph outlives no mesh, but its code may.
+:mod:`tp_plugin.tensor.regions`. A graph holds a group by its name, as torch's own functional collectives do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import MutableMapping
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 
-_run: dict[str, Callable[[str, torch.Tensor], torch.Tensor]] = {}
+
+class TracedGroup(Protocol):
+    """What runs an operator when the graph does."""
+
+    def summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' tensors, as a tensor of its own."""
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The ranks' tensors."""
+
+    def reduce_scatter(self, chunks: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' chunks for this rank."""
 
 
-def implement(**doings: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
-    """Say what each operator does with a group's name and a tensor (:mod:`tp_plugin.mesh.groups`)."""
-    _run.update(doings)
+groups: MutableMapping[str, Any] = WeakValueDictionary()
+"""Live groups by the name under which graphs know them."""
 
 
 @torch.library.custom_op("tp_plugin::all_reduce", mutates_args=())
 def all_reduce(x: torch.Tensor, group: str, size: int) -> torch.Tensor:
     """The sum of ``x`` over the group."""
-    return _run["all_reduce"](group, x)
+    summed: torch.Tensor = groups[group].summed(x)
+    return summed
 
 
 @torch.library.custom_op("tp_plugin::all_gather", mutates_args=())
 def all_gather(x: torch.Tensor, group: str, size: int) -> torch.Tensor:
     """(…) of each rank → (size, …)."""
-    return _run["all_gather"](group, x)
+    return torch.stack(groups[group].all_gather(x))
 
 
 @torch.library.custom_op("tp_plugin::reduce_scatter", mutates_args=())
-def reduce_scatter(parts: torch.Tensor, group: str, size: int) -> torch.Tensor:
-    """(size, …) → the sum over the ranks of this rank's part (…)."""
-    return _run["reduce_scatter"](group, parts)
+def reduce_scatter(chunks: torch.Tensor, group: str, size: int) -> torch.Tensor:
+    """(size, …) → the sum over the ranks of this rank's chunk (…)."""
+    mine: torch.Tensor = groups[group].reduce_scatter(chunks)
+    return mine
 
 
 @all_reduce.register_fake
@@ -47,5 +61,5 @@ def _(x: torch.Tensor, group: str, size: int) -> torch.Tensor:
 
 
 @reduce_scatter.register_fake
-def _(parts: torch.Tensor, group: str, size: int) -> torch.Tensor:
-    return parts.new_empty(parts.shape[1:])
+def _(chunks: torch.Tensor, group: str, size: int) -> torch.Tensor:
+    return chunks.new_empty(chunks.shape[1:])

@@ -17,14 +17,14 @@ from tp_plugin.policy.split import Blocks, Split, aligned, even, kv, q
 WHOLE = {"colwise_gather_output", "rowwise_split_input", "replicate"}
 """Styles of modules whose inputs and outputs are whole on every rank: they are computed whole here."""
 
-LOCAL = {
+HEAD_COUNTS = {
     "num_heads?": "q_heads",
     "num_attention_heads?": "q_heads",
     "num_key_value_heads?": "kv_heads",
     "num_kv_heads?": "kv_heads",
     "num_key_value_groups?": "groups",
 }
-"""Attributes by which attention modules know their counts."""
+"""Attributes by which attention modules count their heads."""
 
 # fmt: off
 PROVEN = frozenset((
@@ -38,7 +38,7 @@ PROVEN = frozenset((
     "vaultgemma", "youtu",
 ))
 # fmt: on
-"""Architectures whose imported policy tests/test_hf_plan.py proves; for others, `tp-plugin verify` is advised."""
+"""Architectures whose derived policy tests/test_hf_plan.py proves; of others a warning says so before they train."""
 
 LATENT = ("q_a_proj?", "q_a_layernorm?", "kv_a_proj_with_mqa")
 
@@ -67,7 +67,14 @@ def policy_from_plan(config: Any) -> Policy | None:
             blocks.append(_block(config, parent, styles))
     if not blocks:
         return None
-    return Policy((config.model_type,), tuple(blocks), Vocabulary(), rest_replicated=True)
+    return Policy(
+        (config.model_type,),
+        tuple(blocks),
+        Vocabulary(),
+        rest_replicated=True,
+        origin="derived",
+        proven=config.model_type in PROVEN,
+    )
 
 
 def _block(config: Any, path: str, styles: Mapping[str, str]) -> Block:
@@ -102,11 +109,18 @@ def _block(config: Any, path: str, styles: Mapping[str, str]) -> Block:
             output_of=("kv_a_proj_with_mqa",),
             partial=("kv_a_layernorm", *partial),
             replicated=LATENT,
-            local={"num_heads?": "q_heads"},
-            having=row,
+            local_sizes={"num_heads?": "q_heads"},
+            requires=row,
             optional=True,
         )
-    if {"q_proj", "k_proj", "v_proj"} & set(columns):
+    projections = {"q_proj", "k_proj", "v_proj"}
+    if projections & set(columns):
+        if projections - set(columns):
+            raise PolicyError(
+                f"base_model_tp_plan of {config.model_type!r}: {path} has {', '.join(columns)} (colwise) but no "
+                f"{', '.join(sorted(projections - set(columns)))}, so the order of its heads is unknown. Write a "
+                "policy (README, 'Add an architecture')"
+            )
         kinds: dict[str, Split] = {"k_proj": kv, "v_proj": kv}
         tensors = [name for name in columns if not name.endswith("proj")]
         return Attention(
@@ -116,8 +130,8 @@ def _block(config: Any, path: str, styles: Mapping[str, str]) -> Block:
             inputs=("*",),
             tensors={f"{name}?": (q, 0) for name in tensors},
             partial=partial,
-            local=LOCAL,
-            having=row,
+            local_sizes=HEAD_COUNTS,
+            requires=row,
             optional=True,
         )
     if partial:
@@ -127,7 +141,7 @@ def _block(config: Any, path: str, styles: Mapping[str, str]) -> Block:
         columns={name: even for name in columns},
         row={row: even},
         inputs=("*",),
-        having=row,
+        requires=row,
         optional=True,
     )
 
@@ -144,7 +158,9 @@ def _experts(config: Any, path: str, styles: Mapping[str, str]) -> Experts:
     for name, style in styles.items():
         if (name, style) not in recipes:
             _refuse(config, f"{path}.{name}", style)
-    return Experts(path, tensors={name: recipes[name, style] for name, style in styles.items()}, optional=True)
+    return Experts(
+        path, inputs=("*",), tensors={name: recipes[name, style] for name, style in styles.items()}, optional=True
+    )
 
 
 def _refuse(config: Any, module: str, style: object) -> None:

@@ -84,7 +84,7 @@ class ParamLayout:
         return torch.Size(self.local_shape(rank)).numel()
 
     def shard(self, whole: torch.Tensor, rank: int) -> torch.Tensor:
-        """The part of ``whole`` (of ``shape``) that ``rank`` holds, as a tensor of its own (same dtype and device)."""
+        """The shard of ``whole`` (of ``shape``) that ``rank`` holds, as a tensor of its own (same dtype and device)."""
         if tuple(whole.shape) != self.shape:
             raise ValueError(f"expected a tensor of shape {self.shape}, got {tuple(whole.shape)}")
         if self.dim is None:
@@ -122,7 +122,7 @@ class ParamLayout:
         return tuple(ranges)
 
     def to_local(self, rank: int, start: int, stop: int) -> Range:
-        """Where ``rank`` holds the range ``[start, stop)`` of the whole dimension, which lies in one of its parts."""
+        """Where ``rank`` holds the range ``[start, stop)`` of the whole dimension, which lies in one of its ranges."""
         for (a, b), (at, _) in zip(self.parts[rank], self.local_ranges(rank), strict=True):
             if a <= start and stop <= b:
                 return at + start - a, at + stop - a

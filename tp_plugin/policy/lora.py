@@ -10,14 +10,12 @@ DoRA divides by the norm of each output's row of W + B A, which a row-parallel W
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from tp_plugin.policy.layout import ParamLayout, Parts
-
-if TYPE_CHECKING:
-    from tp_plugin.policy.planner import Planner
+from tp_plugin.policy.scope import Scope
 
 
 def is_adapted(module: Any) -> bool:
@@ -35,53 +33,53 @@ def variants_of(path: str, module: Any) -> list[str]:
     return [f"{path}.original_module", *(f"{path}.modules_to_save.{name}" for name in module.modules_to_save)]
 
 
-def plan_vocabulary_adapters(planner: Planner, path: str, module: Any, base: ParamLayout) -> None:
+def plan_vocabulary_adapters(scope: Scope, path: str, module: Any, base: ParamLayout) -> None:
     """Claim the adapters around the embedding or head at ``path``, whose weight is laid out by ``base``."""
-    plan, parameters = planner.plan, planner.parameters
-    _refuse_variants(planner, path, module)
+    plan, parameters = scope.plan, scope.parameters
+    _refuse_variants(scope, path, module)
     for name in module.lora_embedding_A:
         a, b = f"{path}.lora_embedding_A.{name}", f"{path}.lora_embedding_B.{name}"
-        planner.claim(a, ParamLayout(tuple(parameters[a].shape), 1, base.parts, base.pad_to))
-        planner.claim(b, ParamLayout.replicated(tuple(parameters[b].shape), plan.tp))
+        scope.claim(a, ParamLayout(tuple(parameters[a].shape), 1, base.parts, base.pad_to))
+        scope.claim(b, ParamLayout.replicated(tuple(parameters[b].shape), plan.tp))
         plan.adapted_embeddings.append((path, name))
     for name in module.lora_A:
         a, b = f"{path}.lora_A.{name}.weight", f"{path}.lora_B.{name}"
-        planner.claim(a, ParamLayout.replicated(tuple(parameters[a].shape), plan.tp))
+        scope.claim(a, ParamLayout.replicated(tuple(parameters[a].shape), plan.tp))
         for parameter in ("weight", "bias"):
             if f"{b}.{parameter}" in parameters:
                 shape = tuple(parameters[f"{b}.{parameter}"].shape)
-                planner.claim(f"{b}.{parameter}", ParamLayout(shape, 0, base.parts, base.pad_to))
+                scope.claim(f"{b}.{parameter}", ParamLayout(shape, 0, base.parts, base.pad_to))
         plan.heads.append(b)
 
 
-def _refuse_variants(planner: Planner, path: str, module: Any) -> None:
+def _refuse_variants(scope: Scope, path: str, module: Any) -> None:
     if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):  # AdaLoRA's holds bare parameters
         found = f"{type(module).__module__}.{type(module).__name__}"
-        planner.fail(f"{path} is wrapped by {found}; of PEFT's methods that change a linear only LoRA can be sharded")
+        scope.fail(f"{path} is wrapped by {found}; of PEFT's methods that change a linear only LoRA can be sharded")
     variants = [type(v).__name__ for v in getattr(module, "lora_variant", {}).values()]
     if variants or len(getattr(module, "lora_magnitude_vector", ())):
         found = ", ".join(variants) or "a DoRA adapter"
-        planner.fail(f"{path} has a LoRA variant ({found}); only plain LoRA can be sharded (set use_dora=False)")
+        scope.fail(f"{path} has a LoRA variant ({found}); only plain LoRA can be sharded (set use_dora=False)")
 
 
-def plan_adapters(planner: Planner, path: str, module: Any, parts: Parts, *, column: bool) -> None:
+def plan_adapters(scope: Scope, path: str, module: Any, parts: Parts, *, column: bool) -> None:
     """Claim the adapters around the base layer at ``path``, whose split dimension has ``parts``."""
-    _refuse_variants(planner, path, module)
-    plan, parameters = planner.plan, planner.parameters
+    _refuse_variants(scope, path, module)
+    plan, parameters = scope.plan, scope.parameters
     for name in module.lora_A:
         a, b = f"{path}.lora_A.{name}", f"{path}.lora_B.{name}"
         shape_a, shape_b = (tuple(parameters[f"{p}.weight"].shape) for p in (a, b))
         if column:
-            planner.claim(f"{a}.weight", ParamLayout.replicated(shape_a, plan.tp))
+            scope.claim(f"{a}.weight", ParamLayout.replicated(shape_a, plan.tp))
             plan.partial.add(f"{a}.weight")
-            planner.claim(f"{b}.weight", ParamLayout(shape_b, 0, parts))
+            scope.claim(f"{b}.weight", ParamLayout(shape_b, 0, parts))
             plan.columns.append(b)
         else:
-            planner.claim(f"{a}.weight", ParamLayout(shape_a, 1, parts))
-            planner.claim(f"{b}.weight", ParamLayout.replicated(shape_b, plan.tp))
+            scope.claim(f"{a}.weight", ParamLayout(shape_a, 1, parts))
+            scope.claim(f"{b}.weight", ParamLayout.replicated(shape_b, plan.tp))
             plan.rows.append(a)
         if f"{b}.bias" in parameters:
             bias = shape_b[:1]
-            planner.claim(f"{b}.bias", ParamLayout(bias, 0, parts) if column else ParamLayout.replicated(bias, plan.tp))
+            scope.claim(f"{b}.bias", ParamLayout(bias, 0, parts) if column else ParamLayout.replicated(bias, plan.tp))
         # the dropout's input is whole for a column-parallel base, this rank's share for a row-parallel one
         plan.dropouts[f"{path}.lora_dropout.{name}"] = "replicated" if column else "sharded"

@@ -16,15 +16,15 @@ class BlockPlan:
     """One block of a model. Paths are whole paths in the model.
 
     Attributes:
-        inputs: names of the arguments of the forward of ``entry`` at which it begins.
+        inputs: names of the arguments of the forward of ``entry`` at which it begins (``*``: all differentiable ones).
         entry: path of the module whose arguments those are.
         heads: which heads each rank computes, of attention.
         input_of, output_of: paths of modules at whose input or output it begins otherwise.
         columns, rows: paths of its column- and its row-parallel modules (without adapters').
         head_inputs: argument → its dimension of heads, their number, and each rank's range.
-        sums: whether the output of the block's module is this rank's part of a sum.
-        once: names of its module's biases that are split by output features.
-        experts: the argument with the experts' numbers, and each rank's range of experts, if those are parted.
+        output_is_partial: whether the output of the block's module is a partial sum, which the block reduces.
+        bias_shards: names of its module's biases that are split by output features.
+        experts: the argument with the experts' numbers, and each rank's range of whole experts (expert parallelism).
     """
 
     inputs: tuple[str, ...]
@@ -35,8 +35,8 @@ class BlockPlan:
     columns: list[str] = field(default_factory=list)
     rows: list[str] = field(default_factory=list)
     head_inputs: dict[str, tuple[int, int, tuple[Range, ...]]] = field(default_factory=dict)
-    sums: bool = False
-    once: tuple[str, ...] = ()
+    output_is_partial: bool = False
+    bias_shards: tuple[str, ...] = ()
     experts: tuple[str, tuple[Range, ...]] | None = None
 
 
@@ -48,30 +48,32 @@ class Plan:
         tp: TP size.
         layouts: layout of every parameter, tied names included.
         blocks: path → how the block communicates.
-        side_by_side: path of a layer → paths of its two blocks that communicate as one.
+        parallel_residual: path of a layer → paths of its two blocks that communicate as one.
         rows: paths of row-parallel modules.
         columns: paths of column-parallel modules.
         partial: names of replicated parameters whose gradient must be summed over the TP group.
         attributes: (path, attribute) → its value on each rank; the attribute may be dotted.
-        wide_norms: path of a norm over a split width → its whole width.
+        sharded_norms: path of a norm over a sharded width → its whole width.
         embeddings, heads: paths of vocabulary-parallel modules.
         adapted_embeddings: (path, name) of LoRA adapters around embeddings.
+        unproven: model types (the model's, its towers') whose policy was derived and is proven by no test.
         dropouts: paths of dropouts inside or beside a block that follow their input → is it "replicated" or "sharded".
     """
 
     tp: int
     layouts: dict[str, ParamLayout] = field(default_factory=dict)
     blocks: dict[str, BlockPlan] = field(default_factory=dict)
-    side_by_side: dict[str, tuple[str, str]] = field(default_factory=dict)
+    parallel_residual: dict[str, tuple[str, str]] = field(default_factory=dict)
     rows: list[str] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
     partial: set[str] = field(default_factory=set)
     attributes: dict[tuple[str, str], tuple[int | bool, ...]] = field(default_factory=dict)
-    wide_norms: dict[str, int] = field(default_factory=dict)
+    sharded_norms: dict[str, int] = field(default_factory=dict)
     embeddings: list[str] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
     adapted_embeddings: list[tuple[str, str]] = field(default_factory=list)
     dropouts: dict[str, str] = field(default_factory=dict)
+    unproven: list[str] = field(default_factory=list)
 
     def query_heads(self, path: str) -> Parts:
         """Each rank's query heads of the attention at ``path``, as ranges in the order of the whole model's."""
@@ -79,7 +81,7 @@ class Plan:
         assert block.heads is not None
         if not block.rows:
             return tuple((held,) for held in block.heads.q)
-        layout = self.layouts[f"{block.rows[0]}.weight"]  # its input is the heads' outputs, one behind the other
+        layout = self.layouts[f"{block.rows[0]}.weight"]  # its input is the concatenated outputs of the heads
         assert layout.dim is not None
         width = layout.shape[layout.dim] // block.heads.q_heads
         return tuple(tuple((a // width, b // width) for a, b in part) for part in layout.parts)
@@ -98,18 +100,18 @@ class Plan:
     def reductions(self, below: str = "") -> tuple[int, int]:
         """All-reduces of activations in the forward and in the backward, of all or of the blocks of one layer.
 
-        If each module runs once; one less in the backward for each ``side_by_side`` whose blocks share their input.
-        There are smaller ones: :meth:`gradient_sums`, and two of a number per token for each wide norm.
+        If each module runs once; one less in the backward for each parallel residual whose blocks share their input.
+        There are smaller ones: :meth:`gradient_sums`, and two of a number per token for each sharded norm.
         """
         blocks = [block for path, block in self.blocks.items() if f"{path}.".startswith(below)]
         begun = sum(1 if block.inputs else len(block.input_of) + len(block.output_of) for block in blocks)
-        summed = len(blocks) - sum(f"{path}.".startswith(below) for path in self.side_by_side)
+        summed = len(blocks) - sum(f"{path}.".startswith(below) for path in self.parallel_residual)
         if below:
             return summed, begun
         return summed + len(self.embeddings), begun + len(self.heads)
 
     def gradient_sums(self) -> list[str]:
-        """Names of parameters of which every rank holds the same, whole or in part, and a gradient of its own."""
+        """Names of parameters whose values every rank holds, all or some of them, but only a partial gradient."""
         everyone = tuple(range(self.tp))
         shared = {name for name, layout in self.layouts.items() if everyone in layout.replica_groups}
         return sorted(self.partial | shared)

@@ -53,6 +53,9 @@ class HeadSplit:
         return max(b for _, b in self.kv)
 
 
+NO_HEADS = HeadSplit(((0, 1),), ((0, 1),))
+"""For splits of what has no heads."""
+
 Split = Callable[[int, int, HeadSplit], Parts]
 
 
@@ -100,7 +103,7 @@ def whole(size: int, tp: int, heads: HeadSplit) -> Parts:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks one after the other, each split by itself: ``[q|k|v]`` (GPT-2, Phi-3, Falcon-7B) or ``[gate|up]``.
+    """Blocks back to back, each split by itself: ``[q|k|v]`` (GPT-2, Phi-3, Falcon-7B) or ``[gate|up]``.
 
     ``kinds`` are "q", "k", "v" (heads, all of one head size), "even" or "aligned" (blocks of equal width).
     """
@@ -121,7 +124,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class PerHead:
-    """Heads one after the other, each with its query, key and value: ``[q0 k0 v0 q1 k1 v1 …]`` (GPT-NeoX, BLOOM)."""
+    """Heads back to back, each with its query, key and value: ``[q0 k0 v0 q1 k1 v1 …]`` (GPT-NeoX, BLOOM)."""
 
     def __call__(self, size: int, tp: int, heads: HeadSplit) -> Parts:
         if heads.q_heads != heads.kv_heads:
@@ -134,7 +137,7 @@ class PerHead:
 
 @dataclass(frozen=True)
 class PerGroup:
-    """Key/value groups one after the other: ``[q q … k v]`` each (Falcon-40B)."""
+    """Key/value groups back to back, ``[q q … k v]`` each (Falcon-40B)."""
 
     def __call__(self, size: int, tp: int, heads: HeadSplit) -> Parts:
         per_group = heads.q_heads // heads.kv_heads
@@ -151,7 +154,7 @@ class PerGroup:
 
 
 def vocabulary_rows(size: int, tp: int) -> tuple[Parts, int]:
-    """Contiguous rows, ``ceil(size / tp)`` a rank, the last ranks padded: the parts and the local length."""
+    """Contiguous rows, ``ceil(size / tp)`` a rank, the last ranks padded: each rank's range, and the local length."""
     rows = -(-size // tp)
     return tuple(((k * rows, min(size, (k + 1) * rows)),) if k * rows < size else () for k in range(tp)), rows
 

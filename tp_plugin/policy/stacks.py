@@ -1,4 +1,4 @@
-"""Which layers of a model run one after the other on the same hidden states, for sequence parallelism."""
+"""Which layers of a model run back to back on the same hidden states, for sequence parallelism."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def stacks(model: nn.Module, plan: Plan) -> dict[str, list[str]]:
         numbered = re.match(r"(.*)\.(\d+)(?:\.|$)", block)
         if numbered is None:
             raise PolicyError(f"sequence_parallel: {block} is in no list of layers; turn sequence_parallel off")
-        if planned.sums:
+        if planned.output_is_partial:
             raise PolicyError(f"sequence_parallel: {block} is a mixture of experts, whose router must see all tokens")
         found.setdefault(numbered[1], [])
     for stack in found:

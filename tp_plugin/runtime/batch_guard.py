@@ -1,6 +1,6 @@
 """Before each top-level forward: are the ranks of the TP group still one process?
 
-One all-gather of 72 bytes on the control group compares the call, the batch, the generators, and the loss at which the
+One all-gather of 72 bytes over ``unit_cpu`` compares the call, the batch, the generators, and the loss at which the
 last backward began. Another batch or another loss is an error on every rank; unequal generators are set to those of the
 leader, as the group is one process and has one.
 """
@@ -11,16 +11,16 @@ import math
 import struct
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from tp_plugin.errors import DivergenceError, TPError
-from tp_plugin.mesh import groups as mesh
-from tp_plugin.mesh.groups import Mesh
-from tp_plugin.runtime.sync_points import FORWARD, GRADIENTS, Request
-from tp_plugin.runtime.transport import PeerTransport
+from tp_plugin.mesh.roles import Mesh
+from tp_plugin.runtime.last_loss import LastLoss
+from tp_plugin.runtime.progress import Progress
+from tp_plugin.runtime.sync_points import FORWARD, GRADIENTS, Request, SyncPoints
 from tp_plugin.tensor import rng
 
 _SAMPLE = 1 << 16
@@ -30,58 +30,44 @@ _SAMPLE = 1 << 16
 APART = 1e-2
 """Relative difference of losses, and size of a loss, above which they are not one number that was rounded."""
 
-_training_forwards = 0
-_loss: tuple[torch.Tensor, Mesh | None] | None = None
+
+class Parts(Protocol):
+    """What the guard needs of the Runtime."""
+
+    mesh: Mesh
+    sync_points: SyncPoints
+    progress: Progress
+    last_loss: LastLoss
 
 
-def backward_from(tensor: torch.Tensor) -> None:
-    """A backward begins at ``tensor``; if that is a loss, the ranks compare it at the next forward."""
-    global _loss
-    _loss = (tensor.detach(), mesh.current_mesh()) if tensor.numel() == 1 else None
-
-
-def _taken_loss(groups: Mesh) -> float:
-    """The loss of the last backward in these groups, NaN if there is none to compare."""
-    global _loss
-    taken, _loss = _loss, None
-    return float(taken[0]) if taken is not None and taken[1] is groups else math.nan
-
-
-def training_forwards() -> int:
-    """Top-level training forwards of all sharded models in this process."""
-    return _training_forwards
-
-
-class Guard:
+class BatchGuard:
     """Watches the forwards of one sharded model; ``audit`` runs every ``audit_every`` training forwards."""
 
-    def __init__(
-        self, groups: Mesh, exchange: PeerTransport, audit: Callable[[], None] | None = None, audit_every: int = 0
-    ):
-        self.mesh, self.exchange, self.sync_points = groups, exchange, exchange.sync_points
+    def __init__(self, runtime: Parts, audit: Callable[[], None] | None = None, audit_every: int = 0):
+        self._runtime, self.mesh, self.sync_points = runtime, runtime.mesh, runtime.sync_points
         self.audit, self.audit_every = audit, audit_every
         self.training_forwards = 0
         self._depth = 0
         self._outermost: nn.Module | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
-        return Guard(self.mesh, self.exchange)  # a copy is another model: no audit of the original's parameters
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchGuard:
+        return BatchGuard(self._runtime)  # a copy is another model: no audit of the original's parameters
 
     @torch._dynamo.disable
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook (with kwargs) of a model; checks at the outermost call only. Never in a graph."""
         self._depth += 1
-        self.sync_points.inside += 1
+        self.sync_points.depth += 1
         if self._depth > 1 or self.sync_points.helping:
             return
         self._outermost = module
         _refuse_learned_masks(kwargs)
-        mesh.in_training = module.training and torch.is_grad_enabled()
+        training = module.training and torch.is_grad_enabled()
+        self.mesh.context.stats.in_training = training
         self._check(module, args, kwargs)
-        if mesh.in_training:
-            global _training_forwards
+        if training:
             self.training_forwards += 1
-            _training_forwards += 1
+            self._runtime.progress.training_forwards += 1
             if self.audit and self.audit_every and self.training_forwards % self.audit_every == 0:
                 self.audit()
 
@@ -89,10 +75,10 @@ class Guard:
     def close(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook (always called) that closes what :meth:`open` opened."""
         self._depth = max(0, self._depth - 1)
-        self.sync_points.inside = max(0, self.sync_points.inside - 1)
+        self.sync_points.depth = max(0, self.sync_points.depth - 1)
         if not self._depth:
             self._outermost = None
-            self.sync_points.apart = False
+            self.sync_points.leader_alone = False
 
     def open_inner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """:meth:`open` for the model in a model; part of the outer one's graph, which has been opened."""
@@ -109,22 +95,24 @@ class Guard:
         batch = zlib.crc32(repr(sorted(seen.items())).encode())
         mode = GRADIENTS * torch.is_grad_enabled() + 2 * module.training
         record: Any = getattr(module, "tp_record", None)  # an inner model called by itself has none
-        mine = [mode, record.number if record else -1, batch, rng.fingerprint(), _bits(_taken_loss(self.mesh))]
-        everyone = self.sync_points.meet(FORWARD, mine, lambda: record and Request.of("__call__", module, args, kwargs))
-        self.sync_points.apart = len(everyone) < self.mesh.tp_size
+        mine = [mode, record.number if record else -1, batch, rng.fingerprint(), _bits(self._runtime.last_loss.take())]
+        everyone = self.sync_points.rendezvous(
+            FORWARD, mine, lambda: record and Request.of("__call__", module, args, kwargs)
+        )
+        self.sync_points.leader_alone = len(everyone) < self.mesh.unit.size
         if any(values[:3] != mine[:3] for values in everyone):
             self._depth, self._outermost = 0, None
             self._explain(module, seen, mode)
         self._compare_losses([_number(values[4]) for values in everyone])
         if any(values[3] != mine[3] for values in everyone):
-            rng.synchronize(self.mesh.control)
+            rng.synchronize(self.mesh.unit_cpu)
 
     def _compare_losses(self, losses: list[float]) -> None:
         size = max(map(abs, losses))
         if not all(map(math.isfinite, losses)) or size <= APART or max(losses) - min(losses) <= APART * size:
             return
         self._depth, self._outermost = 0, None
-        seen = ", ".join(f"rank {rank}: {loss:.6g}" for rank, loss in zip(self.mesh.tp.ranks, losses, strict=True))
+        seen = ", ".join(f"rank {rank}: {loss:.6g}" for rank, loss in zip(self.mesh.unit.ranks, losses, strict=True))
         raise DivergenceError(
             f"the ranks of a TP group called backward() on different losses ({seen}), which must be one number. "
             "Something in the loss comes from one rank's share (a sum over model.parameters(), the weight of lm_head) "
@@ -135,14 +123,14 @@ class Guard:
     def _explain(self, module: nn.Module, mine: dict[str, Any], mode: int) -> None:
         phase = f"{'training' if mode & 2 else 'evaluation'}, gradients {'on' if mode & GRADIENTS else 'off'}"
         call = f"{type(module).__name__} ({phase})"
-        theirs = self.mesh.control.gather_objects((call, mine))
-        where = f"forward {self.sync_points.clock}, TP group of ranks {list(self.mesh.tp.ranks)}"
-        calls = {rank: call for rank, (call, _) in zip(self.mesh.tp.ranks, theirs, strict=True)}
+        theirs = self.mesh.unit_cpu.gather_objects((call, mine))
+        where = f"forward {self.sync_points.clock}, TP group of ranks {list(self.mesh.unit.ranks)}"
+        calls = {rank: call for rank, (call, _) in zip(self.mesh.unit.ranks, theirs, strict=True)}
         if len(set(calls.values())) > 1:
             raise DivergenceError(f"{where}: the ranks are at different places of the script: {calls}")
         names = sorted({name for _, digest in theirs for name in digest})
         name = next((n for n in names if len({repr(digest.get(n)) for _, digest in theirs}) > 1), "?")
-        digests_of = zip(self.mesh.tp.ranks, theirs, strict=True)
+        digests_of = zip(self.mesh.unit.ranks, theirs, strict=True)
         seen = ", ".join(f"rank {rank}: {_show(digest.get(name))}" for rank, (_, digest) in digests_of)
         raise DivergenceError(
             f"{where}: the ranks are about to compute on different batches; {name!r} differs ({seen}). Ranks of a TP "

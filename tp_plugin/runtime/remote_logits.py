@@ -11,7 +11,6 @@ The leader decides, because all must decide alike: it claims the peers that are 
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 import time
 import warnings
@@ -21,9 +20,11 @@ from typing import Any
 import torch
 
 from tp_plugin.errors import DivergenceError
-from tp_plugin.mesh import groups as mesh
-from tp_plugin.runtime.transport import PeerTransport, exchange
-from tp_plugin.tensor.vocab.expr import Leaf
+from tp_plugin.mesh.roles import Mesh
+from tp_plugin.runtime.script_position import in_torch_collective
+from tp_plugin.runtime.sync_points import SyncPoints
+from tp_plugin.runtime.transport import PeerTransport
+from tp_plugin.tensor.vocab.peers import Held, Number
 
 PATIENCE = 10.0
 """Seconds that a rank waits for others that are nowhere, such as in a barrier of the script's own.
@@ -38,36 +39,46 @@ _VERDICTS = 64
 """Decisions that a leader remembers for peers that have not asked yet."""
 
 
-class Held:
-    """A head's output (tokens, columns) on this rank, for as long as a script may read it here or on another rank."""
-
-    def __init__(self, data: torch.Tensor):
-        at = desk()
-        at.serial = at.serial + 1 if at.clock == at.link.sync_points.clock else 0
-        at.clock = at.link.sync_points.clock
-        self.leaf, self.data = Leaf((at.clock, at.serial)), data
-        self.ready = torch.cuda.current_stream(data.device).record_event() if data.is_cuda else None
-        at.held[self.leaf.number] = self
-        # a peer may be behind, and read what is gone here: it stays until all have met in a collective
-        weakref.finalize(self, mesh.shelf.put, self.leaf.number, (data, self.ready)).atexit = False
-
-
 class RemoteLogits:
-    """This rank's part in the reading of logits: what its thread tells the other ranks."""
+    """This rank's part in the reading of logits, a :class:`~tp_plugin.tensor.vocab.peers.PeerReads`."""
 
-    def __init__(self, link: PeerTransport):
-        self.link = link
-        self.held: weakref.WeakValueDictionary[Any, Held] = weakref.WeakValueDictionary()
-        self.clock, self.serial = -1, 0
+    def __init__(self, mesh: Mesh, transport: PeerTransport, sync_points: SyncPoints):
+        self._mesh, self._transport, self._sync_points = mesh, transport, sync_points
+        self._stats, self._deferred = mesh.context.stats, mesh.context.deferred
+        self._held: weakref.WeakValueDictionary[Number, Held] = weakref.WeakValueDictionary()
+        self._newest = (-1, 0)
         self._lock = threading.Lock()
         self._at: str | None = None
         self._claim: int | None = None
         self._count = 0
         self._verdicts: dict[int, bool | None] = {}
-        link.services |= {"claim": self._claimed, "whereabouts": self._whereabouts, "verdict": self._verdict}
-        link.tensors["columns"] = self._columns
+        transport.serve("claim", self._claimed)
+        transport.serve("whereabouts", self._whereabouts)
+        transport.serve("verdict", self._verdict)
+        transport.serve_tensor("columns", self._columns)
 
-    def together(self, operation: str, newest: tuple[int, int] | None = None) -> bool:
+    @property
+    def wants_full(self) -> bool:
+        """Whether logits are wanted whole, at once."""
+        return self._sync_points.wants_full_logits
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether a forward of a sharded model is running: then all ranks are at the same operation."""
+        return self._sync_points.depth > 0
+
+    def hold(self, data: torch.Tensor) -> Held:
+        """Register a head's output (tokens, columns), so that other ranks may read it for as long as the script may."""
+        clock, serial = self._newest
+        self._newest = (clock, serial + 1) if clock == self._sync_points.clock else (self._sync_points.clock, 0)
+        held = Held(self._newest, data, self._deferred.put)
+        self._held[held.number] = held
+        return held
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteLogits:
+        return self
+
+    def propose(self, operation: str, newest: tuple[int, int] | None = None) -> bool:
         """Whether all ranks of the group are at ``operation`` now, and may communicate.
 
         Args:
@@ -78,20 +89,20 @@ class RemoteLogits:
         with self._lock:
             self._at, self._claim = operation, None
         try:
-            if self.link.mesh.is_leader:
+            if self._mesh.is_leader:
                 return self._lead(operation, newest)
             return self._follow(operation, newest)
         finally:
             with self._lock:
                 self._at = None
 
-    def read(self, rank: int, leaf: Leaf, like: torch.Tensor) -> torch.Tensor:
-        """The columns of TP rank ``rank``."""
+    def read(self, rank: int, number: Number, device: torch.device) -> torch.Tensor:
+        """The columns of TP rank ``rank``, of the head's output ``number``, on ``device``."""
         try:
-            found = self.link.fetch(rank, "columns", leaf.number)
+            found = self._transport.fetch(rank, "columns", number)
         except (EOFError, OSError) as error:
             raise DivergenceError(f"cannot read the logits of TP rank {rank}, which has left ({error})") from error
-        return found.to(like.device)
+        return found.to(device)
 
     def _lead(self, operation: str, newest: tuple[int, int] | None) -> bool:
         self._count += 1
@@ -99,11 +110,14 @@ class RemoteLogits:
         with self._lock:
             self._verdicts[token] = None
             self._verdicts.pop(token - _VERDICTS, None)
-        waiting = list(range(1, self.link.mesh.tp_size))
+        waiting = list(range(1, self._mesh.unit.size))
         pause = _Pause()
         verdict = None
         while verdict is None:
-            replies = {rank: self._ask(rank, "claim", operation, mesh.meetings, newest, token) for rank in waiting}
+            replies = {
+                rank: self._ask(rank, "claim", operation, self._stats.unit_collectives, newest, token)
+                for rank in waiting
+            }
             waiting = [rank for rank in waiting if replies[rank] != "here"]
             if not waiting:
                 verdict = True
@@ -127,7 +141,7 @@ class RemoteLogits:
                     return verdict is True
                 pause.sleep()
                 continue
-            where = self._ask(0, "whereabouts", operation, mesh.meetings, newest)
+            where = self._ask(0, "whereabouts", operation, self._stats.unit_collectives, newest)
             if where == "coming":
                 pause.on()
                 continue
@@ -142,22 +156,22 @@ class RemoteLogits:
 
     def _ask(self, rank: int, *request: Any) -> Any:
         try:
-            return self.link.ask(rank, *request)
+            return self._transport.ask(rank, *request)
         except (EOFError, OSError):
             return "elsewhere"  # that rank is gone
 
-    def _whereabouts(self, operation: str, meetings: int, newest: tuple[int, int] | None) -> str:
+    def _whereabouts(self, operation: str, begun: int, newest: tuple[int, int] | None) -> str:
         if self._at == operation:
             return "here"
-        if self._at is not None or mesh.meetings > meetings:
+        if self._at is not None or self._stats.unit_collectives > begun:
             return "elsewhere"
-        if newest is not None and (self.clock, self.serial) < newest:
+        if newest is not None and self._newest < newest:
             return "coming"
         return "waiting" if in_torch_collective() else "behind"
 
-    def _claimed(self, operation: str, meetings: int, newest: tuple[int, int] | None, token: int) -> str:
+    def _claimed(self, operation: str, begun: int, newest: tuple[int, int] | None, token: int) -> str:
         with self._lock:
-            where = self._whereabouts(operation, meetings, newest)
+            where = self._whereabouts(operation, begun, newest)
             if where == "here":
                 self._claim = token
             return where
@@ -166,8 +180,8 @@ class RemoteLogits:
         return self._verdicts.get(token, False)  # one that is forgotten was not to communicate
 
     def _columns(self, number: tuple[int, int]) -> torch.Tensor:
-        held = self.held.get(number)
-        found = (held.data, held.ready) if held is not None else mesh.shelf.get(number)
+        held = self._held.get(number)
+        found = (held.data, held.ready) if held is not None else self._deferred.get(number)
         if found is None:
             raise DivergenceError(
                 "these logits are gone there: its script has dropped them and gone on. Read them on every rank, or "
@@ -176,16 +190,12 @@ class RemoteLogits:
         data, ready = found
         if ready is None:
             return data
-        stream = torch.cuda.Stream(data.device)  # not behind a collective that waits for the reader
-        with torch.cuda.stream(stream):
+        module = torch.get_device_module(data.device)
+        stream = module.Stream(device=data.device)  # not behind a collective that waits for the reader
+        with module.stream(stream):
             stream.wait_event(ready)
-            return data.cpu()
-
-
-def in_torch_collective() -> bool:
-    """Whether the script itself is in a function of torch.distributed, such as a barrier."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    return frame is not None and frame.f_code.co_filename == torch.distributed.distributed_c10d.__file__
+            host: torch.Tensor = data.cpu()
+            return host
 
 
 @functools.cache
@@ -218,8 +228,3 @@ class _Pause:
         now = time.monotonic()
         self.stuck = (self.stuck or now) if waiting else None
         return now > self.until or (self.stuck is not None and now - self.stuck > STUCK)
-
-
-def desk() -> RemoteLogits:
-    """The desk of this process."""
-    return exchange(mesh.require_mesh()).desk

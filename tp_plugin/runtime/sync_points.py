@@ -1,7 +1,7 @@
-"""Points at which the ranks of a TP group meet, and what happens when they are not at the same one.
+"""Points at which the ranks of a unit meet, and what happens when they are not at the same one.
 
-A forward, a barrier, a batch, a gather: each begins with one all-gather of a small header on the control group. Ranks
-that diverged learn it there at once, on every rank, instead of hanging in collectives that do not match.
+A forward, a barrier, a batch, a gather: each begins with one all-gather of a small header over ``unit_cpu``. Ranks that
+diverged learn it there at once, on every rank, instead of hanging in collectives that do not match.
 
 One divergence is ordinary: ``if accelerator.is_main_process: evaluate(model)``. When the leader is in a forward without
 gradients, or in ``generate``, and its peers are at a later point, the peers help: they make the same call on their
@@ -23,7 +23,8 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from tp_plugin.errors import DivergenceError
-from tp_plugin.mesh.groups import Mesh
+from tp_plugin.mesh.roles import Mesh
+from tp_plugin.runtime.published import PublishedTensors
 from tp_plugin.tensor import rng
 
 PLACES = (
@@ -39,9 +40,6 @@ FORWARD, GENERATE, BARRIER, BATCH, TRIGGER, COLLECTIVE, END = range(len(PLACES))
 
 _WIDTH = 5
 """Values in a header that belong to its place."""
-
-Census = tuple[int, int]
-"""How many sources a rank has published, and a bit mask of those whose owner is gone (see exchange.py)."""
 
 GRADIENTS = 1
 """Bit of a forward's first value: gradients are recorded."""
@@ -89,43 +87,33 @@ class _Unpickler(pickle.Unpickler):
 
 
 class SyncPoints:
-    """This rank's part in the meetings of its TP group.
+    """This rank's part in the sync points of its unit.
 
-    Args:
-        mesh: the groups.
-        census, bury: told to and by the other ranks at each meeting (see exchange.py).
-        find: the sharded model of a number, as this rank has it.
+    Attributes:
+        clock: sync points so far; equal on all ranks of the unit at equal points of the program.
+        place: where this rank waits for the others, or came to when it lost them.
+        helping: in a call that not all ranks came to by themselves: its forwards meet nowhere.
+        depth: how many forwards this rank is inside of.
+        leader_alone: in a forward that the leader came to alone, and its peers by its request.
+        generating: in ``generate``.
     """
 
-    def __init__(
-        self,
-        mesh: Mesh,
-        census: Callable[[], Census],
-        bury: Callable[[list[Census]], None],
-        find: Callable[[int], nn.Module],
-    ):
-        self.mesh, self._census, self._bury, self._find = mesh, census, bury, find
+    def __init__(self, mesh: Mesh, published: PublishedTensors):
+        self.mesh, self._published = mesh, published
         self.clock = 0
-        """Meetings so far; equal on all ranks of the group at equal points of the program."""
         self.place = ""
-        """Where this rank waits for the others, or came to when it lost them."""
-        self.helping = False
-        """In a call that not all ranks came to by themselves: its forwards meet nowhere."""
-        self.inside = 0
-        """Depth of forwards in which this rank is."""
-        self.apart = False
-        """In a forward that the leader came to alone, and its peers by its request."""
-        self.generating = False
+        self.helping = self.leader_alone = self.generating = False
+        self.depth = 0
 
     @property
-    def reads_all(self) -> bool:
+    def wants_full_logits(self) -> bool:
         """Whether logits are wanted whole, at once: what is read of them is read by ranks that do not meet again."""
-        return self.helping or self.apart or self.generating
+        return self.helping or self.leader_alone or self.generating
 
-    def meet(
+    def rendezvous(
         self, place: int, values: Sequence[int] = (), request: Callable[[], bytes | None] | None = None
     ) -> list[list[int]]:
-        """Wait for the other ranks at ``place``; returns everyone's ``values`` in TP rank order (one row: helped).
+        """Wait for the other ranks at ``place``; returns everyone's ``values`` in rank order (one row: helped).
 
         Args:
             place: one of the constants of this module.
@@ -138,9 +126,10 @@ class SyncPoints:
         self.clock += 1
         while True:
             mine = [place, *values, *[0] * (_WIDTH - len(values))]
-            rows = self._gather(torch.tensor([*mine, self.clock, *self._census()]), place)
+            header = torch.tensor([*mine, self.clock, *self._published.report_live()], device="cpu")
+            rows = self._gather(header, place)
             self.clock = max(row[-3] for row in rows)
-            self._bury([(count, gone) for *_, count, gone in rows])
+            self._published.release_dead([(count, gone) for *_, count, gone in rows])
             if not self._leader_is_alone(rows):
                 if all(row[0] == place for row in rows):
                     return [row[1:-3] for row in rows]
@@ -150,16 +139,16 @@ class SyncPoints:
                     return [mine[1:]]
                 continue
             message = request() if self.mesh.is_leader and request is not None else None
-            message = self.mesh.control.broadcast_object(message)
+            message = self.mesh.unit_cpu.broadcast_object(message)
             if message is None:
                 raise DivergenceError(self._where(rows))
             if self.mesh.is_leader:
                 return [mine[1:]]
-            self._help(self._find(rows[0][2]), _Unpickler(message, self._find).load())
+            self._help(self._published.model(rows[0][2]), _Unpickler(message, self._published.model).load())
 
     def _gather(self, header: torch.Tensor, place: int) -> list[list[int]]:
         self.place = PLACES[place]
-        rows = self.mesh.control.all_gather(header)
+        rows = self.mesh.unit_cpu.all_gather(header)
         self.place = ""
         if place == END:
             _outlive_the_interpreter([header, *rows])
@@ -191,7 +180,7 @@ class SyncPoints:
                 module.training = mode
 
     def _where(self, rows: list[list[int]]) -> str:
-        at = ", ".join(f"rank {rank} at {PLACES[row[0]]}" for rank, row in zip(self.mesh.tp.ranks, rows, strict=True))
+        at = ", ".join(f"rank {rank} at {PLACES[row[0]]}" for rank, row in zip(self.mesh.unit.ranks, rows, strict=True))
         return (
             f"the ranks of a TP group are at different places of the script: {at}. They are one process and must make "
             "the same calls. On the main process alone only generate and forwards without gradients can run, with "

@@ -1,52 +1,37 @@
-"""Policy + model + mesh → sharded model, in place: the same modules and the same Parameter objects, with less in them.
+"""Policy + model + Runtime → sharded model, in place: the same modules and Parameter objects, with less in them.
 
 Keeping the objects keeps everything that was built on them before: optimizers, parameter groups, tied weights, names.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import functools
-import inspect
+import warnings
 import weakref
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from tp_plugin.config.run_config import Options
+from tp_plugin.config.resolve import current_config
+from tp_plugin.config.run_config import RunConfig
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import Mesh, init_mesh
 from tp_plugin.policy import ParamLayout, Plan, Policy, load, make_plan, policy_for
+from tp_plugin.policy.derived_check import unproven_warning
 from tp_plugin.policy.stacks import between, stacks
-from tp_plugin.runtime.batch_guard import Guard
-from tp_plugin.runtime.transport import exchange
-from tp_plugin.shard import lazy_load, state_dict
-from tp_plugin.shard.model_state import ShardRecord
+from tp_plugin.runtime.batch_guard import BatchGuard
+from tp_plugin.runtime.runtime import Runtime, start
+from tp_plugin.shard import hooks, lazy_load
+from tp_plugin.shard.audit import audit
+from tp_plugin.shard.build import build_parts
+from tp_plugin.shard.model_state import ModelState
 from tp_plugin.shard.replicas import agree_on_weights
-from tp_plugin.shard.topology_warning import warn_of_crossing
-from tp_plugin.tensor import wgrad_overlap as columns
-from tp_plugin.tensor.block import ParallelBlock
-from tp_plugin.tensor.dropout import FollowingDropout
-from tp_plugin.tensor.embedding import AdaptedRows, VocabularyRows
-from tp_plugin.tensor.experts import part_biases
-from tp_plugin.tensor.grad_norm import attach
+from tp_plugin.shard.state_dict import ModuleStateHooks, StateDictHooks, join
+from tp_plugin.shard.topology_warning import warn_of_topology
 from tp_plugin.tensor.graphs import trace_once
-from tp_plugin.tensor.linear import ROW_PARALLEL, fit_sizes
-from tp_plugin.tensor.norm import TPRMSNorm
-from tp_plugin.tensor.outputs import LayerOutputs
-from tp_plugin.tensor.parallel_residual import ParallelResidual
-from tp_plugin.tensor.replicas import Piece, ReplicaSum
-from tp_plugin.tensor.sequence import LayerRegion, Stack
-from tp_plugin.tensor.vocab import VocabularyColumns
-from tp_plugin.tensor.wgrad_overlap import BlockInput
 
 
 def parallelize(
-    model: nn.Module, tp_size: int | None = None, policy: Policy | None = None, *, options: Options | None = None
+    model: nn.Module, tp_size: int | None = None, policy: Policy | None = None, *, options: RunConfig | None = None
 ) -> nn.Module:
     """Shard ``model`` over its TP group, in place. Collective over the world; a second call does nothing.
 
@@ -60,7 +45,7 @@ def parallelize(
         PolicyError: no policy, or one that does not fit.
         TPError: ``tp_size`` does not divide the world or is not the run's, or the model is quantized.
     """
-    options = options or Options.from_environment()
+    options = options or current_config()
     tp_size = tp_size or options.tp_size
     roots = list(models_in(model)) if policy is None else [("", model)]
     if tp_size > 1 and not roots:
@@ -79,12 +64,15 @@ def parallelize(
             chosen = policy or (load(options.policy) if options.policy else policy_for(known_by))
             parted, whole = options.expert_parallel, options.leave_whole
             plans.append((root, make_plan(root, chosen, tp_size, expert_parallel=parted, leave_whole=whole)))
-    mesh = init_mesh(tp_size)
+    runtime = start(options, tp_size)
+    derived = unproven_warning([plan for _, plan in plans]) if policy is None and tp_size > 1 else None
+    if derived and runtime.mesh.rank == 0:
+        warnings.warn(derived, stacklevel=2)
     if plans or not sharded:
         # the whole of a wrapper, not only the models in it: a head of its own must start equal on all ranks too
-        agree_on_weights(model, mesh, settled={id(p) for root in sharded for p in root.parameters()})
+        agree_on_weights(model, runtime.mesh, settled={id(p) for root in sharded for p in root.parameters()})
     for root, plan in plans:
-        shard_model(root, plan, mesh, options)
+        shard_model(root, plan, runtime, options)
     if plans and plans[0][0] is not model:
         plans[0][0].tp_record.wrapper = weakref.ref(model)  # type: ignore[union-attr]
     return model
@@ -116,40 +104,42 @@ def models_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from walk("", module)
 
 
-def shard_model(model: nn.Module, plan: Plan, mesh: Mesh, options: Options) -> None:
-    """Carry out ``plan`` on ``model``: slice parameters, change row-parallel layers, put hooks where data crosses."""
-    link = exchange(mesh)
-    warn_of_crossing(model, plan, link)
-    found = stacks(model, plan) if options.sequence_parallel else {}
-    plan.partial |= between(plan, [layer for layers_of in found.values() for layer in layers_of])
+def shard_model(model: nn.Module, plan: Plan, runtime: Runtime, options: RunConfig) -> None:
+    """Carry out ``plan`` on ``model``. Collective over the unit."""
+    mesh = runtime.mesh
+    warn_of_topology(model, plan, mesh, runtime.transport.machines)
+    split = stacks(model, plan) if options.sequence_parallel else {}
+    plan.partial |= between(plan, [layer for layers in split.values() for layer in layers])
+
     for name, parameter in model.named_parameters():
         _slice(parameter, plan.layouts[name], mesh.tp.rank)
     lazy_load.materialize_buffers_(model)
     lazy_load.forget_forward(model)
-    _arm(model, plan, mesh)
-    _fit_modules(model, plan, mesh.tp.rank)
-    parallels = _hook_blocks(model, plan, mesh.tp.rank)
-    _begin_together(model, plan, parallels, options)
-    made = _hook_stacks(model, found, parallels, mesh.tp.rank)
-    _hook_outputs(model, plan, made)
-    _hook_vocabulary(model, plan, mesh.tp.rank)
 
-    record = ShardRecord(model, plan, mesh, link)
-    model.tp_record = record  # type: ignore[assignment]
-    record.start_counting()
-    model.register_forward_pre_hook(_arm_copy, prepend=True)
-    state_dict.install(record, model)
-    guard = Guard(mesh, link, record.audit, options.audit_every)
-    model.register_forward_pre_hook(guard.open, with_kwargs=True, prepend=True)
-    model.register_forward_hook(guard.close, always_call=True)
-    base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
-    if not isinstance(base, nn.Module) or base is model:
-        # a base model alone: a wrapper may call its `forward`, which runs none of its hooks
-        with contextlib.suppress(NotImplementedError, AttributeError):
-            base = model.get_input_embeddings()  # type: ignore[operator]
-    if isinstance(base, nn.Module):
-        base.register_forward_pre_hook(guard.open_inner, with_kwargs=True, prepend=True)
-        base.register_forward_hook(guard.close_inner, always_call=True)
+    state = ModelState(model, plan, runtime)
+    state.index.attach(plan, mesh)
+    parts = build_parts(model, plan, split, mesh.tp, runtime.remote_logits, options)
+    if parts.heads:
+        trace_once(type(model).forward)
+    model.tp_record = state  # type: ignore[assignment]
+    state.start_counting()
+    _hook_state_dict(model, state)
+    tolerance, repair = options.audit_tolerance, options.audit_repair
+    guard = BatchGuard(runtime, lambda: audit(state, tolerance, repair), options.audit_every)
+    hooks.install(model, hooks.table(model, parts, state, guard), parts)
+
+
+def _hook_state_dict(model: nn.Module, state: ModelState) -> None:
+    """Put the hooks on ``model`` and on every module of it that owns a sharded parameter."""
+    around = StateDictHooks(state)
+    model.register_state_dict_pre_hook(around.before)
+    for path, module in model.named_modules():
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        if any(state.index.layouts[join(path, name)].is_sharded for name in names):
+            module.tp_state_hooks = owned = ModuleStateHooks(state, path)
+            module._register_state_dict_hook(owned.give)
+            module.register_load_state_dict_pre_hook(owned.take)
+    model._register_state_dict_hook(around.after)
 
 
 def _refuse_unsupported(model: nn.Module) -> None:
@@ -181,186 +171,3 @@ def _slice(parameter: nn.Parameter, layout: ParamLayout, rank: int) -> None:
         lazy_load.materialize_(parameter, lazy_load.read_shard(parameter, layout, rank))
         if grad is not None:
             parameter.grad = layout.shard(grad, rank)
-
-
-def _arm(model: nn.Module, plan: Plan, mesh: Mesh) -> None:
-    """Tell norms of the parameters' layouts, and hook the gradient sums of replicas."""
-    groups = sorted({ranks for layout in plan.layouts.values() for ranks in layout.replica_groups})
-    replicas = {ranks: mesh.replicas(ranks) for ranks in groups}  # made by all ranks, in one order
-    me = mesh.tp.rank
-    for name, parameter in model.named_parameters():
-        layout = plan.layouts[name]
-        attach(parameter, layout)
-        pieces: list[Piece] = [
-            (replicas[ranks], layout.dim, layout.replicated_in(me, ranks))
-            for ranks in layout.replica_groups
-            if me in ranks
-        ]
-        if name in plan.partial:
-            pieces = [(mesh.tp, None, ())]
-        if pieces:
-            ReplicaSum(pieces).arm(parameter)
-
-
-def _arm_copy(model: nn.Module, args: object) -> None:
-    record: ShardRecord = model.tp_record  # type: ignore[assignment]
-    if not record.armed:
-        record.armed = True
-        _arm(model, record.plan, record.mesh)
-
-
-def _fit_modules(model: nn.Module, plan: Plan, rank: int) -> None:
-    for path in (*plan.columns, *plan.rows):
-        fit_sizes(model.get_submodule(path), plan.layouts[f"{path}.weight"], rank)
-    for (path, attribute), values in plan.attributes.items():
-        *owners, name = attribute.split(".")
-        owner: Any = model.get_submodule(path)
-        for inner in owners:
-            if inner == "config":  # shared by the whole model: this module gets its own
-                owner.config = copy.copy(owner.config)
-            owner = getattr(owner, inner)
-        setattr(owner, name, values[rank])
-    for path, width in plan.wide_norms.items():
-        layout = plan.layouts[f"{path}.weight"]
-        TPRMSNorm.install(model.get_submodule(path), width, layout.owned(rank))
-
-
-def _hook_blocks(model: nn.Module, plan: Plan, rank: int) -> dict[str, ParallelBlock]:
-    parallels = {}
-    for path, planned in plan.blocks.items():
-        block = model.get_submodule(path)
-        entry = model.get_submodule(planned.entry)
-        positions = {name: at for at, name in enumerate(inspect.signature(entry.forward).parameters)}
-        planned.inputs = tuple(next(iter(positions)) if name == "*" else name for name in planned.inputs)
-        parallel = parallels[path] = ParallelBlock(path, planned, positions, rank)
-        if planned.inputs:
-            entry.register_forward_pre_hook(parallel.enter, with_kwargs=True)
-        else:
-            block.register_forward_pre_hook(parallel.start)
-        for below in planned.input_of:
-            enter = functools.partial(parallel.enter_linear, block)
-            model.get_submodule(below).register_forward_pre_hook(enter)
-        for below in planned.output_of:
-            model.get_submodule(below).register_forward_hook(functools.partial(parallel.enter_output, block))
-        if planned.sums:
-            block.register_forward_hook(parallel.sum_output)
-        block.register_forward_hook(parallel.leave, always_call=True)
-        if planned.once:
-            layouts = {name: plan.layouts[f"{path}.{name}"] for name in planned.once}
-            held = {name: (layout.parts[rank][0], layout.shape[-1]) for name, layout in layouts.items()}
-            part_biases(block, held)
-        for row in planned.rows:
-            module: Any = model.get_submodule(row)
-            module.__class__ = ROW_PARALLEL[Conv1D if isinstance(module, Conv1D) else nn.Linear]
-            module.tp_block = parallel
-        for dropout, kind in plan.dropouts.items():
-            nearest = max((p for p in plan.blocks if dropout.startswith(p + ".")), key=len)
-            if nearest == path:
-                beside = FollowingDropout(dropout, kind, parallel, rank)
-                model.get_submodule(dropout).register_forward_pre_hook(beside.before)
-                model.get_submodule(dropout).register_forward_hook(beside.after, always_call=True)
-
-    for path, blocks in plan.side_by_side.items():
-        rows = [plan.blocks[block].rows[0] for block in blocks]
-        # an adapted row stands inside PEFT's layer
-        outputs = {*blocks, *rows, *(row.removesuffix(".base_layer") for row in rows)}
-        beginning = BlockInput()
-        pair = ParallelResidual(path, [model.get_submodule(output) for output in sorted(outputs)], beginning)
-        for name, row in zip(blocks, rows, strict=True):
-            parallels[name].beside, parallels[name].beginning = pair, beginning
-            model.get_submodule(row).tp_beside = pair  # type: ignore[assignment]
-        model.get_submodule(path).register_forward_pre_hook(pair.begin)
-        model.get_submodule(path).register_forward_hook(pair.end, always_call=True)
-    return parallels
-
-
-def _begin_together(model: nn.Module, plan: Plan, parallels: Mapping[str, ParallelBlock], options: Options) -> None:
-    """Tell column-parallel linears of the beginning of their block, and put weights that may run as one together."""
-    if not (options.overlap or options.fuse):
-        return
-    for path, planned in plan.blocks.items():
-        beginning = parallels[path].beginning
-        beginning.overlap, beginning.fuse = options.overlap, options.fuse
-        linears: list[Any] = [model.get_submodule(column) for column in planned.columns]
-        linears = [linear for linear in linears if type(linear) in columns.COLUMN_PARALLEL]
-        for linear in linears:
-            linear.__class__ = columns.COLUMN_PARALLEL[type(linear)]
-            linear.tp_beginning = beginning
-        beginning.linears += linears
-        sharded = all(plan.layouts[f"{column}.weight"].is_sharded for column in planned.columns)
-        alike = len({(type(linear), linear.weight.shape[1], linear.bias is None) for linear in linears}) == 1
-        if not (options.fuse and planned.inputs and len(planned.columns) == len(linears) > 1 and sharded and alike):
-            continue
-        weights = [linear.weight for linear in linears]
-        if isinstance(linears[0], nn.Linear) and len({(w.dtype, w.device) for w in weights}) == 1:
-            columns.join(weights)
-            beginning.siblings.append(tuple(linears))
-
-
-def _hook_stacks(
-    model: nn.Module, found: Mapping[str, list[str]], parallels: Mapping[str, ParallelBlock], rank: int
-) -> dict[str, Stack]:
-    made = {path: Stack(path) for path in found}
-    for path, members in found.items():
-        stack = made[path]
-        modules = [model.get_submodule(member) for member in members]
-        modules[0].register_forward_pre_hook(stack.split, with_kwargs=True, prepend=True)
-        for member, layer in zip(members, modules, strict=True):
-            own = LayerRegion(member, stack, rank)
-            layer.register_forward_pre_hook(own.before, with_kwargs=True)
-            layer.register_forward_hook(own.after, always_call=True)
-            layer.register_forward_hook(stack.abandon, always_call=True)
-            for name, parallel in parallels.items():
-                if name == member or name.startswith(f"{member}."):
-                    parallel.stack, parallel.layer_region = stack, own.region
-                    if parallel.beside is not None:
-                        parallel.beside.stack = stack
-        modules[-1].register_forward_hook(stack.join)
-    return made
-
-
-def _hook_outputs(model: nn.Module, plan: Plan, made: Mapping[str, Stack]) -> None:
-    """Make whole what the nearest model around the layers returns of them."""
-    from transformers import PreTrainedModel
-
-    around: list[str] = [
-        path for path, module in model.named_modules() if not path or isinstance(module, PreTrainedModel)
-    ]
-
-    def nearest(path: str) -> str:
-        return max((a for a in around if f"{path}.".startswith(f"{a}." if a else "")), key=len)
-
-    for owner in around:
-        attentions = [path for path, block in plan.blocks.items() if block.heads is not None and nearest(path) == owner]
-        heads = [plan.query_heads(path) for path in attentions]
-        parted = [stack for path, stack in made.items() if nearest(path) == owner]
-        if heads or parted:
-            model.get_submodule(owner).register_forward_hook(LayerOutputs(heads, parted), prepend=True)
-
-
-def _hook_vocabulary(model: nn.Module, plan: Plan, rank: int) -> None:
-    for path in plan.embeddings:
-        embedding, layout = model.get_submodule(path), plan.layouts[f"{path}.weight"]
-        if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
-            raise TPError(f"{path} must be an nn.Embedding without max_norm to be split by vocabulary rows")
-        start, stop = (layout.parts[rank] or ((layout.shape[0], layout.shape[0]),))[0]
-        embedding.num_embeddings = layout.local_shape(rank)[0]
-        rows = VocabularyRows(start, stop, embedding.padding_idx)
-        embedding.register_forward_pre_hook(rows.before)
-        embedding.register_forward_hook(rows.after)
-    for path, name in plan.adapted_embeddings:
-        adapted: Any = model.get_submodule(path)
-        layout = plan.layouts[f"{path}.lora_embedding_A.{name}"]
-        start, stop = (layout.parts[rank] or ((layout.shape[1], layout.shape[1]),))[0]
-        adapted._embed = AdaptedRows(VocabularyRows(start, stop, adapted.get_base_layer().padding_idx))
-    if plan.heads:
-        trace_once(type(model).forward)
-    for path in plan.heads:
-        head, layout = model.get_submodule(path), plan.layouts[f"{path}.weight"]
-        fit_sizes(head, layout, rank)
-        columns = VocabularyColumns(layout.shape[0], layout.local_shape(rank)[0])
-        head.register_forward_pre_hook(columns.before)
-        head.register_forward_hook(columns.after, prepend=True)  # other hooks see whole logits
-
-
-__all__ = ["is_sharded", "model_type", "models_in", "parallelize", "shard_model"]

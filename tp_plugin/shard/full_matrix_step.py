@@ -1,6 +1,6 @@
-"""Optimizers that look at whole matrices: they step one whole parameter at a time, on every rank of the TP group alike.
+"""Optimizers that look at full matrices: they step one full parameter at a time, on every rank of the TP group alike.
 
-Their states are then those of whole parameters, which for Adafactor are two vectors. Parameter and gradient are
+Their states are then those of full parameters, which for Adafactor are two vectors. Parameter and gradient are
 gathered for the step (twice the sharded parameters' bytes over the TP group), one parameter at a time.
 """
 
@@ -13,21 +13,21 @@ from typing import Any
 
 import torch
 
-from tp_plugin.mesh.groups import require_mesh
+from tp_plugin.mesh.groups import Group
 from tp_plugin.shard.full_tensor import gather_shards
-from tp_plugin.tensor.grad_norm import layout_of
+from tp_plugin.tensor.param_entry import layout_of
 
 KNOWN = {("torch", "Adafactor"), ("torch", "Muon"), ("transformers", "Adafactor")}
 """Package and class; each parameter's update needs that parameter alone."""
 
 
-def steps_whole(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether ``optimizer`` needs whole parameters and can be given them."""
+def needs_full_matrices(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``optimizer`` needs full parameters and can be given them."""
     return (type(optimizer).__module__.partition(".")[0], type(optimizer).__name__) in KNOWN
 
 
-def install(optimizer: torch.optim.Optimizer) -> None:
-    """Replace the instance's ``step``."""
+def install(optimizer: torch.optim.Optimizer, group: Group) -> None:
+    """Replace the instance's ``step``, which then gathers over ``group``, the TP group."""
     raw: Any = type(optimizer).step
     while getattr(raw, "hooked", False):  # the script's step hooks run once per step, not per parameter
         raw = raw.__wrapped__
@@ -39,11 +39,11 @@ def install(optimizer: torch.optim.Optimizer) -> None:
                 loss = closure()
         groups = self.param_groups
         try:
-            for group in groups:
-                for parameter in group["params"]:
+            for settings in groups:
+                for parameter in settings["params"]:
                     if parameter.grad is not None:
-                        self.param_groups = [{**group, "params": [parameter]}]
-                        with _whole(parameter):
+                        self.param_groups = [{**settings, "params": [parameter]}]
+                        with _full(parameter, group):
                             raw(self)
         finally:
             self.param_groups = groups
@@ -53,12 +53,11 @@ def install(optimizer: torch.optim.Optimizer) -> None:
 
 
 @contextlib.contextmanager
-def _whole(parameter: torch.nn.Parameter) -> Iterator[None]:
+def _full(parameter: torch.nn.Parameter, group: Group) -> Iterator[None]:
     layout = layout_of(parameter)
     if layout is None or not layout.is_sharded:
         yield
         return
-    group = require_mesh().tp
     local, grad = parameter.data, parameter.grad
     assert grad is not None
     parameter.grad = None
@@ -67,8 +66,8 @@ def _whole(parameter: torch.nn.Parameter) -> Iterator[None]:
     try:
         yield
     finally:
-        whole, parameter.grad = parameter.data, None
+        full, parameter.grad = parameter.data, None
         parameter.data = local
         parameter.grad = grad
     with torch.no_grad():
-        parameter.copy_(layout.shard(whole, group.rank))
+        parameter.copy_(layout.shard(full, group.rank))

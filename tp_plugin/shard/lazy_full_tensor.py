@@ -1,49 +1,31 @@
-"""Whole tensors of a sharded model that are assembled when they are used: saving holds one output file at a time."""
+"""Full tensors of a sharded model that are assembled when they are used: saving holds one output file at a time."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from tp_plugin.shard.lazy_load import ABOUT, inaccessible
-
-_promising = False
-
-
-@contextlib.contextmanager
-def lazy_full_tensors() -> Iterator[None]:
-    """Inside, ``state_dict`` of a sharded model gives promises of whole tensors."""
-    global _promising
-    before, _promising = _promising, True
-    try:
-        yield
-    finally:
-        _promising = before
-
-
-def promising() -> bool:
-    """Whether ``state_dict`` gives promises just now."""
-    return _promising
+from tp_plugin.shard.lazy_load import ABOUT
+from tp_plugin.shard.mapped_file import inaccessible
 
 
 class LazyFullTensor(torch.Tensor):
-    """A whole tensor on the CPU that other ranks hold parts of. Looks whole; computing with it reads it, each time.
+    """A full tensor in host memory that other ranks hold shards of. Looks full; computing with it reads it, each time.
 
-    Nobody else's memory: promises of tied names are one object, all others have storages of their own.
+    Those of tied names are one object; all others have storages of their own.
     """
 
-    whole: Callable[[], torch.Tensor]
+    read: Callable[[], torch.Tensor]
 
     @staticmethod
-    def of(shape: tuple[int, ...], dtype: torch.dtype, whole: Callable[[], torch.Tensor]) -> LazyFullTensor:
+    def of(shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], torch.Tensor]) -> LazyFullTensor:
         nothing = inaccessible(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
-        promise: LazyFullTensor = torch.Tensor._make_subclass(LazyFullTensor, nothing, False)
-        promise.whole = whole
-        return promise
+        lazy: LazyFullTensor = torch.Tensor._make_subclass(LazyFullTensor, nothing, False)
+        lazy.read = read
+        return lazy
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,19 +36,19 @@ class LazyFullTensor(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
         if function is torch.Tensor.data_ptr:  # the address must stay good
-            (promise,) = args
-            kept = promise.whole()
-            promise.whole = lambda: kept
+            (lazy,) = args
+            kept = lazy.read()
+            lazy.read = lambda: kept
         return function(*materialize(args), **materialize(kwargs))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.whole().__reduce_ex__(protocol)
+        return self.read().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return memo.setdefault(id(self), self.whole().clone())
+        return memo.setdefault(id(self), self.read().clone())
 
     def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
-        return repr(self.whole())
+        return repr(self.read())
 
 
 _SAME = {torch.Tensor.contiguous, torch.Tensor.detach, torch.Tensor.cpu}
@@ -81,7 +63,7 @@ def materialize(value: Any) -> Any:
 def _materialize(value: Any, read: dict[int, torch.Tensor]) -> Any:
     if isinstance(value, LazyFullTensor):
         if id(value) not in read:
-            read[id(value)] = value.whole()
+            read[id(value)] = value.read()
         return read[id(value)]
     if isinstance(value, dict):
         return {name: _materialize(item, read) for name, item in value.items()}
@@ -91,5 +73,5 @@ def _materialize(value: Any, read: dict[int, torch.Tensor]) -> Any:
 
 
 def has_lazy(tensors: dict[str, Any]) -> bool:
-    """Whether any value is a promise."""
+    """Whether any value is lazy."""
     return any(isinstance(tensor, LazyFullTensor) for tensor in tensors.values())

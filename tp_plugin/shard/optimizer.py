@@ -10,13 +10,13 @@ import torch
 
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.dtensor_utils import is_split
-from tp_plugin.mesh.groups import require_mesh
-from tp_plugin.runtime.transport import ELSEWHERE, exchange
+from tp_plugin.runtime.published import ELSEWHERE
+from tp_plugin.runtime.runtime import Runtime
 from tp_plugin.shard import full_matrix_step
 from tp_plugin.shard.elementwise import fault
 from tp_plugin.shard.model_state import read_full_tensor
-from tp_plugin.shard.state_dict import gives_local
-from tp_plugin.tensor.grad_norm import layout_of
+from tp_plugin.shard.state_form import StateForm, form
+from tp_plugin.tensor.param_entry import layout_of
 
 _uids = itertools.count()
 
@@ -24,21 +24,21 @@ NOT_ELEMENTWISE = ("Adafactor", "Muon", "LBFGS", "Shampoo", "SOAP", "LAMB", "Lam
 """Optimizers that use more of a tensor than one element at a time; on a shard they would compute something else."""
 
 
-def shard_optimizer(optimizer: torch.optim.Optimizer) -> None:
+def shard_optimizer(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
     """Fit ``optimizer`` to parameters that were sharded after it was built; a second call does nothing.
 
     Raises:
         TPError: its update rule is not elementwise, so shards would not train as the whole tensor does, and it is none
             of those that are given whole parameters (full_matrix_step.py).
     """
-    if getattr(optimizer, "tp_states", None) is not None or getattr(optimizer, "tp_steps_whole", False):
+    if getattr(optimizer, "tp_states", None) is not None or getattr(optimizer, "tp_full_matrices", False):
         return
     parameters = _parameters(optimizer)
     if not any((layout := layout_of(p)) is not None and layout.is_sharded for p in parameters):
         return
-    if full_matrix_step.steps_whole(optimizer):
-        full_matrix_step.install(optimizer)
-        optimizer.tp_steps_whole = True  # type: ignore[attr-defined]
+    if full_matrix_step.needs_full_matrices(optimizer):
+        full_matrix_step.install(optimizer, runtime.mesh.tp)
+        optimizer.tp_full_matrices = True  # type: ignore[attr-defined]
         return
     name = type(optimizer).__name__
     if _is_blockwise(optimizer):
@@ -56,7 +56,7 @@ def shard_optimizer(optimizer: torch.optim.Optimizer) -> None:
         )
     if why := fault(optimizer):
         raise TPError(why)
-    rank = require_mesh().tp.rank
+    rank = runtime.mesh.tp.rank
     for parameter in parameters:
         layout = layout_of(parameter)
         if layout is None or not layout.is_sharded:
@@ -65,9 +65,9 @@ def shard_optimizer(optimizer: torch.optim.Optimizer) -> None:
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and tuple(value.shape) == layout.shape:
                 state[key] = layout.shard(value, rank)
-    optimizer.tp_states = OptimizerStates(optimizer)  # type: ignore[attr-defined]
-    optimizer.register_state_dict_post_hook(_give_whole)
-    optimizer.register_load_state_dict_pre_hook(_take_whole)
+    optimizer.tp_states = OptimizerStates(optimizer, runtime)  # type: ignore[attr-defined]
+    optimizer.register_state_dict_post_hook(_give_full)
+    optimizer.register_load_state_dict_pre_hook(_take_shards)
 
 
 def _is_blockwise(optimizer: torch.optim.Optimizer) -> bool:
@@ -79,13 +79,14 @@ def _is_blockwise(optimizer: torch.optim.Optimizer) -> bool:
 class OptimizerStates:
     """What other ranks may read of an optimizer: its state tensors, by ``"<parameter index>/<state key>"``."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
+    def __init__(self, optimizer: torch.optim.Optimizer, runtime: Runtime):
+        self.runtime = runtime
         self._optimizer = weakref.ref(optimizer)
         self.uid = f"optimizer{next(_uids)}"
-        self.keep()
-        exchange(require_mesh()).publish(self.uid, self)
+        self.retain()
+        runtime.published.publish(self.uid, self)
 
-    def keep(self) -> None:
+    def retain(self) -> None:
         """Hold parameters and state, not the optimizer: load_state_dict and add_param_group replace them."""
         optimizer = self._optimizer()
         if optimizer is not None:
@@ -95,15 +96,19 @@ class OptimizerStates:
         """Whether the script still holds the optimizer."""
         return self._optimizer() is not None
 
-    def fingerprint(self) -> object:
+    def clock(self) -> object:
         """Steps taken, summed over the parameters, and the number of state tensors."""
-        self.keep()
+        self.retain()
         values = [v for p in self._parameters for v in self._state.get(p, {}).values() if isinstance(v, torch.Tensor)]
         steps = [float(s["step"]) for p in self._parameters if "step" in (s := self._state.get(p, {}))]
         return sum(steps), len(values)
 
-    def apart(self, theirs: object) -> str:
-        """Why a rank whose fingerprint is ``theirs`` cannot read here."""
+    def is_at(self, theirs: object) -> bool:
+        """Whether this rank's states are of the same step as those of a rank whose clock is ``theirs``."""
+        return self.clock() == theirs
+
+    def explain_mismatch(self, theirs: object) -> str:
+        """Why a rank whose clock is ``theirs`` cannot read here."""
         return ELSEWHERE
 
     def local(self, key: str) -> torch.Tensor:
@@ -120,14 +125,13 @@ def _nothing() -> None:
     return None
 
 
-def _give_whole(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    if gives_local():
+def _give_full(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    if form() is StateForm.LOCAL:
         return state_dict
     states: OptimizerStates = optimizer.tp_states  # type: ignore[attr-defined]
-    mesh = require_mesh()
-    link = exchange(mesh)
-    link.enter(states.uid)
-    whole: dict[int, Any] = {}
+    runtime = states.runtime
+    runtime.sessions.enter(states.uid)
+    full: dict[int, Any] = {}
     for index, parameter in enumerate(_parameters(optimizer)):
         if index not in state_dict["state"]:
             continue
@@ -136,15 +140,16 @@ def _give_whole(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
         for key, value in entry.items():
             if layout is None or not layout.is_sharded or not isinstance(value, torch.Tensor) or is_split(value):
                 continue  # (FSDP2's states become whole in torch's distributed checkpoint API)
-            if tuple(value.shape) == layout.local_shape(mesh.tp.rank):
-                entry[key] = read_full_tensor(link, states.uid, f"{index}/{key}", value, layout)
-        whole[index] = entry
-    link.leave(states.uid)
-    return {**state_dict, "state": whole}
+            if tuple(value.shape) == layout.local_shape(runtime.mesh.tp.rank):
+                entry[key] = read_full_tensor(runtime, states.uid, f"{index}/{key}", value, layout)
+        full[index] = entry
+    runtime.sessions.leave(states.uid)
+    return {**state_dict, "state": full}
 
 
-def _take_whole(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    rank = require_mesh().tp.rank
+def _take_shards(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    states: OptimizerStates = optimizer.tp_states  # type: ignore[attr-defined]
+    rank = states.runtime.mesh.tp.rank
     state = dict(state_dict["state"])
     for index, parameter in enumerate(_parameters(optimizer)):
         layout = layout_of(parameter)

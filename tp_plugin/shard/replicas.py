@@ -8,7 +8,7 @@ from collections.abc import Set
 import torch
 from torch import nn
 
-from tp_plugin.mesh.groups import Mesh
+from tp_plugin.mesh.roles import Mesh
 from tp_plugin.shard.lazy_load import identity
 from tp_plugin.shard.model_state import checksum
 
@@ -32,7 +32,7 @@ def agree_on_weights(model: nn.Module, mesh: Mesh, settled: Set[int] = frozenset
     with torch.no_grad():
         for name in names:
             leaders = tensors[name].detach().clone(memory_format=torch.contiguous_format)
-            tensors[name].copy_(mesh.tp_for(leaders).broadcast(leaders))
+            tensors[name].copy_(mesh.unit_for(leaders).broadcast(leaders))
     return names
 
 
@@ -43,6 +43,6 @@ def _known(tensor: torch.Tensor) -> int:
 
 
 def _differing(mine: list[int], mesh: Mesh) -> list[int]:
-    values = torch.tensor(mine, dtype=torch.int64)
-    unequal = (torch.stack(mesh.control.all_gather(values)) != values).any(dim=0)
-    return mesh.control.all_reduce(unequal.to(torch.int64)).tolist()
+    values = torch.tensor(mine, dtype=torch.int64, device="cpu")
+    unequal = (torch.stack(mesh.unit_cpu.all_gather(values)) != values).any(dim=0)
+    return mesh.unit_cpu.all_reduce(unequal.to(torch.int64)).tolist()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 from torch import nn
 
-from tp_plugin.mesh.hosts import comes_first
+from tp_plugin.mesh.hosts import Machine, comes_first
+from tp_plugin.mesh.roles import Mesh
 from tp_plugin.policy import Plan
-from tp_plugin.runtime.transport import PeerTransport
 
 EXAMPLE = 8 * 1024
 """Tokens of the micro-batch that the warning takes as an example."""
@@ -26,15 +27,18 @@ def bytes_per_token(model: nn.Module, plan: Plan) -> int:
     return sum(plan.reductions()) * max(widths, default=0) * size
 
 
-def warn_of_crossing(model: nn.Module, plan: Plan, link: PeerTransport) -> None:
-    """Print, once for the world, that this TP group spans machines."""
-    mesh = link.mesh
-    places: dict[object, list[int]] = {}
-    for rank, machine in zip(mesh.tp.ranks, link.machines, strict=True):
+def warn_of_topology(model: nn.Module, plan: Plan, mesh: Mesh, machines: Sequence[Machine]) -> None:
+    """Print, once for the world, that this TP group spans machines.
+
+    Args:
+        machines: where its ranks are, in rank order.
+    """
+    places: dict[Machine, list[int]] = {}
+    for rank, machine in zip(mesh.tp.ranks, machines, strict=True):
         places.setdefault(machine, []).append(rank)
     if len(places) == 1 or not mesh.is_leader or not comes_first("a TP group spans machines"):
         return
-    where = ", ".join(f"ranks {ranks} on {getattr(machine, 'name', machine)}" for machine, ranks in places.items())
+    where = ", ".join(f"ranks {ranks} on {machine.name}" for machine, ranks in places.items())
     size = bytes_per_token(model, plan)
     up, down = plan.reductions()
     share = 2 * (mesh.tp_size - 1) / mesh.tp_size

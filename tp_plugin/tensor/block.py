@@ -7,69 +7,86 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_plugin.mesh.groups import require_mesh
+from tp_plugin.errors import TPError
+from tp_plugin.mesh.groups import Group
 from tp_plugin.policy import BlockPlan
 from tp_plugin.policy.layout import Range
 from tp_plugin.tensor import regions, rng, sequence
+from tp_plugin.tensor.arguments import Arguments
+from tp_plugin.tensor.bypass_check import BypassCheck
 from tp_plugin.tensor.parallel_residual import ParallelResidual
 from tp_plugin.tensor.wgrad_overlap import BlockInput
 
 
 class ParallelBlock:
-    """The two ends of one block: ``f`` at its inputs, and the random stream between there and its reduction.
+    """The two ends of one block: ``f`` at its inputs, ``g`` behind it, and the random stream between them.
 
     Args:
         path: the block's path in the model (it enters the seeds of its random stream).
         plan: how the block communicates.
         positions: position of every argument of the forward of the block's entry.
-        tp_rank: this rank in the TP group.
+        group: the TP group.
+
+    Attributes:
+        block_input: the node at which the block begins; shared by the two blocks of a parallel residual.
+        residual: the parallel residual that the block belongs to.
+        stack: the stack of layers whose tokens are split, under sequence parallelism.
+        layer_region: the random stream of the layer around the block then.
+        bypass: the check of a block whose inputs are not named.
     """
 
-    def __init__(self, path: str, plan: BlockPlan, positions: dict[str, int], tp_rank: int):
-        self.plan, self.positions, self.tp_rank = plan, positions, tp_rank
-        self.region = rng.ShardedRegion(path, tp_rank)
-        self.beginning = BlockInput()
-        self.beside: ParallelResidual | None = None
+    def __init__(self, path: str, plan: BlockPlan, positions: dict[str, int], group: Group):
+        self.path, self.plan, self.positions, self.group = path, plan, positions, group
+        self.region = rng.ShardedRegion(path, group.rank)
+        self.block_input = BlockInput(group)
+        self.residual: ParallelResidual | None = None
         self.stack: sequence.Stack | None = None
         self.layer_region: rng.ShardedRegion | None = None
         self.regather: sequence.Regather | None = None
+        self.bypass = BypassCheck(path) if "*" in plan.inputs else None
         self._draws = rng.Dropouts()
         self._to_come = 0
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Forward pre-hook (with kwargs) of the block's entry."""
-        group = require_mesh().tp
-        arguments = _Arguments(args, kwargs, self.positions)
-        inputs = {name: arguments.tensor(name) for name in self.plan.inputs}
-        entering = {name: tensor for name, tensor in inputs.items() if tensor is not None}
-        if self.beside is not None and len(entering) == 1:
-            entered = [self.beside.enter(tensor) for tensor in entering.values()]
-        elif self.on_parts:
+        arguments = Arguments(args, kwargs, self.positions)
+        entering = arguments.inputs(self.plan.inputs)
+        if self.residual is not None and len(entering) == 1:
+            entered = [self.residual.enter(tensor) for tensor in entering.values()]
+        elif self.on_own_tokens:
             first, *others = entering.values()  # a cross-attention's other input is whole
-            entered = [self._gather(first), *regions.copy_all_to_tp(others, group)]
+            if others and self.bypass is not None:
+                raise TPError(
+                    f"sequence_parallel: {self.path} takes {len(entering)} differentiable inputs, and its derived "
+                    "policy does not say which of them are split along the sequence; turn sequence_parallel off, or "
+                    "write a policy (README, 'Add an architecture')"
+                )
+            entered = [self._gather(first), *regions.copy_all_to_tp(others, self.group)]
         else:
-            entered = self.beginning.enter(list(entering.values()), None)
-        for name, tensor in zip(entering, entered, strict=True):
-            arguments.put(name, tensor)
+            entered = self.block_input.enter(list(entering.values()), None)
+        for place, tensor in zip(entering, entered, strict=True):
+            arguments.replace(place, tensor)
+        if self.bypass is not None:
+            self.bypass.enter(entered)
         for name, (dim, heads, ranges) in self.plan.head_inputs.items():
             bias = arguments.tensor(name)
             if bias is not None:
-                (start, stop), at = ranges[self.tp_rank], bias.dim() + dim
-                mine = regions.copy_to_tp(bias, group)
+                (start, stop), at = ranges[self.group.rank], bias.dim() + dim
+                mine = regions.copy_to_tp(bias, self.group)
                 if mine.shape[at] > 1:  # else one for all heads
                     mine = mine.unflatten(at, (-1, heads)).narrow(at + 1, start, stop - start).flatten(at, at + 1)
                 arguments.put(name, mine)
         if self.plan.experts is not None:
-            self._part_experts(arguments, *self.plan.experts)
+            self._local_experts(arguments, *self.plan.experts)
         if entering:
             self._begin(module, next(iter(entering.values())).device)
         return tuple(arguments.args), arguments.kwargs
 
-    def _part_experts(self, arguments: _Arguments, name: str, ranges: tuple[Range, ...]) -> None:
+    def _local_experts(self, arguments: Arguments, name: str, ranges: tuple[Range, ...]) -> None:
         """Experts' numbers → this rank's; those of other ranks become the number after the last, which is no expert."""
         numbers = arguments.tensor(name)
         assert numbers is not None
-        start, stop = ranges[self.tp_rank]
+        start, stop = ranges[self.group.rank]
         elsewhere = (numbers < start) | (numbers >= stop)
         arguments.put(name, (numbers - start).masked_fill(elsewhere, stop - start))
 
@@ -90,68 +107,58 @@ class ParallelBlock:
         if self._to_come <= 0:  # what runs before the last of several beginnings is replicated
             self._begin(block, x.device)
         if len(self.plan.input_of) + len(self.plan.output_of) > 1:
-            return sequence.enter(x, self.stack)
-        if self.on_parts and self.plan.input_of:
+            return sequence.enter(x, self.stack, self.group)
+        if self.on_own_tokens and self.plan.input_of:
             return self._gather(x)
-        return self.beginning.enter([x], self.stack)[0]
+        return self.block_input.enter([x], self.stack)[0]
 
     def _gather(self, x: torch.Tensor) -> torch.Tensor:
         assert self.stack is not None
-        (entered,) = self.beginning.enter([x], self.stack)
+        (entered,) = self.block_input.enter([x], self.stack)
         self.regather = self.stack.keep(x, entered)
-        if self.beginning.opening is not None:
-            self.beginning.opening.regather = self.regather
+        if self.block_input.run is not None:
+            self.block_input.run.regather = self.regather
         return entered
 
     def _begin(self, module: nn.Module, device: torch.device) -> None:
         # on parts of the sequence the whole layer has this rank's own random stream
-        if module.training and not self.on_parts and self._draws(module):
+        if module.training and not self.on_own_tokens and self._draws(module):
             self.region.begin(device)
 
     @property
-    def on_parts(self) -> bool:
+    def on_own_tokens(self) -> bool:
         """Whether this rank has a part of the tokens outside of the block."""
         return self.stack is not None and self.stack.runs
 
     @property
     def stream(self) -> rng.ShardedRegion:
         """The random stream that the inside of the block draws from."""
-        return self.layer_region if self.on_parts and self.layer_region is not None else self.region
+        return self.layer_region if self.on_own_tokens and self.layer_region is not None else self.region
 
     def sum_output(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         """Forward hook of a module whose output is this rank's part of a sum."""
         self.end()
-        return sequence.reduce(output, self.stack)
+        return sequence.reduce(output, self.stack, self.group)
+
+    def reduce(self, product: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``g`` behind the block's row-parallel product, and the bias, which counts once."""
+        self.end()
+        if self.residual is not None and self.residual.merging:
+            return self.residual.reduce(product, bias)
+        y = sequence.reduce(product, self.stack, self.group)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook (always called): a block that raised must not leave the sharded random stream on."""
         self.end()
+        if self.bypass is not None:
+            self.bypass.leave(output)
 
     def end(self) -> None:
         """Behind the block's sharded part."""
         self.region.end()
-        if self.beside is None:
-            self.beginning.end()
+        if self.residual is None:
+            self.block_input.end()
         if self.regather is not None:
             self.regather.end()
             self.regather = None
-
-
-class _Arguments:
-    """A call's arguments, by the names they have in the signature."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], positions: dict[str, int]):
-        self.args, self.kwargs, self.positions = list(args), dict(kwargs), positions
-
-    def tensor(self, name: str) -> torch.Tensor | None:
-        """The argument, if it was given and is a tensor."""
-        at = self.positions[name]
-        value = self.kwargs.get(name, self.args[at] if at < len(self.args) else None)
-        return value if isinstance(value, torch.Tensor) else None
-
-    def put(self, name: str, value: torch.Tensor) -> None:
-        """Replace an argument that was given."""
-        if name in self.kwargs:
-            self.kwargs[name] = value
-        else:
-            self.args[self.positions[name]] = value

@@ -18,9 +18,9 @@ class FollowingDropout:
     layer's drops from this rank's share after that stretch has ended at the base layer's reduction.
     """
 
-    def __init__(self, path: str, kind: str, block: ParallelBlock, tp_rank: int):
+    def __init__(self, path: str, kind: str, block: ParallelBlock):
         self.kind, self.block = kind, block
-        self.own = rng.ShardedRegion(path, tp_rank)
+        self.own = rng.ShardedRegion(path, block.group.rank)
 
     def before(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Forward pre-hook."""

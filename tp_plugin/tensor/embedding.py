@@ -8,39 +8,57 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tp_plugin.mesh.groups import require_mesh
+from tp_plugin.mesh.groups import Group
 from tp_plugin.tensor import regions
 
 
 class VocabularyRows:
-    """Hooks of an embedding that holds the rows ``[start, stop)`` of the vocabulary."""
+    """Hooks of an embedding that holds the rows ``[start, stop)`` of a vocabulary of ``size`` entries.
 
-    def __init__(self, start: int, stop: int, padding: int | None):
-        self.start, self.stop, self.whole_padding = start, stop, padding
-        inside = padding is not None and start <= padding < stop
-        self.padding = padding - start if padding is not None and inside else None
+    Args:
+        size: entries of the whole vocabulary, the ids that one process accepts.
+        padding_idx: of the whole embedding.
+        group: the TP group.
+    """
+
+    def __init__(self, size: int, start: int, stop: int, padding_idx: int | None, group: Group):
+        self.size, self.start, self.stop, self.group = size, start, stop, group
+        self.padding_idx = padding_idx
+        owned = padding_idx is not None and start <= padding_idx < stop
+        self.local_padding_idx = padding_idx - start if padding_idx is not None and owned else None
         self._elsewhere: list[torch.Tensor] = []
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Token ids → local rows; ids of other ranks' rows read row 0 and are blanked afterwards."""
-        module.padding_idx = self.padding  # type: ignore[assignment]
-        return (self.local(args[0]), *args[1:])
+        """Forward pre-hook. Token ids → local rows; ids of other ranks' rows read row 0 and are zeroed afterwards."""
+        local = self.local(args[0])
+        module.padding_idx = self.local_padding_idx  # type: ignore[assignment]
+        return (local, *args[1:])
 
     def after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        """Sum the ranks' rows, of which one is not blank: the embeddings of all ids."""
-        module.padding_idx = self.whole_padding  # type: ignore[assignment]
+        """Forward hook. Sum over the ranks, of which one has the row and the others zeros: embeddings of all ids."""
+        module.padding_idx = self.padding_idx  # type: ignore[assignment]
         return self.summed(output)
 
     def local(self, ids: torch.Tensor) -> torch.Tensor:
-        """Numbers of this rank's rows."""
+        """Token ids of any shape → numbers of this rank's rows.
+
+        Raises:
+            IndexError: an id is outside the vocabulary; all ranks see the same ids, so all of them raise. On CUDA and
+                in compiled graphs it is an assertion on the device, as in plain torch: nothing waits for the device.
+        """
+        valid = ((ids >= 0) & (ids < self.size)).all()
+        if ids.is_cuda or torch.compiler.is_compiling():
+            torch._assert_async(valid, "index out of range in self")
+        elif not valid:
+            raise IndexError("index out of range in self")
         elsewhere = (ids < self.start) | (ids >= self.stop)
         self._elsewhere.append(elsewhere)
         return (ids - self.start).masked_fill(elsewhere, 0)
 
     def summed(self, output: torch.Tensor) -> torch.Tensor:
-        """The rows of the ids last given to :meth:`local`, from those of the ranks."""
-        blank = output.masked_fill(self._elsewhere.pop().unsqueeze(-1), 0)
-        return regions.reduce_from_tp(blank, require_mesh().tp)
+        """The embeddings of the ids last given to :meth:`local`, from this rank's rows ``output`` (…, width)."""
+        rows = output.masked_fill(self._elsewhere.pop().unsqueeze(-1), 0)
+        return regions.reduce_from_tp(rows, self.group)
 
 
 class AdaptedRows:
@@ -53,4 +71,4 @@ class AdaptedRows:
         self.rows = rows
 
     def __call__(self, ids: torch.Tensor, weight: torch.Tensor, **hooks: Any) -> torch.Tensor:
-        return self.rows.summed(F.embedding(self.rows.local(ids), weight, padding_idx=self.rows.padding))
+        return self.rows.summed(F.embedding(self.rows.local(ids), weight, padding_idx=self.rows.local_padding_idx))

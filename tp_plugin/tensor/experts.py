@@ -1,4 +1,4 @@
-"""Biases of stacked experts, whose outputs are summed over the ranks."""
+"""Stacked experts whose outputs are summed over the ranks: biases that every rank holds in part count once."""
 
 from __future__ import annotations
 
@@ -10,35 +10,30 @@ import torch.nn.functional as F
 from torch import nn
 
 from tp_plugin.policy.layout import Range
+from tp_plugin.tensor.forward import Forward, WrappedForward
 
 
-def part_biases(module: nn.Module, biases: Mapping[str, tuple[Range, int]]) -> None:
-    """Make biases of a module whose outputs are summed over the ranks count once.
+class ExpertBiasForward(WrappedForward):
+    """The forward of a module of experts: what it reads as a bias has zeros around this rank's range.
 
-    Each rank holds a range of the last dimension. What the forward reads under the bias's name has zeros around that
-    range, so that the ranks' sum is the whole bias. A property of the class, so that ZeRO-3 has gathered the parameter
-    by the time it is read.
+    So the ranks' sum is the full bias. Made inside the forward, by which time ZeRO-3 has gathered the parameter.
 
     Args:
-        biases: name → this rank's range of the last dimension, and that dimension's whole size.
+        biases: name → this rank's range of the last dimension, and that dimension's full size.
     """
 
-    def reader(name: str, start: int, stop: int, size: int) -> property:
-        def read(self: Any) -> torch.Tensor:
-            mine: torch.Tensor = self._parameters[name]
-            return F.pad(mine, (start, size - stop)) if self.tp_running else mine
+    def __init__(self, module: nn.Module, own: Forward, biases: Mapping[str, tuple[Range, int]]):
+        super().__init__(module, own)
+        self.biases = dict(biases)
 
-        return property(read)
-
-    properties = {name: reader(name, *mine, size) for name, (mine, size) in biases.items()}
-    module.__class__ = type(type(module).__name__, (type(module),), {**properties, "tp_running": False})
-    module.register_forward_pre_hook(_running)
-    module.register_forward_hook(_not_running, always_call=True)
-
-
-def _running(module: Any, args: Any) -> None:
-    module.tp_running = True
-
-
-def _not_running(module: Any, args: Any, output: Any) -> None:
-    module.tp_running = False
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        padded = {
+            name: F.pad(getattr(self.module, name), (start, size - stop))
+            for name, ((start, stop), size) in self.biases.items()
+        }
+        vars(self.module).update(padded)
+        try:
+            return self.own(*args, **kwargs)
+        finally:
+            for name in padded:
+                del vars(self.module)[name]

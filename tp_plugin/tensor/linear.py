@@ -1,4 +1,7 @@
-"""Row-parallel linear layers, and the feature counts of linears that hold a shard."""
+"""Row-parallel linears: the layer's own forward without its bias on this rank's input features, then the reduction.
+
+It wraps any linear (``nn.Linear``, ``Conv1D``, an architecture's own, a quantized or an adapted one).
+"""
 
 from __future__ import annotations
 
@@ -10,44 +13,35 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tp_plugin.policy import ParamLayout
-from tp_plugin.tensor import sequence
 from tp_plugin.tensor.block import ParallelBlock
-from tp_plugin.tensor.parallel_residual import ParallelResidual
+from tp_plugin.tensor.forward import Forward, WrappedForward, runs_as, without_bias
 
 
-class _RowParallel:
-    """Mixin: local product, then ``g``, then the bias, which every rank holds whole and adds once."""
+class RowParallelForward(WrappedForward):
+    """The forward of a linear whose weight is split by input features: local product, ``g``, then the bias, once.
 
-    tp_block: ParallelBlock
-    tp_beside: ParallelResidual | None = None
-    bias: Any
-    _product: Any  # the local part of the product, by the kind of layer
+    Args:
+        block: the block that ends here.
+    """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        product = self._product(x)
-        self.tp_block.end()
-        if self.tp_beside is not None and self.tp_beside.merging:
-            return self.tp_beside.reduce(product, self.bias)
-        y = sequence.reduce(product, self.tp_block.stack)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+    def __init__(self, module: nn.Module, own: Forward, block: ParallelBlock):
+        super().__init__(module, own)
+        self.block = block
 
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """This rank's features (…, in / tp) → the full output (…, out)."""
+        bias: torch.Tensor | None = getattr(self.module, "bias", None)  # every rank holds all of it
+        return self.block.reduce(self._product(x, *args, **kwargs), bias)
 
-class RowParallelLinear(_RowParallel, nn.Linear):
-    """``nn.Linear`` whose weight (out, in) is split by input features."""
-
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight)
-
-
-class RowParallelConv1D(_RowParallel, Conv1D):
-    """``Conv1D`` whose weight (in, out) is split by input features."""
-
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        # one matrix by another: F.linear would copy the transposed weight, and keep the copy for the backward
-        return torch.mm(x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
-
-
-ROW_PARALLEL = {nn.Linear: RowParallelLinear, Conv1D: RowParallelConv1D}
+    def _product(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        module: Any = self.module
+        if runs_as(self.own, nn.Linear):
+            return F.linear(x, module.weight)
+        if runs_as(self.own, Conv1D):
+            # one matrix by another: F.linear would copy the transposed weight, and keep the copy for the backward
+            return torch.mm(x.reshape(-1, x.shape[-1]), module.weight).view(*x.shape[:-1], -1)
+        with without_bias(module):
+            return self.own(x, *args, **kwargs)
 
 
 def fit_sizes(module: nn.Module, layout: ParamLayout, rank: int) -> None:

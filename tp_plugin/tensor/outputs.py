@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import require_mesh
+from tp_plugin.mesh.groups import Group
 from tp_plugin.policy.layout import Parts
 from tp_plugin.tensor import regions
 from tp_plugin.tensor.sequence import SEQUENCE, Join, Stack
@@ -30,10 +30,11 @@ class LayerOutputs:
     Args:
         heads: the query heads of each rank in the layers of this model; different ones are not known how to gather.
         stacks: its stacks of layers whose tokens are split.
+        group: the TP group.
     """
 
-    def __init__(self, heads: Sequence[Parts], stacks: Sequence[Stack]):
-        self.heads, self.stacks = tuple(dict.fromkeys(heads)), tuple(stacks)
+    def __init__(self, heads: Sequence[Parts], stacks: Sequence[Stack], group: Group):
+        self.heads, self.stacks, self.group = tuple(dict.fromkeys(heads)), tuple(stacks), group
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, tuple):
@@ -60,7 +61,7 @@ class LayerOutputs:
     def _all_heads(self, module: nn.Module, weights: torch.Tensor | None) -> torch.Tensor | None:
         if weights is None:
             return None
-        tp = require_mesh().tp
+        tp = self.group
         held = [[head for a, b in part for head in range(a, b)] for part in self.heads[0]]
         counts = [len(heads) for heads in held]
         if len(self.heads) > 1 or weights.dim() != 4 or weights.shape[HEADS] != counts[tp.rank]:
@@ -81,10 +82,9 @@ class LayerOutputs:
         # the last states are joined, unless the script's hooks are older than ours; a single token has one shape always
         if states is None or states.dim() != 3:
             return states
-        tp = require_mesh().tp
         for stack in self.stacks:
-            own = -(-stack.length // tp.size)
+            own = -(-stack.length // self.group.size)
             if stack.ran and states.shape[SEQUENCE] == own and (own != stack.length or between):
-                whole: torch.Tensor = Join.apply(states, stack, stack.length, tp)
+                whole: torch.Tensor = Join.apply(states, stack, stack.length)
                 return whole
         return states

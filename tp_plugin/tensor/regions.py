@@ -32,7 +32,9 @@ class _CopyToTP(torch.autograd.Function):
         return None, *(part.view(grad.shape) for part, grad in zip(parts, grads, strict=True))
 
 
-class _ReduceFromTP(torch.autograd.Function):
+class ReduceFromTP(torch.autograd.Function):
+    """The node of :func:`reduce_from_tp`."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
         return group.summed(x)
@@ -76,7 +78,7 @@ def copy_all_to_tp(xs: Sequence[torch.Tensor], group: Group) -> list[torch.Tenso
 
 def reduce_from_tp(x: torch.Tensor, group: Group) -> torch.Tensor:
     """``g``: the sum of ``x`` over ``group``; the gradient passes unchanged."""
-    return _ReduceFromTP.apply(x, group) if group.size > 1 else x
+    return ReduceFromTP.apply(x, group) if group.size > 1 else x
 
 
 def gather_from_tp(x: torch.Tensor, group: Group) -> torch.Tensor:

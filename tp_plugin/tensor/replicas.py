@@ -22,14 +22,13 @@ class ReplicaSum:
     def __init__(self, pieces: list[Piece]):
         self.pieces = pieces
 
-    def arm(self, parameter: Any) -> None:
-        """Hook ``parameter``, and let it say so: whoever puts another leaf in its place arms that one."""
+    def hook(self, parameter: Any) -> None:
+        """Register on ``parameter``, a leaf of autograd's graph."""
         # a leaf takes a hook only while it requires grad; it keeps the hook when it is frozen and thawed
         trained = parameter.requires_grad
         parameter.requires_grad_(True)
         parameter.register_hook(self)
         parameter.requires_grad_(trained)
-        parameter.tp_replica_sum = self
 
     def __call__(self, grad: torch.Tensor) -> torch.Tensor:
         grad = grad.clone(memory_format=torch.contiguous_format)

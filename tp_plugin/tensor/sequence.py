@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import Group, Pending, require_mesh
+from tp_plugin.mesh.groups import Group, Pending
 from tp_plugin.tensor import regions, rng
 from tp_plugin.tensor.first_order import first_order
 
@@ -34,8 +34,8 @@ class Stack:
     ``ran`` says whether the last forward split it.
     """
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, group: Group):
+        self.path, self.group = path, group
         self.length = 0
         self.active = self.ran = False
 
@@ -58,7 +58,7 @@ class Stack:
                 "sequence, hidden); turn sequence_parallel off for this architecture"
             )
         self.length = x.shape[SEQUENCE]
-        mine = Split.apply(x, require_mesh().tp)
+        mine = Split.apply(x, self.group)
         if args:
             return (mine, *args[1:]), kwargs
         return args, {**kwargs, next(iter(kwargs)): mine}
@@ -69,8 +69,8 @@ class Stack:
             return output
         self.active = False
         first, *rest = output if isinstance(output, tuple) else (output,)
-        whole = Join.apply(first, self, self.length, require_mesh().tp)
-        return (whole, *rest) if isinstance(output, tuple) else whole
+        joined = Join.apply(first, self, self.length)
+        return (joined, *rest) if isinstance(output, tuple) else joined
 
     def abandon(self, layer: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of every layer (always called): one that raised ends the stack."""
@@ -79,7 +79,7 @@ class Stack:
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's tokens → all tokens, at the input of a block."""
-        entered: torch.Tensor = Gather.apply(x, *self.span(x), require_mesh().tp)
+        entered: torch.Tensor = Gather.apply(x, *self.span(x), self.group)
         return entered
 
     def keep(self, x: torch.Tensor, entered: torch.Tensor) -> Regather | None:
@@ -90,16 +90,16 @@ class Stack:
         if others or not torch.is_grad_enabled():
             return None  # layers that are recomputed keep nothing anyhow
         dim, length = self.span(x)
-        return Regather(x.detach(), dim, length, entered)
+        return Regather(x.detach(), dim, length, entered, self.group)
 
     def leave(self, product: torch.Tensor) -> torch.Tensor:
         """This rank's part of a sum over all tokens → the sum of its own tokens, after a row-parallel product."""
-        mine: torch.Tensor = Scatter.apply(product, self._dim(product), require_mesh().tp)
+        mine: torch.Tensor = Scatter.apply(product, self._dim(product), self.group)
         return mine
 
     def own(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's tokens of all tokens."""
-        return part(x, self._dim(x), require_mesh().tp)
+        return own_tokens(x, self._dim(x), self.group)
 
     @property
     def runs(self) -> bool:
@@ -113,7 +113,7 @@ class Stack:
         """The dimension of the tokens, and how many there are on all ranks."""
         # (tokens, hidden): an MLP or experts, to which one token is like another, so that their order does not matter
         dim = self._dim(x)
-        return dim, self.length if dim == SEQUENCE else x.shape[0] * require_mesh().tp_size
+        return dim, self.length if dim == SEQUENCE else x.shape[0] * self.group.size
 
 
 class Regather:
@@ -122,8 +122,8 @@ class Regather:
     In the backward the first linear that needs the whole input gathers it, for all of the block's linears.
     """
 
-    def __init__(self, mine: torch.Tensor, dim: int, length: int, entered: torch.Tensor):
-        self.mine, self.dim, self.length = mine, dim, length
+    def __init__(self, mine: torch.Tensor, dim: int, length: int, entered: torch.Tensor, group: Group):
+        self.mine, self.dim, self.length, self._group = mine, dim, length, group
         self._entered = weakref.ref(entered)
         self._kept = self._to_come = 0
         self._gathering: Pending | None = None
@@ -154,7 +154,7 @@ class Regather:
     def start(self) -> None:
         """Begin to gather, if it has not begun."""
         if self._again is None and self._gathering is None:
-            self._gathering = require_mesh().tp.start_all_gather(self.mine)
+            self._gathering = self._group.start_all_gather(self.mine)
             self._to_come = self._kept
 
     def _unpack(self, kept: Any) -> torch.Tensor:
@@ -167,7 +167,7 @@ class Regather:
         self.start()
         if self._again is None:
             assert self._gathering is not None
-            self._again = _side_by_side(self._gathering.wait(), self.dim, self.length)
+            self._again = _concatenated(self._gathering.wait(), self.dim, self.length)
             self._gathering = None
         found = self._again
         self._to_come -= 1
@@ -200,7 +200,7 @@ class LayerRegion:
         self.region.end()
 
 
-def part(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
+def own_tokens(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
     """This rank's equal part of ``x`` along ``dim``, filled up with zeros."""
     own = -(-x.shape[dim] // group.size)
     first = min(own * group.rank, x.shape[dim])
@@ -214,27 +214,27 @@ def fill(x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
     return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing)) if missing else x
 
 
-def whole(x: torch.Tensor, dim: int, length: int, group: Group) -> torch.Tensor:
+def gather_tokens(x: torch.Tensor, dim: int, length: int, group: Group) -> torch.Tensor:
     """The parts of all ranks, without what they were filled up with."""
-    return _side_by_side(group.all_gather(x), dim, length)
+    return _concatenated(group.all_gather(x), dim, length)
 
 
-def _side_by_side(parts: Sequence[torch.Tensor] | torch.Tensor, dim: int, length: int) -> torch.Tensor:
+def _concatenated(parts: Sequence[torch.Tensor] | torch.Tensor, dim: int, length: int) -> torch.Tensor:
     # layers call view() on what they get
     return torch.cat(list(parts), dim).narrow(dim, 0, length).contiguous()
 
 
-def summed_part(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
+def reduce_scatter_tokens(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
     """This rank's part of the sum of ``x`` over the ranks."""
-    return group.reduce_scatter(_parts(x, dim, group))
+    return group.reduce_scatter(_chunks(x, dim, group))
 
 
-def start_summed_part(x: torch.Tensor, dim: int, group: Group) -> Pending:
-    """Begin :func:`summed_part`."""
-    return group.start_reduce_scatter(_parts(x, dim, group))
+def start_reduce_scatter_tokens(x: torch.Tensor, dim: int, group: Group) -> Pending:
+    """Begin :func:`reduce_scatter_tokens`."""
+    return group.start_reduce_scatter(_chunks(x, dim, group))
 
 
-def _parts(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
+def _chunks(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
     own = -(-x.shape[dim] // group.size)
     # not unflatten, which torch.compile does not trace where dropouts are seeded
     parts = fill(x, dim, own * group.size).reshape(*x.shape[:dim], group.size, own, *x.shape[dim + 1 :])
@@ -247,28 +247,28 @@ class Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
         ctx.group, ctx.length = group, x.shape[SEQUENCE]
-        return part(x, SEQUENCE, group)
+        return own_tokens(x, SEQUENCE, group)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return whole(grad.contiguous(), SEQUENCE, ctx.length, ctx.group), None
+        return gather_tokens(grad.contiguous(), SEQUENCE, ctx.length, ctx.group), None
 
 
 class Join(torch.autograd.Function):
     """Part → whole; what follows is the same on every rank, so each takes its part of the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, stack: Stack, length: int, group: Group) -> torch.Tensor:
-        ctx.stack, ctx.length, ctx.group = stack, length, group
-        return whole(x.contiguous(), SEQUENCE, length, group)
+    def forward(ctx: Any, x: torch.Tensor, stack: Stack, length: int) -> torch.Tensor:
+        ctx.stack, ctx.length = stack, length
+        return gather_tokens(x.contiguous(), SEQUENCE, length, stack.group)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if not torch.compiler.is_compiling():  # a graph recomputes by itself
             ctx.stack.length = ctx.length  # for layers that are recomputed; this comes before them all
-        return part(grad, SEQUENCE, ctx.group), None, None, None
+        return own_tokens(grad, SEQUENCE, ctx.stack.group), None, None
 
 
 class Gather(torch.autograd.Function):
@@ -277,12 +277,12 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, length: int, group: Group) -> torch.Tensor:
         ctx.dim, ctx.group = dim, group
-        return whole(x.contiguous(), dim, length, group)
+        return gather_tokens(x.contiguous(), dim, length, group)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return summed_part(grad, ctx.dim, ctx.group), None, None, None
+        return reduce_scatter_tokens(grad, ctx.dim, ctx.group), None, None, None
 
 
 class Scatter(torch.autograd.Function):
@@ -291,17 +291,17 @@ class Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
         ctx.dim, ctx.length, ctx.group = dim, x.shape[dim], group
-        return summed_part(x, dim, group)
+        return reduce_scatter_tokens(x, dim, group)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return whole(grad.contiguous(), ctx.dim, ctx.length, ctx.group), None, None
+        return gather_tokens(grad.contiguous(), ctx.dim, ctx.length, ctx.group), None, None
 
 
-def enter(x: torch.Tensor, stack: Stack | None) -> torch.Tensor:
-    """The beginning of a block: ``f``, or the gathering of all tokens."""
-    return stack.enter(x) if stack is not None and stack.runs else regions.copy_to_tp(x, require_mesh().tp)
+def enter(x: torch.Tensor, stack: Stack | None, group: Group) -> torch.Tensor:
+    """The input of a block: ``f``, or the gathering of all tokens."""
+    return stack.enter(x) if stack is not None and stack.runs else regions.copy_to_tp(x, group)
 
 
 def zeros(product: torch.Tensor, stack: Stack | None) -> torch.Tensor:
@@ -311,8 +311,8 @@ def zeros(product: torch.Tensor, stack: Stack | None) -> torch.Tensor:
     return torch.zeros_like(product)
 
 
-def reduce(product: torch.Tensor, stack: Stack | None) -> torch.Tensor:
+def reduce(product: torch.Tensor, stack: Stack | None, group: Group) -> torch.Tensor:
     """The end of a block: ``g``, or the scattering of the tokens."""
     if stack is not None and stack.runs:
         return stack.leave(product)
-    return regions.reduce_from_tp(product, require_mesh().tp)
+    return regions.reduce_from_tp(product, group)

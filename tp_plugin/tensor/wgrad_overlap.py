@@ -1,13 +1,13 @@
-"""Where a block begins: its input, and the column-parallel linears that read it.
+"""Weight gradients of a block's column-parallel linears, computed while the gradient of their input is all-reduced.
 
 Plain autograd computes, linear by linear, the gradient of the input and that of the weight; the input's is complete,
 and can be summed over the ranks, only after the last of them. Here the linears' own nodes compute the input's gradient
-only. The block's beginning is one node over the input *and* the linears' parameters: it starts the sum, computes the
+only. The block's input is one node over the input *and* the linears' parameters: it starts the sum, computes the
 parameters' gradients while that is under way, and waits (Megatron-LM: ``gradient_accumulation_fusion`` and its
 asynchronous all-reduce; here for all linears of a block together).
 
-Linears that read one input and whose weights lie one behind the other in one storage run as one: the first that is
-asked computes the outputs of all, and its siblings' are ready when those are asked.
+Linears that read one input and whose weights lie back to back in one storage run as one: the first that is called
+computes the outputs of all, and its siblings' are ready when those are called.
 
 Both hold for the very tensor that entered the block, for plain parameters, and while gradients are recorded. Whatever
 else a linear is called with (a hook's or an adapter's tensor, partitioned or frozen weights, under ``torch.compile``)
@@ -25,18 +25,19 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tp_plugin.mesh.groups import Group, require_mesh
+from tp_plugin.mesh.groups import Group
 from tp_plugin.tensor import regions, sequence
 from tp_plugin.tensor.first_order import first_order
+from tp_plugin.tensor.forward import Forward, WrappedForward
 from tp_plugin.tensor.sequence import Regather, Stack
 
 
-class Note(NamedTuple):
+class WeightGradTask(NamedTuple):
     """What a linear leaves for the gradients of its parameters.
 
     Attributes:
         task: the backward it belongs to.
-        places: which linears of the block, side by side in ``grad``, and how wide each is.
+        places: which linears of the block, concatenated in ``grad``, and how wide each is.
         transposed: whether their weights are (in, out).
         grad: the gradient of their output (…, out).
         x: their input, or what gathers it.
@@ -55,54 +56,55 @@ class BlockRun:
 
     Attributes:
         entered: the tensors that entered.
-        parameters: linear → its number, weight and bias as the beginning's node knows them.
-        notes: filled and emptied by each backward.
+        parameters: linear → its number, weight and bias as the input's node knows them.
+        tasks: filled and emptied by each backward.
         regather: what gathers the input again in the backward, if autograd does not keep it whole.
         ready: outputs of linears that were computed with a sibling's.
     """
 
     entered: list[torch.Tensor]
     parameters: dict[nn.Module, tuple[int, torch.Tensor, torch.Tensor | None]]
-    notes: list[Note]
+    tasks: list[WeightGradTask]
     regather: Regather | None = None
     ready: dict[nn.Module, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
 class BlockInput:
-    """The beginning of a block, or of two that stand side by side.
+    """``f`` at the input of a block, or of two in a parallel residual.
 
     Args:
+        group: the TP group.
         overlap: compute the parameters' gradients while the input's is summed.
         fuse: run linears as one where their weights allow it.
     """
 
-    def __init__(self, overlap: bool = False, fuse: bool = False):
-        self.overlap, self.fuse = overlap, fuse
+    def __init__(self, group: Group, overlap: bool = False, fuse: bool = False):
+        self.group, self.overlap, self.fuse = group, overlap, fuse
         self.linears: list[nn.Module] = []
         self.siblings: list[tuple[nn.Module, ...]] = []
         """Linears that are called with one and the same input."""
-        self.opening: BlockRun | None = None
+        self.run: BlockRun | None = None
 
     def enter(self, xs: Sequence[torch.Tensor], stack: Stack | None) -> list[torch.Tensor]:
         """``f`` at all inputs of the block, or the gathering of its one input if that is a part of the sequence."""
-        group = require_mesh().tp
-        self.opening = None
+        group = self.group
+        self.run = None
         gathered = stack is not None and stack.runs
-        parameters = self._parameters() if self._may_open(xs, group) else {}
+        parameters = self._parameters() if self._may_overlap(xs, group) else {}
         if not parameters:
-            return [sequence.enter(xs[0], stack)] if gathered else regions.copy_all_to_tp(xs, group)
-        notes: list[Note] = []
+            return [sequence.enter(xs[0], stack, group)] if gathered else regions.copy_all_to_tp(xs, group)
+        tasks: list[WeightGradTask] = []
         span = stack.span(xs[0]) if stack is not None and gathered else None
         flat = [p for _, weight, bias in parameters.values() for p in (weight, bias)]
-        entered = list(_Begin.apply(notes, group, span, self.overlap, len(xs), *xs, *flat))
-        self.opening = BlockRun(entered, parameters, notes)
+        entered = list(_BlockInput.apply(tasks, group, span, self.overlap, len(xs), *xs, *flat))
+        self.run = BlockRun(entered, parameters, tasks)
         return entered
 
     def end(self) -> None:
         """The block's linears have run."""
-        self.opening = None
+        self.run = None
 
-    def _may_open(self, xs: Sequence[torch.Tensor], group: Group) -> bool:
+    def _may_overlap(self, xs: Sequence[torch.Tensor], group: Group) -> bool:
         return (
             bool(self.linears)
             and group.size > 1
@@ -123,27 +125,27 @@ class BlockInput:
 
     def output(self, linear: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """The output of ``linear`` for ``x``; None if it has to compute that by itself."""
-        opening = self.opening
-        if opening is None or linear not in opening.parameters or all(x is not entered for entered in opening.entered):
+        run = self.run
+        if run is None or linear not in run.parameters or all(x is not entered for entered in run.entered):
             return None
-        if linear in opening.ready:
-            return opening.ready.pop(linear)
-        together = self._together(linear, opening)
-        known = [opening.parameters[one] for one in together]
+        if linear in run.ready:
+            return run.ready.pop(linear)
+        together = self._siblings(linear, run)
+        known = [run.parameters[one] for one in together]
         if any(one.weight is not k[1] or one.bias is not k[2] for one, k in zip(together, known, strict=True)):
             return None
         numbers = tuple(number for number, _, _ in known)
         weights = [weight.detach() for _, weight, _ in known]
         biases = [bias.detach() for _, _, bias in known if bias is not None]
-        outputs = _Linears.apply(opening, numbers, isinstance(linear, Conv1D), x, *weights, *biases)
-        opening.ready.update(zip(together, outputs, strict=True))
-        return opening.ready.pop(linear)
+        outputs = _Linears.apply(run, numbers, isinstance(linear, Conv1D), x, *weights, *biases)
+        run.ready.update(zip(together, outputs, strict=True))
+        return run.ready.pop(linear)
 
-    def _together(self, linear: nn.Module, opening: BlockRun) -> tuple[nn.Module, ...]:
-        for siblings in self.siblings if self.fuse and len(opening.entered) == 1 else ():
-            if linear not in siblings or any(one not in opening.parameters or _is_watched(one) for one in siblings):
+    def _siblings(self, linear: nn.Module, run: BlockRun) -> tuple[nn.Module, ...]:
+        for siblings in self.siblings if self.fuse and len(run.entered) == 1 else ():
+            if linear not in siblings or any(one not in run.parameters or _is_watched(one) for one in siblings):
                 continue
-            if joined([opening.parameters[one][1] for one in siblings]) is not None:
+            if back_to_back([run.parameters[one][1] for one in siblings]) is not None:
                 return siblings
         return (linear,)
 
@@ -157,7 +159,7 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def joined(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+def back_to_back(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """The weights (out, in), one below the other, if they lie so in one storage."""
     first = weights[0]
     storage, address = first.untyped_storage().data_ptr(), first.data_ptr()
@@ -170,33 +172,39 @@ def joined(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
 
 
-def join(weights: Sequence[nn.Parameter]) -> None:
-    """Make :func:`joined` weights of some that lie in storages of their own; the Parameter objects stay."""
+def put_back_to_back(weights: Sequence[nn.Parameter]) -> None:
+    """Make :func:`back_to_back` weights of some that lie in storages of their own; the Parameter objects stay."""
     with torch.no_grad():
         flat = torch.cat([weight.detach() for weight in weights])
         for weight, part in zip(weights, flat.split([weight.shape[0] for weight in weights]), strict=True):
             weight.data = part
 
 
-class _Begin(torch.autograd.Function):
+class _BlockInput(torch.autograd.Function):
     """``f``, or the gathering of the tokens, and the parameters' gradients while its backward communicates."""
 
     @staticmethod
     def forward(
-        ctx: Any, notes: list[Note], group: Group, span: tuple[int, int] | None, overlap: bool, count: int, *all: Any
+        ctx: Any,
+        tasks: list[WeightGradTask],
+        group: Group,
+        span: tuple[int, int] | None,
+        overlap: bool,
+        count: int,
+        *all: Any,
     ) -> tuple[torch.Tensor, ...]:
-        ctx.notes, ctx.group, ctx.span, ctx.overlap, ctx.count = notes, group, span, overlap, count
+        ctx.tasks, ctx.group, ctx.span, ctx.overlap, ctx.count = tasks, group, span, overlap, count
         xs, parameters = all[:count], all[count:]
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
         if span is not None:
-            return tuple(sequence.whole(x.contiguous(), *span, group) for x in xs)
+            return tuple(sequence.gather_tokens(x.contiguous(), *span, group) for x in xs)
         return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.span is not None:
-            under_way = sequence.start_summed_part(grads[0], ctx.span[0], ctx.group)
+            under_way = sequence.start_reduce_scatter_tokens(grads[0], ctx.span[0], ctx.group)
         elif len(grads) == 1:  # a copy: autograd may hand the same gradient to another consumer
             under_way = ctx.group.start_all_reduce(grads[0].clone(memory_format=torch.contiguous_format))
         else:
@@ -204,7 +212,7 @@ class _Begin(torch.autograd.Function):
         if not ctx.overlap:
             under_way.wait()
         first = 5 + ctx.count
-        found = _gradients(ctx.notes, ctx.dtypes, ctx.needs_input_grad[first:])
+        found = _gradients(ctx.tasks, ctx.dtypes, ctx.needs_input_grad[first:])
         summed = under_way.wait()
         if len(grads) > 1:
             parts = summed.split([grad.numel() for grad in grads])
@@ -213,12 +221,12 @@ class _Begin(torch.autograd.Function):
 
 
 def _gradients(
-    notes: list[Note], dtypes: list[torch.dtype | None], wanted: Sequence[bool]
+    tasks: list[WeightGradTask], dtypes: list[torch.dtype | None], wanted: Sequence[bool]
 ) -> list[torch.Tensor | None]:
-    """Gradients of (weight, bias) of every linear, from the notes of this backward; the notes are used up."""
+    """Gradients of (weight, bias) of every linear, from the tasks of this backward, which are used up."""
     task = torch._C._current_graph_task_id()
-    mine = [note for note in notes if note.task == task]
-    notes.clear()  # those of another backward came no further than to the linears
+    mine = [one for one in tasks if one.task == task]
+    tasks.clear()  # those of another backward came no further than to the linears
     found: list[torch.Tensor | None] = [None] * len(dtypes)
 
     def add(at: int, grad: torch.Tensor) -> None:
@@ -244,15 +252,15 @@ def _gradients(
 
 
 class _Linears(torch.autograd.Function):
-    """Linears of one input; the backward leaves the parameters' gradients to the block's beginning."""
+    """Linears of one input; the backward leaves the parameters' gradients to the block's input."""
 
     @staticmethod
     def forward(
-        ctx: Any, opening: BlockRun, numbers: tuple[int, ...], transposed: bool, x: torch.Tensor, *parameters: Any
+        ctx: Any, run: BlockRun, numbers: tuple[int, ...], transposed: bool, x: torch.Tensor, *parameters: Any
     ) -> tuple[torch.Tensor, ...]:
         count = len(numbers)
         weights, biases = parameters[:count], parameters[count:]
-        ctx.notes, ctx.regather, ctx.transposed, ctx.dtype = opening.notes, opening.regather, transposed, x.dtype
+        ctx.tasks, ctx.regather, ctx.transposed, ctx.dtype = run.tasks, run.regather, transposed, x.dtype
         widths = [weight.shape[1 if transposed else 0] for weight in weights]
         ctx.places = tuple(zip(numbers, widths, strict=True))
         if ctx.regather is not None:
@@ -274,7 +282,7 @@ class _Linears(torch.autograd.Function):
         if ctx.regather is not None:
             ctx.regather.start()  # while the input's gradient is computed
         grad = torch.cat(grads, -1) if len(grads) > 1 else grads[0]
-        ctx.notes.append(Note(torch._C._current_graph_task_id(), ctx.places, ctx.transposed, grad, x))
+        ctx.tasks.append(WeightGradTask(torch._C._current_graph_task_id(), ctx.places, ctx.transposed, grad, x))
         weight = _one(weights).to(grad.dtype)
         back = grad.reshape(-1, grad.shape[-1]) @ (weight.t() if ctx.transposed else weight)
         back = back.to(ctx.dtype).view(*grad.shape[:-1], back.shape[-1])
@@ -284,7 +292,7 @@ class _Linears(torch.autograd.Function):
 def _one(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     if len(weights) == 1:
         return weights[0]
-    whole = joined(weights)
+    whole = back_to_back(weights)
     # somebody's hook on saved tensors may have given them storages of their own
     return torch.cat(list(weights)) if whole is None else whole
 
@@ -299,31 +307,26 @@ def _cut(y: torch.Tensor, widths: Sequence[int]) -> tuple[torch.Tensor, ...]:
     return tuple(found)
 
 
-class _ColumnParallel:
-    """Mixin: the layer's own forward, unless its block's beginning computes the output."""
+class ColumnParallelForward(WrappedForward):
+    """The forward of a linear whose weight is split by output features: its own, unless its block's input computes it.
 
-    tp_beginning: BlockInput | None = None
+    Args:
+        block_input: the input of the block.
+    """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        beginning = self.tp_beginning
-        if beginning is not None and beginning.opening is not None and not torch.compiler.is_compiling():
-            y = beginning.output(self, x)  # type: ignore[arg-type]
+    def __init__(self, module: nn.Module, own: Forward, block_input: BlockInput):
+        super().__init__(module, own)
+        self.block_input = block_input
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The full input (…, in) → this rank's features (…, out / tp)."""
+        if self.block_input.run is not None and not torch.compiler.is_compiling():
+            y = self.block_input.output(self.module, x)
             if y is not None:
                 return y
-        own: torch.Tensor = super().forward(x)  # type: ignore[misc]
-        return own
+        return self.own(x)
 
 
-class ColumnParallelLinear(_ColumnParallel, nn.Linear):
-    """``nn.Linear`` whose weight (out, in) is split by output features."""
-
-
-class ColumnParallelConv1D(_ColumnParallel, Conv1D):
-    """``Conv1D`` whose weight (in, out) is split by output features."""
-
-
-COLUMN_PARALLEL: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: ColumnParallelLinear,
-    Conv1D: ColumnParallelConv1D,
-}
-"""Classes that a layer of exactly that class is given; an architecture's own linears stay what they are."""
+def takes_overlap(linear: nn.Module) -> bool:
+    """Whether ``linear`` computes what its class does; an architecture's own and patched ones stay as they are."""
+    return type(linear) in (nn.Linear, Conv1D) and "forward" not in vars(linear)

@@ -32,8 +32,8 @@ def main():
         args.deepspeed_config = None
         with open(args.code) as file:
             config = named["config"] = json.load(file)
-        # as DeepSpeed-Chat counts, which leaves the steps to DeepSpeed
-        processes = int(os.environ["WORLD_SIZE"])
+        # as DeepSpeed-Chat, which leaves the steps to DeepSpeed; a process is `tp_size` ranks wide
+        processes = int(os.environ["WORLD_SIZE"]) // config.get("tp_size", 1)
         steps = config.pop("gradient_accumulation_steps")
         config["train_batch_size"] = config["train_micro_batch_size_per_gpu"] * processes * steps
     engine, optimizer, loader, scheduler = deepspeed.initialize(

@@ -16,9 +16,9 @@ import torch
 from tp_plugin.engines.accelerate.operations import leaders_only
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import DivergenceError
-from tp_plugin.mesh.groups import Mesh, current_mesh
+from tp_plugin.mesh.roles import Mesh
+from tp_plugin.runtime.current import current_mesh, require
 from tp_plugin.runtime.sync_points import BATCH
-from tp_plugin.runtime.transport import exchange
 from tp_plugin.tensor import rng
 
 
@@ -86,8 +86,8 @@ def _lead(original: Any, loader: Any, mesh: Mesh) -> Iterator[Any]:
 def _follow(loader: Any, mesh: Mesh) -> Iterator[Any]:
     loader.begin()
     while True:
-        exchange(mesh).sync_points.meet(BATCH)
-        message = mesh.control.broadcast_object(None)
+        require().sync_points.rendezvous(BATCH)
+        message = mesh.unit_cpu.broadcast_object(None)
         if message.generators is not None:
             rng.restore(message.generators)
         if isinstance(message, _End):
@@ -105,9 +105,9 @@ def _follow(loader: Any, mesh: Mesh) -> Iterator[Any]:
 
 def _send(mesh: Mesh, message: Any) -> bool:
     """Send to the peers; False if none is at this loader (the main process iterates alone)."""
-    if len(exchange(mesh).sync_points.meet(BATCH)) < mesh.tp_size:
+    if len(require().sync_points.rendezvous(BATCH)) < mesh.tp_size:
         return False
-    mesh.control.broadcast_object(message)
+    mesh.unit_cpu.broadcast_object(message)
     return True
 
 

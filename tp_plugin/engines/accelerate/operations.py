@@ -11,6 +11,7 @@ import contextlib
 import pickle
 import zlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,24 +19,22 @@ import torch.distributed as dist
 
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import DivergenceError
-from tp_plugin.mesh.groups import current_mesh
 from tp_plugin.runtime.batch_guard import digest
+from tp_plugin.runtime.current import current_mesh, require
 from tp_plugin.runtime.sync_points import COLLECTIVE
-from tp_plugin.runtime.transport import exchange
 from tp_plugin.tensor.vocab import Logits
 
-_leaders_only = False
+_leaders_only: ContextVar[bool] = ContextVar("tp_plugin.leaders_only", default=False)
 
 
 @contextlib.contextmanager
 def leaders_only() -> Iterator[None]:
     """Inside, only the leaders of the TP groups are at work, and they are the world."""
-    global _leaders_only
-    before, _leaders_only = _leaders_only, True
+    token = _leaders_only.set(True)
     try:
         yield
     finally:
-        _leaders_only = before
+        _leaders_only.reset(token)
 
 
 def meet_at(operation: str, value: Any = None) -> Any:
@@ -48,12 +47,12 @@ def meet_at(operation: str, value: Any = None) -> Any:
         DivergenceError: they are at different collectives, or not all at one, or their tensors differ in shape.
     """
     mesh = current_mesh()
-    if mesh is None or _leaders_only:
+    if mesh is None or _leaders_only.get():
         return value
     if isinstance(value, Logits):
         value = value.gathered()
     kind, content = _digest(value)
-    met = exchange(mesh).sync_points.meet(COLLECTIVE, [zlib.crc32(operation.encode()), kind, content])
+    met = require().sync_points.rendezvous(COLLECTIVE, [zlib.crc32(operation.encode()), kind, content])
     if len({values[0] for values in met}) > 1:
         raise DivergenceError(
             f"the ranks {list(mesh.tp.ranks)} of a TP group came to different collectives of Accelerate (this one to "
@@ -71,8 +70,8 @@ def meet_at(operation: str, value: Any = None) -> Any:
     if len({values[2] for values in met}) == 1:
         return value
     if isinstance(value, torch.Tensor):
-        return mesh.tp_for(value).broadcast(value.detach().clone(memory_format=torch.contiguous_format))
-    return mesh.control.broadcast_object(value)
+        return mesh.unit_for(value).broadcast(value.detach().clone(memory_format=torch.contiguous_format))
+    return mesh.unit_cpu.broadcast_object(value)
 
 
 def _digest(value: Any) -> tuple[int, int]:
@@ -85,7 +84,7 @@ def _digest(value: Any) -> tuple[int, int]:
     return 1, zlib.crc32(pickle.dumps(value))
 
 
-class OverDP:
+class DPScopedDist:
     """``torch.distributed`` whose calls without a group mean the DP group. Ranks are process indices."""
 
     # every function of torch.distributed that the patched modules call; a test reads their sources
@@ -116,16 +115,16 @@ class OverDP:
                 args = (args[0], meet_at(name, args[1]), *args[2:])
             if mesh.dp_size == 1:
                 return _alone(name, *args)
-            return function(*args, group=mesh.dp.pg, **kwargs)
+            return function(*args, group=mesh.data.pg, **kwargs)
 
         return call
 
     def _broadcast(self, function: Any, value: Any, src: int = 0) -> Any:
         mesh = current_mesh()
         assert mesh is not None
-        if not _leaders_only:
-            return function(value, src=src * mesh.tp_size)
-        return function(value, group=mesh.dp.pg, group_src=src) if mesh.dp_size > 1 else None
+        if not _leaders_only.get():
+            return function(value, src=mesh.leader_of(src))
+        return function(value, group=mesh.data.pg, group_src=src) if mesh.dp_size > 1 else None
 
 
 def _alone(name: str, output: Any, value: Any = None) -> None:
@@ -138,10 +137,10 @@ def _alone(name: str, output: Any, value: Any = None) -> None:
         output[0] = value
 
 
-class TorchOverDP:
-    """The ``torch`` module with :class:`OverDP` as its ``distributed``."""
+class TorchWithScopedDist:
+    """The ``torch`` module with :class:`DPScopedDist` as its ``distributed``."""
 
-    distributed = OverDP()
+    distributed = DPScopedDist()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -149,20 +148,20 @@ class TorchOverDP:
 
 def install_operations(operations: Any) -> None:
     """Patch ``accelerate.utils.operations``."""
-    patch(operations, "torch", TorchOverDP())
+    patch(operations, "torch", TorchWithScopedDist())
     wrap(operations, "broadcast", _broadcast)
     wrap(operations, "broadcast_object_list", _broadcast_object_list)
 
 
 def install_random(random: Any) -> None:
     """Patch ``accelerate.utils.random`` (generator states are broadcast from process 0)."""
-    patch(random, "torch", TorchOverDP())
+    patch(random, "torch", TorchWithScopedDist())
 
 
 def _undistributed() -> bool:
     # with dp = 1 Accelerate sees no distributed run and would not broadcast, but the TP group still has several ranks
     mesh = current_mesh()
-    return mesh is not None and mesh.dp_size == 1 and not _leaders_only
+    return mesh is not None and mesh.dp_size == 1 and not _leaders_only.get()
 
 
 def _broadcast(original: Any, tensor: Any, from_process: int = 0) -> Any:
@@ -175,7 +174,7 @@ def _broadcast(original: Any, tensor: Any, from_process: int = 0) -> Any:
     def send(value: torch.Tensor) -> torch.Tensor:
         mesh = current_mesh()
         assert mesh is not None
-        mesh.tp_for(value).broadcast(value)
+        mesh.unit_for(value).broadcast(value)
         return value
 
     return recursively_apply(send, tensor, error_on_other_type=True)
@@ -187,5 +186,5 @@ def _broadcast_object_list(original: Any, object_list: list[Any], from_process: 
     meet_at("broadcast_object_list")
     mesh = current_mesh()
     assert mesh is not None
-    object_list[:] = mesh.control.broadcast_object(list(object_list))
+    object_list[:] = mesh.unit_cpu.broadcast_object(list(object_list))
     return object_list

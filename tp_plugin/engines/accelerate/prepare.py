@@ -7,18 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_plugin.config.run_config import Options
+from tp_plugin.config.resolve import current_config
 from tp_plugin.engines import saving
 from tp_plugin.engines.accelerate import save_state
-from tp_plugin.engines.accelerate.operations import TorchOverDP
+from tp_plugin.engines.accelerate.operations import TorchWithScopedDist
 from tp_plugin.engines.fsdp2 import prepare as fsdp2
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import Mesh, current_mesh
+from tp_plugin.mesh.roles import Mesh
+from tp_plugin.runtime.current import current, current_mesh, require
 from tp_plugin.runtime.sync_points import TRIGGER
-from tp_plugin.runtime.transport import exchange
 from tp_plugin.shard import agree_on_weights, materialize_all_, models_in, parallelize, shard_optimizer
-from tp_plugin.shard.model_state import totals
 
 
 def install(accelerator: Any) -> None:
@@ -54,7 +53,7 @@ def _load(original: Any, file: Any, *args: Any, **kwargs: Any) -> Any:
         ) from error
 
 
-class _TorchSavedByLeader(TorchOverDP):
+class _TorchSavedByLeader(TorchWithScopedDist):
     @staticmethod
     def save(*args: Any, **kwargs: Any) -> None:
         mesh = current_mesh()
@@ -79,8 +78,8 @@ def _prepare(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         _shard(self, item)
     for item in args:
         if isinstance(item, torch.optim.Optimizer):
-            shard_optimizer(_bare(item))
-            if current_mesh() is not None and self.is_fsdp2:
+            _shard_optimizer(item)
+            if current() is not None and self.is_fsdp2:
                 fsdp2.refuse_optimizer(_bare(item))
     return original(self, *args, **kwargs)
 
@@ -89,18 +88,18 @@ def _prepare_model(original: Any, self: Any, model: Any, *args: Any, **kwargs: A
     _shard(self, model)
     mesh = current_mesh()
     if mesh is not None and mesh.dp_size > 1:
-        self.ddp_handler = over_dp(self.ddp_handler, mesh)
+        self.ddp_handler = over_grad_group(self.ddp_handler, mesh)
     return original(self, model, *args, **kwargs)
 
 
 def _prepare_optimizer(original: Any, self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-    shard_optimizer(_bare(optimizer))
+    _shard_optimizer(optimizer)
     return original(self, optimizer, *args, **kwargs)
 
 
 def _shard(accelerator: Any, model: nn.Module) -> None:
-    mesh = current_mesh()
-    if mesh is None:
+    runtime = current()
+    if runtime is None:
         return
     if getattr(model, "_is_accelerate_prepared", False):
         return
@@ -108,16 +107,22 @@ def _shard(accelerator: Any, model: nn.Module) -> None:
         import deepspeed
 
         assert getattr(deepspeed.initialize, "tp_patched", False), "ZeRO would reduce gradients over the whole world"
-    options = Options.from_environment()
+    options = current_config()
     if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
-        fsdp2.spread_what_was_loaded(model, mesh)
-    if type(model).__name__ in options.leave_whole or (_is_beside(model) and totals()["parameter_bytes"]):
-        agree_on_weights(model, mesh)
+        fsdp2.spread_what_was_loaded(model, runtime.mesh)
+    if type(model).__name__ in options.leave_whole or (_is_beside(model) and runtime.held_bytes):
+        agree_on_weights(model, runtime.mesh)
         materialize_all_(model)
         return
     parallelize(model, options.tp_size, options=options)
     for optimizer in accelerator._optimizers:  # prepared before its model
-        shard_optimizer(_bare(optimizer))
+        _shard_optimizer(optimizer)
+
+
+def _shard_optimizer(optimizer: Any) -> None:
+    runtime = current()
+    if runtime is not None:
+        shard_optimizer(_bare(optimizer), runtime)
 
 
 def _is_beside(module: nn.Module) -> bool:
@@ -131,20 +136,20 @@ def _bare(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def over_dp(handler: Any, mesh: Mesh) -> Any:
-    """The script's DDP settings (or the defaults) with the DP group as process group."""
+def over_grad_group(handler: Any, mesh: Mesh) -> Any:
+    """The script's DDP settings (or the defaults) with the group that averages gradients as process group."""
     from accelerate import DistributedDataParallelKwargs
 
-    class OverDP(DistributedDataParallelKwargs):
+    class DPProcessGroupHandler(DistributedDataParallelKwargs):
         def to_kwargs(self) -> dict[str, Any]:
             plain = handler.to_kwargs() if handler is not None else {}
-            return {**plain, "process_group": mesh.dp.pg}
+            return {**plain, "process_group": mesh.grad.pg}
 
         def register_comm_hook(self, model: nn.Module) -> None:
             if handler is not None:
                 handler.register_comm_hook(model)
 
-    return handler if type(handler).__name__ == "OverDP" else OverDP()
+    return handler if type(handler).__name__ == "DPProcessGroupHandler" else DPProcessGroupHandler()
 
 
 def _check_trigger(original: Any, self: Any) -> bool:
@@ -152,6 +157,6 @@ def _check_trigger(original: Any, self: Any) -> bool:
     if mesh is not None:
         # a trigger set on one rank of a TP group is set for that process
         mine = 0 if self.flag_tensor is None else int(self.flag_tensor.item())
-        if any(flag for flag, *_ in exchange(mesh).sync_points.meet(TRIGGER, [mine])):
+        if any(flag for flag, *_ in require().sync_points.rendezvous(TRIGGER, [mine])):
             self.flag_tensor = torch.tensor(1, device=self.device)
     return bool(original(self))

@@ -20,13 +20,14 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from tp_plugin.checkpoint import atomic_dir
+from tp_plugin.checkpoint import atomic_dir, safe_pickle
 from tp_plugin.engines.patching import wrap
+from tp_plugin.engines.tied_names import tied_names
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import Mesh, current_mesh
-from tp_plugin.runtime.transport import exchange
+from tp_plugin.mesh.roles import Mesh
+from tp_plugin.runtime.current import current_mesh, require
 from tp_plugin.shard import lazy_full_tensors, local_states, models_in
-from tp_plugin.shard.full_tensor import plain_name
+from tp_plugin.shard.params import plain_name
 from tp_plugin.tensor import rng
 
 SESSION = "Accelerator.save_state"
@@ -67,10 +68,10 @@ def _save_state(original: Any, self: Any, output_dir: Any = None, *args: Any, **
 
 def _write(write: Any, accelerator: Any, folder: Path, mesh: Mesh) -> None:
     """``write(aside)`` on this rank, and what makes a complete checkpoint of what all ranks wrote."""
-    link = exchange(mesh)
+    sessions = require().sessions
     collective = accelerator.distributed_type.value in ENGINES
-    link.enter(SESSION)
-    joint = collective or not mesh.is_leader or link.is_joined(SESSION)
+    sessions.enter(SESSION)
+    joint = collective or not mesh.is_leader or sessions.is_joined(SESSION)
     local_main = accelerator.is_local_main_process or not joint
     try:
         if local_main:
@@ -86,7 +87,7 @@ def _write(write: Any, accelerator: Any, folder: Path, mesh: Mesh) -> None:
                 raise  # the others are in collectives of the engine: the launcher ends them
             problem = error
     finally:
-        link.close_session(SESSION)
+        sessions.close(SESSION)
     if joint:
         accelerator.wait_for_everyone()
     problems = mesh.world.gather_objects(problem and str(problem)) if joint and not collective else [problem]
@@ -105,7 +106,7 @@ def _write(write: Any, accelerator: Any, folder: Path, mesh: Mesh) -> None:
 
 @contextlib.contextmanager
 def _once(accelerator: Any) -> Iterator[None]:
-    """Whole tensors are read by who writes them, when he writes them."""
+    """Full tensors are read by the rank that writes them, when it writes them."""
     each_node = accelerator.project_configuration.save_on_each_node
     writes = accelerator.is_local_main_process if each_node else accelerator.is_main_process
     with lazy_full_tensors() if writes else local_states():
@@ -123,7 +124,7 @@ def _about(accelerator: Any, mesh: Mesh) -> dict[str, Any]:
                 "class": type(root).__name__,
                 "inside": type(model).__name__ if root is not model else None,
                 "config": config.to_dict() if hasattr(config, "to_dict") else None,
-                "aliases": _aliases(root),
+                "aliases": {plain_name(name): plain_name(owner) for name, owner in tied_names(root).items()},
             }
         )
     return {
@@ -132,14 +133,6 @@ def _about(accelerator: Any, mesh: Mesh) -> dict[str, Any]:
         "dp_size": mesh.dp_size,
         "models": models,
     }
-
-
-def _aliases(model: Any) -> dict[str, str]:
-    first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        first.setdefault(id(parameter), plain_name(name))
-    named = ((plain_name(name), first[id(p)]) for name, p in model.named_parameters(remove_duplicate=False))
-    return {name: owner for name, owner in named if owner != name}
 
 
 def _engine(accelerator: Any) -> str:
@@ -164,7 +157,7 @@ def _load_state(original: Any, self: Any, input_dir: Any = None, *args: Any, **k
     result = original(self, str(folder), *args, **kwargs)
     _take_step(self, folder)
     # the leader's file has the generators of its device, which the others of the group do not hold by the same number
-    rng.synchronize(mesh.control)
+    rng.synchronize(mesh.unit_cpu)
     return result
 
 
@@ -215,7 +208,7 @@ def _take_step(accelerator: Any, folder: Path) -> None:
         return
     first = folder / "random_states_0.pkl"
     if first.exists():
-        accelerator.step = torch.load(first, map_location="cpu", weights_only=False).get("step", accelerator.step)
+        accelerator.step = safe_pickle.load(first).get("step", accelerator.step)
         warnings.warn(
             f"{folder} has no generators of process {accelerator.process_index}; its random numbers start anew",
             stacklevel=4,

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from tp_plugin.config.run_config import Options
+from tp_plugin.config.resolve import current_config
 from tp_plugin.engines.fsdp2 import config as fsdp2
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import Mesh, current_mesh, init_mesh
+from tp_plugin.mesh.roles import Mesh
+from tp_plugin.runtime.current import current_mesh, require
+from tp_plugin.runtime.runtime import start
 from tp_plugin.runtime.sync_points import BARRIER
-from tp_plugin.runtime.transport import exchange
 from tp_plugin.tensor import rng
 
 
@@ -73,7 +74,7 @@ def _init(original: Any, self: Any, cpu: bool = False, **kwargs: Any) -> None:
     cls = type(self)
     if cls._shared_state != {}:
         return original(self, cpu, **kwargs)
-    options = Options.from_environment()
+    options = current_config()
     _refuse_engines()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         # without this, Accelerate takes each rank for a lone process, or starts only one
@@ -96,12 +97,11 @@ def _init(original: Any, self: Any, cpu: bool = False, **kwargs: Any) -> None:
             f"num_processes: {options.tp_size} and start the script with `accelerate launch` or `torchrun`"
         )
     try:
-        mesh = init_mesh(options.tp_size)
+        mesh = start(options, device_type=self.device.type).mesh
     except TPError:
         cls._shared_state.clear()
         raise
-    exchange(mesh)
-    rng.synchronize(mesh.control)  # an unseeded script starts with one state per TP group
+    rng.synchronize(mesh.unit_cpu)  # an unseeded script starts with one state per TP group
     show(self, mesh)
     return None
 
@@ -111,7 +111,7 @@ def show(state: Any, mesh: Mesh) -> None:
     from accelerate.utils import DistributedType
 
     state.num_processes = mesh.dp_size
-    state.process_index = mesh.dp.rank
+    state.process_index = mesh.data.rank
     if fsdp2.is_asked_for():  # Accelerate makes an FSDP run of one of several GPUs only
         state.distributed_type = DistributedType.MULTI_GPU
     elif mesh.dp_size == 1 and state.distributed_type.value.startswith("MULTI_"):
@@ -132,7 +132,7 @@ def _wait_for_everyone(original: Any, self: Any) -> None:
         return original(self)
     if not torch.distributed.is_initialized():
         return None  # after end_training there is nobody to wait for
-    exchange(mesh).sync_points.meet(BARRIER)
+    require().sync_points.rendezvous(BARRIER)
     if mesh.dp_size > 1:
         devices = [torch.cuda.current_device()] if torch.distributed.get_backend() == "nccl" else None
         torch.distributed.barrier(device_ids=devices)

@@ -1,12 +1,11 @@
 """Checkpoints of a DeepSpeed engine: every rank writes its own shard; a run of any tp and dp reads them.
 
-What DeepSpeed saves at (tp, dp) it loads at (tp, dp) itself. At another size each rank asks for its own two files,
-which are made from the saved ones (deepspeed_files.py), so DeepSpeed's loading code does all the rest.
+A run of the same tp, dp and layouts loads with DeepSpeed's own code. In any other run each rank asks DeepSpeed for its
+own two files, and they are made from the saved ones (checkpoint/deepspeed_target.py).
 """
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -16,15 +15,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tp_plugin.checkpoint import deepspeed_files
+from tp_plugin.checkpoint import deepspeed_target
+from tp_plugin.checkpoint.deepspeed_layout import SIDECAR, read_sidecar, sharded, write_sidecar
+from tp_plugin.checkpoint.deepspeed_source import DeepSpeedCheckpoint
+from tp_plugin.checkpoint.safe_paths import inside
+from tp_plugin.config.run_config import RunConfig
 from tp_plugin.engines.patching import wrap
+from tp_plugin.engines.tied_names import tied_names
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import Mesh, current_mesh
+from tp_plugin.mesh.roles import Mesh
 from tp_plugin.policy import ParamLayout
+from tp_plugin.runtime.current import current_mesh, require
 from tp_plugin.runtime.sync_points import BARRIER
-from tp_plugin.runtime.transport import exchange
 from tp_plugin.shard import local_states
-from tp_plugin.tensor.grad_norm import layout_of
+from tp_plugin.tensor.param_entry import layout_of
 
 RECOVERY = '''#!/usr/bin/env python3
 """This tensor-parallel checkpoint as one Hugging Face model: {name} CHECKPOINT_DIR OUTPUT_DIR (needs tp-plugin)."""
@@ -56,15 +60,16 @@ def install_recovery(zero_to_fp32: Any) -> None:
 
 
 def _fp32_state_dict(original: Any, folder: Any, exclude_frozen_parameters: bool = False) -> Any:
-    if not (Path(folder) / deepspeed_files.SIDECAR).exists():
+    if not (Path(folder) / SIDECAR).exists():
         return original(folder, exclude_frozen_parameters)
-    source = deepspeed_files.Checkpoint(Path(folder))
+    source = DeepSpeedCheckpoint(Path(folder))
     frozen = set(source.model_state(0).get("frozen_param_shapes") or {}) if exclude_frozen_parameters else set()
-    return OrderedDict((name, tensor) for name, tensor in source.masters() if name not in frozen)
+    return OrderedDict((name, tensor) for name, tensor in source.full_masters() if name not in frozen)
 
 
-def link(engine: Any, records: Iterable[Any]) -> None:
-    """Let the records of the engine's models know its steps, by which readers tell weights apart."""
+def link(engine: Any, config: RunConfig, records: Iterable[Any]) -> None:
+    """Let the engine know the run's config, and the records of its models its steps (which tell weights apart)."""
+    engine.tp_config = config
     weak = weakref.ref(engine)
 
     def steps() -> int:
@@ -72,14 +77,14 @@ def link(engine: Any, records: Iterable[Any]) -> None:
         return 0 if held is None else int(held.global_steps)
 
     for record in records:
-        record.progress = steps
+        record.steps = steps
 
 
 def _save_checkpoint(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     mesh = current_mesh()
     if mesh is None:
         return original(self, *args, **kwargs)
-    exchange(mesh).sync_points.meet(BARRIER)
+    require().sync_points.rendezvous(BARRIER)
     with local_states():
         return original(self, *args, **kwargs)
 
@@ -89,28 +94,28 @@ def _save_model_file(original: Any, self: Any, save_dir: Any, tag: Any, *args: A
     mesh = current_mesh()
     if mesh is not None and mesh.rank == 0:
         sidecar = {
-            "format": 1,
             "tp_size": mesh.tp_size,
             "dp_size": mesh.dp_size,
-            "layouts": deepspeed_files.layouts_to(_layouts(self)),
+            "tp_plugin": _run_options(self),
+            "layouts": _layouts(self),
             "optimizer_names": _optimizer_names(self),
-            "aliases": _aliases(self.module),
+            "aliases": tied_names(self.module),
             "config": _model_config(self.module),
             "model_class": type(self.module).__name__ if hasattr(self.module, "tp_record") else None,
         }
-        (Path(save_dir) / str(tag) / deepspeed_files.SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
+        write_sidecar(Path(save_dir) / str(tag), sidecar)
     return result
+
+
+def _run_options(engine: Any) -> Any:
+    """The mapping ``tp_plugin:`` of this run, as the user may have written it."""
+    config: RunConfig = getattr(engine, "tp_config", RunConfig())
+    return config.as_written().options
 
 
 def _model_config(module: Any) -> dict[str, Any] | None:
     config = getattr(module, "config", None)
     return config.to_dict() if hasattr(config, "to_dict") else None
-
-
-def _aliases(module: Any) -> dict[str, str]:
-    first = {id(parameter): name for name, parameter in module.named_parameters()}
-    named = module.named_parameters(remove_duplicate=False)
-    return {name: first[id(parameter)] for name, parameter in named if first[id(parameter)] != name}
 
 
 def _copy_recovery_script(original: Any, self: Any, save_path: Any) -> None:
@@ -138,47 +143,55 @@ def _load_checkpoint(original: Any, self: Any, load_dir: Any, tag: Any = None, *
     mesh = current_mesh()
     if mesh is None:
         return original(self, load_dir, tag, *args, **kwargs)
-    exchange(mesh).sync_points.meet(BARRIER)
+    require().sync_points.rendezvous(BARRIER)
     folder = _folder(Path(load_dir), tag)
-    if folder is None or self.load_universal_checkpoint() or _has_this_layout(folder, mesh, self):
+    if folder is None or self.load_universal_checkpoint() or _was_saved_like_this_run(folder, mesh, self):
         return original(self, load_dir, tag, *args, **kwargs)
     if self.zero_nvme_offload_optimizer():
         raise TPError(
-            f"{folder} was saved at another tp or dp, and its optimizer states lie on NVMe by rank; resume at the same "
-            "tp_size and number of processes, or save with offload_optimizer on cpu"
+            f"{folder} was saved at another tp, dp or layout, and its optimizer states lie on NVMe by rank; resume "
+            "with the same tp_size, tp_plugin options and number of processes, or save with offload_optimizer on cpu"
         )
-    source = deepspeed_files.Checkpoint(folder, _optimizer_names(self))
+    source = DeepSpeedCheckpoint(folder, _optimizer_names(self))
     stage = self.zero_optimization_stage()
     if source.stage != stage and not (source.stage in (1, 2) and stage in (1, 2)):
         raise TPError(f"{folder} was saved with ZeRO stage {source.stage}, this run uses stage {stage}; use the same")
     shapes = None
     if stage:
         shapes = [{name: tuple(shape) for name, shape in group.items()} for group in self._get_zero_param_shapes()]
-    target = deepspeed_files.Target(mesh.tp_size, mesh.dp_size, mesh.tp.rank, mesh.dp.rank, _layouts(self), shapes)
+    sizes = mesh.tp_size, mesh.dp_size, mesh.tp.rank, mesh.data.rank
+    target = deepspeed_target.TargetRank(*sizes, _layouts(self), shapes)
     with _Resharding(self, source, target):
         return original(self, load_dir, tag, *args, **kwargs)
 
 
 def _folder(load_dir: Path, tag: Any) -> Path | None:
+    """The folder that DeepSpeed will read; None if there is none, which DeepSpeed itself reports."""
     latest = load_dir / "latest"
     if tag is None and not latest.is_file():
-        return None  # DeepSpeed says so
-    folder = load_dir / str(tag if tag is not None else latest.read_text().strip())
+        return None
+    folder = load_dir / str(tag) if tag is not None else inside(load_dir, latest.read_text().strip(), latest)
     return folder if folder.is_dir() else None
 
 
-def _has_this_layout(folder: Path, mesh: Mesh, engine: Any) -> bool:
-    sidecar = folder / deepspeed_files.SIDECAR
-    if sidecar.exists():
-        saved = json.loads(sidecar.read_text(encoding="utf-8"))
-        return saved["tp_size"] == mesh.tp_size and (saved["dp_size"] == mesh.dp_size or not engine.zero_optimization())
-    return False  # a plain DeepSpeed checkpoint
+def _was_saved_like_this_run(folder: Path, mesh: Mesh, engine: Any) -> bool:
+    """Whether each rank's files hold what this rank needs, element by element.
+
+    Equal sizes are not enough: with ``expert_parallel`` a rank holds as many elements of the experts, but others.
+    """
+    saved = read_sidecar(folder)
+    if not saved:
+        return False  # a plain DeepSpeed checkpoint
+    same_sizes = saved["tp_size"] == mesh.tp_size and saved["dp_size"] == mesh.dp_size
+    if not engine.zero_optimization():
+        same_sizes = saved["tp_size"] == mesh.tp_size
+    return same_sizes and saved["layouts"] == sharded(_layouts(engine))
 
 
 class _Resharding:
     """Inside, the engine reads its files as ``source`` would have written them for ``target``."""
 
-    def __init__(self, engine: Any, source: deepspeed_files.Checkpoint, target: deepspeed_files.Target):
+    def __init__(self, engine: Any, source: DeepSpeedCheckpoint, target: deepspeed_target.TargetRank):
         self.engine, self.source, self.target = engine, source, target
         self._made: dict[str, Any] = {}
 
@@ -186,7 +199,7 @@ class _Resharding:
         self._reader = self.engine.checkpoint_engine
         self.engine.checkpoint_engine = self
         # DeepSpeed looks for one existing file per TP rank; which one it is given does not matter to `load`
-        model = str(self.source._model_files[0, 0])
+        model = str(self.source.first_model_file)
         self.engine._get_all_ckpt_names = lambda *args: [model] * self.target.tp
 
     def __exit__(self, *args: object) -> None:
@@ -196,7 +209,7 @@ class _Resharding:
     def load(self, path: Any, map_location: Any = None) -> Any:
         kind = "optimizer" if str(path).endswith("optim_states.pt") else "model"
         if kind not in self._made:
-            make = deepspeed_files.optimizer_file if kind == "optimizer" else deepspeed_files.model_file
+            make = deepspeed_target.optimizer_file if kind == "optimizer" else deepspeed_target.model_file
             self._made[kind] = make(self.source, self.target)
         return dict(self._made[kind])
 
@@ -211,7 +224,7 @@ def _consolidated(original: Any, self: Any, exclude_frozen_parameters: bool = Fa
     mesh = current_mesh()
     if mesh is None:
         return original(self, exclude_frozen_parameters)
-    exchange(mesh).sync_points.meet(BARRIER)
+    require().sync_points.rendezvous(BARRIER)
     if self._optimizer_has_ckpt_event_prologue():
         self.optimizer.checkpoint_event_prologue()
     state: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -223,7 +236,7 @@ def _consolidated(original: Any, self: Any, exclude_frozen_parameters: bool = Fa
             for name, parameter in parameters.items():
                 if exclude_frozen_parameters and not parameter.requires_grad:
                     continue
-                if mesh.dp.rank > 0:
+                if mesh.data.rank > 0:
                     continue
                 first = seen.setdefault(id(parameter), prefix + name)
                 state[prefix + name] = state[first] if first in state else _whole(parameter, mesh)
@@ -244,7 +257,7 @@ def _whole(parameter: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     sent = local.new_zeros(numel)
     sent[: local.numel()] = local.reshape(-1)
     received = [torch.empty_like(sent) for _ in range(mesh.tp_size)] if mesh.is_leader else None
-    dist.gather(sent, received, group=mesh.control.pg, group_dst=0)
+    dist.gather(sent, received, group=mesh.unit_cpu.pg, group_dst=0)
     if received is None:
         return local
     shards = []

@@ -1,13 +1,15 @@
-"""Our keys in a DeepSpeed config, and the parts of DeepSpeed that do not go with them."""
+"""The parts of DeepSpeed that are incompatible with ``tp_size``, and batch sizes that do not add up."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
-from tp_plugin.config.run_config import Options, from_deepspeed
 from tp_plugin.errors import TPError
 from tp_plugin.shard import NOT_ELEMENTWISE
+
+logger = logging.getLogger(__name__)
 
 REFUSED = {
     "tensor_parallel.autotp_size": (
@@ -48,30 +50,6 @@ OPTIMIZERS = (*NOT_ELEMENTWISE, "OnebitAdam", "ZeroOneAdam", "OnebitLamb")
 """Optimizers that need whole tensors, or communicate over the world."""
 
 
-def options_of(config: Mapping[str, Any], origin: str) -> Options:
-    """The options of this run, from a DeepSpeed config and the environment, which must agree.
-
-    Raises:
-        TPError: the keys hold something else than they may, or two places ask for different things.
-    """
-    configured, written = Options.from_environment(), from_deepspeed(config, origin)
-    if written is None or configured == written:
-        return configured
-    if configured == Options():
-        return written
-    if configured.tp_size != written.tp_size:
-        raise TPError(
-            f"tp_size is {written.tp_size} in {origin}, but {configured.tp_size} in the environment or the launcher's "
-            "config; write it in one place"
-        )
-    return configured
-
-
-def without_our_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as DeepSpeed may see it."""
-    return {key: value for key, value in config.items() if key not in ("tp_size", "tp_plugin")}
-
-
 def refuse(config: Mapping[str, Any], tp_size: int) -> None:
     """Refuse what would not train right, while nothing is lost.
 
@@ -83,11 +61,53 @@ def refuse(config: Mapping[str, Any], tp_size: int) -> None:
         for key in path.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         if value is not None and is_on(value):
-            raise TPError(f"`{path}: {value}` does not go with tp_size={tp_size}: {reason}")
+            raise TPError(f"`{path}: {value}` is incompatible with tp_size={tp_size}: {reason}")
     optimizer = config.get("optimizer")
     name = optimizer.get("type") if isinstance(optimizer, Mapping) else None
     if name is not None and name.lower() in {known.lower() for known in OPTIMIZERS}:
         raise TPError(
-            f"`optimizer.type: {name}` does not go with tp_size={tp_size}: it looks at whole tensors, or communicates "
-            "over all ranks; use an elementwise one such as AdamW"
+            f"`optimizer.type: {name}` is incompatible with tp_size={tp_size}: it looks at whole tensors, or "
+            "communicates over all ranks; use an elementwise one such as AdamW"
         )
+
+
+def check_batch_sizes(config: Mapping[str, Any], tp_size: int, dp_size: int, warn: bool = True) -> None:
+    """Refuse a ``train_batch_size`` that counts each rank of a TP group, and say how a dubious one is read.
+
+    The ranks of a TP group are one process to the script, so ``train_batch_size`` has one meaning, that of a run on
+    ``dp_size`` processes: ``train_micro_batch_size_per_gpu`` x ``gradient_accumulation_steps`` x ``dp_size``. Where the
+    steps are left out, DeepSpeed derives them from it; a script that multiplied by the number of ranks then gets
+    ``tp_size`` times as many as it meant. The numbers alone cannot tell, so a warning says which steps follow.
+
+    Args:
+        config: a DeepSpeed config, without ``"auto"`` values.
+        warn: whether this rank logs the warning.
+
+    Raises:
+        TPError: all three are numbers, and their arithmetic is that of all ranks.
+    """
+    total, micro, steps = (
+        config.get(key) for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    )
+    if tp_size == 1 or not (_is_count(total) and _is_count(micro)):
+        return
+    ranks = tp_size * dp_size
+    if _is_count(steps) and total == micro * steps * ranks:
+        raise TPError(
+            f"train_batch_size: {total} is train_micro_batch_size_per_gpu: {micro} x gradient_accumulation_steps: "
+            f"{steps} x {ranks} ranks, but with tp_size={tp_size} these ranks are {dp_size} data-parallel process(es); "
+            f"write train_batch_size: {micro * steps * dp_size} (micro batch x steps x data-parallel size), or leave "
+            "it out"
+        )
+    if warn and steps is None and total % (micro * ranks) == 0:
+        derived = total // (micro * dp_size)
+        logger.warning(
+            f"train_batch_size: {total} with train_micro_batch_size_per_gpu: {micro} means "
+            f"gradient_accumulation_steps: {derived}, because with tp_size={tp_size} the {ranks} ranks are {dp_size} "
+            "data-parallel process(es). If the script computed it from the number of ranks, divide by tp_size; write "
+            "gradient_accumulation_steps to be sure"
+        )
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and value > 0

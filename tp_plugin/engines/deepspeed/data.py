@@ -6,9 +6,8 @@ from typing import Any
 
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import DivergenceError
-from tp_plugin.mesh.groups import current_mesh
+from tp_plugin.runtime.current import current_mesh, require
 from tp_plugin.runtime.sync_points import BATCH
-from tp_plugin.runtime.transport import exchange
 from tp_plugin.tensor import rng
 
 
@@ -27,7 +26,7 @@ def _next(original: Any, self: Any) -> Any:
     mesh = current_mesh()
     if mesh is None:
         return original(self)
-    sync_points = exchange(mesh).sync_points
+    sync_points = require().sync_points
     if mesh.is_leader:
         before = rng.fingerprint()
         batch, error = None, None
@@ -35,17 +34,17 @@ def _next(original: Any, self: Any) -> Any:
             batch = original(self)
         except Exception as raised:
             error = raised
-        together = len(sync_points.meet(BATCH)) == mesh.tp_size
+        together = len(sync_points.rendezvous(BATCH)) == mesh.tp_size
         if together:
             drawn = rng.snapshot() if rng.fingerprint() != before else None
-            mesh.control.broadcast_object((batch, None if error is None else repr(error), drawn))
+            mesh.unit_cpu.broadcast_object((batch, None if error is None else repr(error), drawn))
         if error is not None:
             raise error
         return batch
     if self.tput_timer:
         self.tput_timer.start()
-    sync_points.meet(BATCH)
-    batch, problem, drawn = mesh.control.broadcast_object(None)
+    sync_points.rendezvous(BATCH)
+    batch, problem, drawn = mesh.unit_cpu.broadcast_object(None)
     if drawn is not None:
         rng.restore(drawn)
     if problem is not None and problem.startswith("StopIteration"):

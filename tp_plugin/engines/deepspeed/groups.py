@@ -22,7 +22,9 @@ import torch
 import torch.distributed as dist
 
 from tp_plugin.engines.patching import patch, wrap
-from tp_plugin.mesh.groups import Group, Mesh, alone, current_mesh, entry
+from tp_plugin.mesh.groups import Group
+from tp_plugin.mesh.roles import Mesh
+from tp_plugin.runtime.current import current_mesh
 
 
 class Mpu:
@@ -48,17 +50,16 @@ class Mpu:
     get_tensor_model_parallel_group = get_model_parallel_group
 
     def get_data_parallel_rank(self) -> int:
-        return self.mesh.dp.rank
+        return self.mesh.data.rank
 
     def get_data_parallel_world_size(self) -> int:
         return self.mesh.dp_size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        # a real group also when it has one member: None would be the world
-        return self.mesh.dp.pg if self.mesh.dp_size > 1 else alone()
+        return self.mesh.data.pg  # a real group also when it has one member: None would be the world
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        return list(self.mesh.dp.ranks)
+        return list(self.mesh.data.ranks)
 
 
 _DATA = {
@@ -110,7 +111,7 @@ def _collective(name: str, parameters: list[str], put: str | None, result: str |
             if put is not None and result is not None and given.get(result) is not None:
                 _copy(given[put], given[result])
             return _Done() if given.get("async_op") else None
-        entry(name, group, _bytes(given.get(put)) if put is not None else 0)
+        group.record(name, _bytes(given.get(put)) if put is not None else 0)
         return original(*args, **kwargs)
 
     return call
@@ -119,11 +120,11 @@ def _collective(name: str, parameters: list[str], put: str | None, result: str |
 def _group_of(pg: Any, mesh: Mesh) -> Group:
     if pg is None or pg is dist.group.WORLD:
         return mesh.world
-    for group in (mesh.tp, mesh.dp, mesh.control):
+    for group in (mesh.tp, mesh.data, mesh.unit_cpu):
         if pg is group.pg:
             return group
     ranks = tuple(dist.get_process_group_ranks(pg))  # DeepSpeed clones groups
-    return mesh.dp if ranks == mesh.dp.ranks else Group("other", ranks, pg)
+    return mesh.data if ranks == mesh.data.ranks else Group("other", ranks, pg, mesh.context)
 
 
 def _list(value: Any) -> list[Any]:

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_plugin.config.run_config import Options
+from tp_plugin.config import environment
+from tp_plugin.config.deepspeed import as_mapping, read, without_our_keys
+from tp_plugin.config.resolve import current_config, resolve
+from tp_plugin.config.run_config import RunConfig
 from tp_plugin.engines import torch_utils
 from tp_plugin.engines.deepspeed import checkpoint, norms, zero3_share_warning
-from tp_plugin.engines.deepspeed.batch import count_replicas
-from tp_plugin.engines.deepspeed.config import options_of, refuse, without_our_keys
+from tp_plugin.engines.deepspeed.config import check_batch_sizes, refuse
 from tp_plugin.engines.deepspeed.groups import Mpu
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
-from tp_plugin.launch.deepspeed_config import read
-from tp_plugin.mesh.groups import alone, current_mesh, init_mesh, require_mesh
-from tp_plugin.runtime.transport import exchange
+from tp_plugin.runtime.current import current, current_mesh, require
+from tp_plugin.runtime.runtime import Runtime, start
 from tp_plugin.shard import agree_on_weights, is_sharded, materialize_all_, models_in, parallelize, shard_optimizer
 from tp_plugin.tensor import rng
 
@@ -63,7 +64,7 @@ def _config(original: Any, self: Any, config: Any, mpu: Any = None, *args: Any, 
 
 def _hf_config(original: Any, self: Any, config: Any) -> None:
     original(self, config)
-    options = options_of(self.config, "the DeepSpeed config")
+    options = _run_config(self.config)
     if options.tp_size > 1:
         refuse(self.config, options.tp_size)
     self.config = without_our_keys(self.config)
@@ -71,7 +72,7 @@ def _hf_config(original: Any, self: Any, config: Any) -> None:
 
 def _zero_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     module = args[0] if args else kwargs.get("module")
-    if Options.from_environment().tp_size == 1 or module is not None:
+    if current_config().tp_size == 1 or module is not None:
         return original(self, *args, **kwargs)  # DeepSpeed partitions the sharded model
     return original(self, enabled=False)
 
@@ -79,35 +80,41 @@ def _zero_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 def _initialize(original: Any, *args: Any, **kwargs: Any) -> Any:
     call = inspect.signature(original).bind(*args, **kwargs)
     given = call.arguments
-    by_code = isinstance(given.get("config", given.get("config_params")), dict)
     config = _take_config(given)
     if config is None:
         return original(*args, **kwargs)  # DeepSpeed says what is wrong
-    options = options_of(config, "the DeepSpeed config")
+    options = _run_config(config)
     given["config"] = config = without_our_keys(config)
     if options.tp_size == 1 and any(is_sharded(root) for _, root in models_in(given["model"])):
-        options = replace(options, tp_size=require_mesh().tp_size)  # by tp_plugin.parallelize
+        options = replace(options, tp_size=require().mesh.tp_size)  # by tp_plugin.parallelize
     if options.tp_size == 1:
         return original(*call.args, **call.kwargs)
     refuse(config, options.tp_size)
     _refuse_arguments(given, options)
-    mesh = _join(options)
-    if by_code:
-        count_replicas(config, mesh)
+    runtime = _join(options)
+    check_batch_sizes(config, runtime.mesh.tp_size, runtime.mesh.dp_size, warn=runtime.mesh.is_leader)
     model: nn.Module = given["model"]
     if type(model).__name__ in options.leave_whole:
-        agree_on_weights(model, mesh)
+        agree_on_weights(model, runtime.mesh)
         materialize_all_(model)
     else:
         parallelize(model, options.tp_size, options=options)
     optimizer = given.get("optimizer")
     if isinstance(optimizer, torch.optim.Optimizer):
-        shard_optimizer(optimizer)
-    given["mpu"] = Mpu(mesh)
+        shard_optimizer(optimizer, runtime)
+    given["mpu"] = Mpu(runtime.mesh)
     _use_torch_adam_on_cpu(config)
     engine, *rest = original(*call.args, **call.kwargs)
-    checkpoint.link(engine, [root.tp_record for _, root in models_in(model) if is_sharded(root)])
+    checkpoint.link(engine, options, [root.tp_record for _, root in models_in(model) if is_sharded(root)])
     return (engine, *rest)
+
+
+def _run_config(config: dict[str, Any]) -> RunConfig:
+    """The run's config; what stands in the DeepSpeed config only is made known to the other engines."""
+    resolved = resolve(environment=environment.read(), deepspeed=read(config, "the DeepSpeed config"))
+    if resolved != current_config():
+        environment.publish(resolved.as_written())
+    return resolved
 
 
 def _take_config(given: dict[str, Any]) -> dict[str, Any] | None:
@@ -115,7 +122,7 @@ def _take_config(given: dict[str, Any]) -> dict[str, Any] | None:
     script = given.get("args")
     named = [given.get("config"), given.get("config_params"), getattr(script, "deepspeed_config", None)]
     present = [value for value in named if value is not None]
-    if len(present) != 1 or (found := read(present[0])) is None:
+    if len(present) != 1 or (found := as_mapping(present[0])) is None:
         return None
     given.pop("config_params", None)
     if getattr(script, "deepspeed_config", None) is not None:
@@ -124,37 +131,34 @@ def _take_config(given: dict[str, Any]) -> dict[str, Any] | None:
     return dict(found)
 
 
-def _refuse_arguments(given: dict[str, Any], options: Options) -> None:
+def _refuse_arguments(given: dict[str, Any], options: RunConfig) -> None:
     if given.get("mpu") is not None:
         raise TPError(
             f"deepspeed.initialize was given an mpu and tp_size={options.tp_size}, which brings its own; pass one of "
             "them"
         )
     if given.get("mesh_param") is not None:
-        raise TPError(f"mesh_param (Ulysses) does not go with tp_size={options.tp_size}; remove one of them")
+        raise TPError(f"mesh_param (Ulysses) is incompatible with tp_size={options.tp_size}; remove one of them")
     model = given.get("model")
     if any("PipelineModule" in base.__name__ for base in type(model).__mro__):
         raise TPError(
             f"{type(model).__name__} is a PipelineModule, whose stages DeepSpeed spreads over the world itself; "
-            f"pipeline parallelism does not go with tp_size={options.tp_size}"
+            f"pipeline parallelism is incompatible with tp_size={options.tp_size}"
         )
 
 
-def _join(options: Options) -> Any:
-    """The mesh of this run. Collective over the world at its first call."""
+def _join(options: RunConfig) -> Runtime:
+    """The Runtime of this run. Collective over the world at its first call."""
     from deepspeed import comm
     from deepspeed.accelerator import get_accelerator
 
     on_cpu = get_accelerator().device_name() == "cpu"
     comm.init_distributed(dist_backend="gloo" if on_cpu else get_accelerator().communication_backend_name())
-    joined = current_mesh() is not None
-    mesh = init_mesh(options.tp_size)
-    if mesh.dp_size == 1:
-        alone()
-    exchange(mesh)
+    joined = current() is not None
+    runtime = start(options, device_type=get_accelerator().device_name())
     if not joined:
-        rng.synchronize(mesh.control)
-    return mesh
+        rng.synchronize(runtime.mesh.unit_cpu)
+    return runtime
 
 
 def _use_torch_adam_on_cpu(config: dict[str, Any]) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from tp_plugin.engines.patching import patch, wrap
-from tp_plugin.mesh.groups import current_mesh, require_mesh
-from tp_plugin.tensor.grad_norm import layout_of, not_owned, sharded_grad_norm, total_norm
+from tp_plugin.runtime.current import current, current_mesh, require
+from tp_plugin.shard.params import layouts_of
+from tp_plugin.tensor.grad_norm import not_owned, sharded_grad_norm, total_norm
+from tp_plugin.tensor.param_entry import layout_of
 
 
 def install_engine(engine: Any) -> None:
@@ -22,10 +24,12 @@ def install_engine(engine: Any) -> None:
     original = vars(engine)["clip_grad_norm_"]
 
     def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2, mpu: Any = None) -> Any:
-        if current_mesh() is None:
+        mesh = current_mesh()
+        if mesh is None:
             return original(parameters, max_norm, norm_type, mpu)
-        grads = [p.grad for p in parameters if p.grad is not None]
-        norm = total_norm(grads, norm_type)
+        trained = [p for p in parameters if p.grad is not None]
+        grads = [p.grad for p in trained]
+        norm = total_norm(grads, [layout_of(p) for p in trained], mesh, norm_type)
         torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         return norm
 
@@ -61,11 +65,12 @@ def install_unfused(unfused_optimizer: Any) -> None:
     original = vars(unfused_optimizer)["get_weight_norm"]
 
     def get_weight_norm(parameters: Any, norm_type: float = 2, mpu: Any = None) -> float:
-        if current_mesh() is None:
+        runtime = current()
+        if runtime is None:
             return float(original(parameters, norm_type, mpu))
-        norm = sharded_grad_norm(
-            [parameters] if isinstance(parameters, torch.Tensor) else list(parameters), norm_type
-        ).item()
+        tensors = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        layouts = layouts_of(tensors, [model.index for model in runtime.models])
+        norm = sharded_grad_norm(tensors, layouts, runtime.mesh, norm_type).item()
         return norm if math.isfinite(norm) else -1.0
 
     patch(unfused_optimizer, "get_weight_norm", get_weight_norm)
@@ -109,7 +114,7 @@ def _offloaded_12(original: Any, self: Any, params: Any) -> Any:
 
 
 def _direct_3(original: Any, self: Any, gradients: Any, params: Any, norm_type: float = 2) -> Any:
-    rank = require_mesh().dp.rank if current_mesh() is not None else 0
+    rank = require().mesh.data.rank if current_mesh() is not None else 0
     masked = [counted(p, g, rank * p.partition_numel()) for g, p in zip(gradients, params, strict=True)]
     return original(self, masked, params, norm_type)
 
@@ -120,7 +125,7 @@ def _offloaded_3(original: Any, self: Any, params: Any) -> Any:
         if number in self.norm_for_param_grads and _mask(parameter) is not None:
             group, at, count = self.grad_position[number]
             fragment = self.fp32_partitioned_groups_flat[group].grad.view(-1).narrow(0, at, count)
-            offset = require_mesh().dp.rank * parameter.partition_numel()
+            offset = require().mesh.data.rank * parameter.partition_numel()
             self.norm_for_param_grads[number] = torch.linalg.vector_norm(counted(parameter, fragment, offset))
     return original(self, params)
 

@@ -1,35 +1,41 @@
-"""``zero.GatheredParameters`` undoes what DeepSpeed partitioned, not what is split by ``tp_size``: scripts are told."""
+"""``zero.GatheredParameters`` undoes what DeepSpeed partitioned, not what ``tp_size`` split: scripts are told."""
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any
 
 from tp_plugin.engines.patching import wrap
-from tp_plugin.tensor.grad_norm import layout_of
+from tp_plugin.runtime.current import current
+from tp_plugin.tensor.param_entry import layout_of
 
-LIBRARIES = {"accelerate", "contextlib", "deepspeed", "peft", "torch", "tp_plugin", "transformers", "trl"}
-"""Callers that know, or that are told of shares elsewhere."""
+LIBRARIES = ("accelerate", "deepspeed", "peft", "torch", "tp_plugin", "transformers", "trl")
+"""Callers that know, or that are told of shards elsewhere."""
+
+
+class ShardWarning(UserWarning):
+    """A script reads this rank's shard of a weight where it may expect the full one."""
 
 
 def install(partition_parameters: Any) -> None:
     """Patch ``GatheredParameters``."""
+    warnings.filterwarnings("ignore", category=ShardWarning, module=rf"({'|'.join(LIBRARIES)})(\.|$)")
     wrap(partition_parameters.GatheredParameters, "__enter__", _enter)
 
 
 def _enter(original: Any, self: Any) -> Any:
     entered = original(self)
-    caller = sys._getframe(2).f_globals.get("__name__", "").partition(".")[0]
-    if self.enabled and caller not in LIBRARIES:
-        for parameter in self.params:
-            layout = layout_of(parameter)
-            if layout is not None and layout.is_sharded:
-                warnings.warn(
-                    f"inside GatheredParameters a weight is this rank's share, {tuple(parameter.shape)} of "
-                    f"{tuple(layout.shape)}; for whole weights take engine.save_16bit_model, "
-                    "accelerator.get_state_dict(model) or `tp-plugin export` of a checkpoint",
-                    stacklevel=3,
-                )
-                break
+    if not self.enabled or current() is None:
+        return entered
+    for parameter in self.params:
+        layout = layout_of(parameter)
+        if layout is not None and layout.is_sharded:
+            warnings.warn(
+                f"inside GatheredParameters a weight is this rank's shard, {tuple(parameter.shape)} of "
+                f"{tuple(layout.shape)}; for full weights take engine.save_16bit_model, "
+                "accelerator.get_state_dict(model) or `tp-plugin export` of a checkpoint",
+                ShardWarning,
+                stacklevel=3,
+            )
+            break
     return entered

@@ -17,13 +17,14 @@ from tp_plugin.checkpoint.dcp_chunks import DCPShardView
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.dtensor_utils import is_split, split_like
-from tp_plugin.mesh.groups import Mesh, current_mesh
+from tp_plugin.mesh.roles import Mesh
 from tp_plugin.policy import ParamLayout
+from tp_plugin.runtime.current import current_mesh, require
 from tp_plugin.runtime.sync_points import BARRIER
-from tp_plugin.runtime.transport import exchange
 from tp_plugin.shard import local_states
-from tp_plugin.shard.full_tensor import gather_full_tensor, plain_name
-from tp_plugin.tensor.grad_norm import layout_of
+from tp_plugin.shard.full_tensor import gather_full_tensor
+from tp_plugin.shard.params import plain_name
+from tp_plugin.tensor.param_entry import layout_of
 
 Leaf = Callable[[str, Any], Any]
 """``(parameter's name, value)`` → what stands in the value's place."""
@@ -44,7 +45,7 @@ class _Names:
 
     def __init__(self, model: nn.Module, mesh: Mesh):
         self.mesh = mesh
-        exchange(mesh).sync_points.meet(BARRIER)  # collectives follow: better an error here than a hang there
+        require().sync_points.rendezvous(BARRIER)  # collectives follow: better an error here than a hang there
         with local_states():
             state = model.state_dict()  # also puts the parameters back that a forward has gathered
         self.split = {plain_name(name): v for name, v in state.items() if isinstance(v, torch.Tensor) and is_split(v)}
@@ -112,7 +113,7 @@ def _refuse_submodules(submodules: Any) -> None:
 
 def _present(state: dict[str, dict[str, Any]], names: _Names, options: Any, finish: Callable[[Any], Any]) -> Any:
     mesh = names.mesh
-    here = not (options.full_state_dict and options.cpu_offload) or mesh.dp.rank == 0
+    here = not (options.full_state_dict and options.cpu_offload) or mesh.data.rank == 0
     tied: dict[tuple[int, str], torch.Tensor] = {}  # gathered once, and still one tensor
 
     def present(name: str, key: str, value: Any) -> Any:
@@ -164,13 +165,13 @@ def _take(rest: Any, state: dict[str, dict[str, Any]], names: _Names, options: A
     if not options.full_state_dict:
         return rest, {name: {k: _own(names, name, v) for k, v in values.items()} for name, values in state.items()}
     from_first = options.broadcast_from_rank0 and mesh.dp_size > 1
-    first = not from_first or mesh.dp.rank == 0
-    spread = first and not all(mesh.control.gather_objects(bool(state)))
+    first = not from_first or mesh.data.rank == 0
+    spread = first and not all(mesh.unit_cpu.gather_objects(bool(state)))
     outline = {name: {key: _outline(names, name, v) for key, v in values.items()} for name, values in state.items()}
     if spread:
-        rest, outline = mesh.control.broadcast_object((rest, outline))
+        rest, outline = mesh.unit_cpu.broadcast_object((rest, outline))
     if from_first:
-        rest, outline = mesh.dp.broadcast_object((rest, outline))
+        rest, outline = mesh.data.broadcast_object((rest, outline))
 
     def receive(name: str, key: str, stands: Any) -> Any:
         if not isinstance(stands, _Whole):
@@ -182,9 +183,9 @@ def _take(rest: Any, state: dict[str, dict[str, Any]], names: _Names, options: A
         else:
             whole = state[name][key] if state else torch.empty(layout.shape, dtype=stands.dtype)
             if spread:
-                whole = mesh.control.broadcast(whole.cpu().contiguous())
+                whole = mesh.unit_cpu.broadcast(whole.cpu().contiguous())
             local = layout.shard(whole, mesh.tp.rank).to(like.device).contiguous()
-        return split_like(mesh.dp.broadcast(local) if from_first else local, like)
+        return split_like(mesh.data.broadcast(local) if from_first else local, like)
 
     return rest, {n: {key: receive(n, key, stands) for key, stands in vs.items()} for n, vs in outline.items()}
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from tp_plugin.config.run_config import Options
+from tp_plugin.config.resolve import current_config
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
 
@@ -25,7 +25,7 @@ def install(dataclasses: Any) -> None:
 
 def _plugin(original: Any, self: Any) -> None:
     original(self)
-    tp_size = Options.from_environment().tp_size
+    tp_size = current_config().tp_size
     if tp_size > 1:
         refuse({"fsdp_version": self.fsdp_version, "fsdp_ignored_modules": self.ignored_modules}, tp_size)
 

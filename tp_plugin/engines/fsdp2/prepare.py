@@ -9,7 +9,8 @@ from torch import nn
 
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import Mesh, current_mesh
+from tp_plugin.mesh.roles import Mesh
+from tp_plugin.runtime.current import current_mesh
 from tp_plugin.shard import local_states
 
 
@@ -32,7 +33,7 @@ class _TorchSavedOnce:
     @staticmethod
     def save(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
         mesh = current_mesh()
-        if mesh is not None and mesh.dp.rank > 0:
+        if mesh is not None and mesh.data.rank > 0:
             raise TPError(
                 f"{file}: files by process hold no whole shards under tp_size; save with use_dcp=True, or with "
                 "fsdp_state_dict_type: FULL_STATE_DICT"
@@ -48,16 +49,16 @@ def spread_what_was_loaded(model: nn.Module, mesh: Mesh) -> None:
     """
     if mesh.dp_size == 1 or not mesh.is_leader:
         return
-    device = torch.device("cpu") if mesh.dp.takes_host else torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cpu") if mesh.data.takes_host else torch.device(mesh.devices.device_type)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             sent = tensor.to(device, copy=True, memory_format=torch.contiguous_format)
-            tensor.copy_(mesh.dp.broadcast(sent))
+            tensor.copy_(mesh.data.broadcast(sent))
 
 
 def refuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Raise for optimizers that step with whole parameters, which no rank can hold beside FSDP2's rows."""
-    if getattr(optimizer, "tp_steps_whole", False):
+    if getattr(optimizer, "tp_full_matrices", False):
         raise TPError(
             f"optimizer {type(optimizer).__name__} looks at whole matrices, of which FSDP2 and tp_size leave a rank "
             "rows of a part; use an elementwise one such as AdamW, or DDP (distributed_type: MULTI_GPU)"

@@ -1,8 +1,8 @@
 """``fully_shard`` over the DP group; what is known of a parameter follows to what FSDP2 puts in its place.
 
 FSDP2 replaces a TP rank's tensor by a DTensor of some of its rows, and computes with a third parameter that it gathers
-before use. The layout goes to both. The gradient sum of replicas is hooked to the gathered one: there the TP ranks'
-shapes still agree, and the sum comes before the reduction over the DP group, as it does under DDP.
+before use. Both stand for the parameter in the index. The gradient sum of replicas is hooked to the gathered one: there
+the TP ranks' shapes still agree, and the sum comes before the reduction over the data group, as it does under DDP.
 
 Bytes that a rank puts into collectives of its DP group, with P bytes of local parameters (the model's / tp), of which T
 are trained, and dp > 1 ranks (Zhao et al. 2023, section 3; torch 2.13, fsdp/_fully_shard/_fsdp_param_group.py). Every
@@ -17,7 +17,6 @@ Beside it the norm, 4 bytes. The TP group carries what it carries under DDP.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -25,10 +24,10 @@ from torch import nn
 
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.groups import Mesh, alone, current_mesh, entry, require_mesh
-from tp_plugin.tensor.grad_norm import attach, layout_of
-
-_meshes: dict[tuple[int, str], tuple[Mesh, Any]] = {}
+from tp_plugin.mesh.groups import Group
+from tp_plugin.runtime.current import current, current_mesh
+from tp_plugin.shard.params import hook_replica_sum, rebind
+from tp_plugin.tensor.param_entry import layout_of
 
 
 def install(fsdp: Any) -> None:
@@ -44,40 +43,21 @@ def install_param(fsdp_param: Any) -> None:
     wrap(fsdp_param.FSDPParam, "init_unsharded_param", _init_unsharded_param)
 
 
-def device_mesh(mesh: Mesh, device_type: str) -> Any:
-    """The DP group of this rank as torch's DeviceMesh; one object for all models of a run."""
-    from torch.distributed.device_mesh import DeviceMesh
-
-    known = _meshes.get((id(mesh), device_type))
-    if known is None or known[0] is not mesh:
-        group = mesh.dp.pg if mesh.dp_size > 1 else alone()
-        assert group is not None
-        _meshes.clear()
-        known = _meshes[id(mesh), device_type] = (mesh, DeviceMesh.from_group(group, device_type))
-    return known[1]
-
-
-def _device_type() -> str:
-    state = getattr(sys.modules.get("accelerate.state"), "PartialState", None)
-    if state is not None and state._shared_state:
-        return str(state().device.type)
-    device = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if device is None else device.type
-
-
 def _fully_shard(original: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
     mesh = current_mesh()
     if mesh is None:
         return original(module, *args, **kwargs)
     given = kwargs.get("mesh")
-    if given is not None and (given.ndim > 1 or given.mesh.flatten().tolist() != list(mesh.dp.ranks)):
+    if given is not None and (given.ndim > 1 or given.mesh.flatten().tolist() != list(mesh.data.ranks)):
         raise TPError(
             f"fully_shard was given {given}, but under tp_size the {mesh.dp_size} data-parallel ranks are "
-            f"{list(mesh.dp.ranks)}; leave out mesh (hybrid sharding, HSDP, is not supported)"
+            f"{list(mesh.data.ranks)}; leave out mesh (hybrid sharding, HSDP, is not supported)"
         )
-    kwargs["mesh"] = given if given is not None else device_mesh(mesh, _device_type())
+    kwargs["mesh"] = given if given is not None else mesh.devices["data"]
     modules: list[Any] = list(module) if isinstance(module, list | tuple) else [module]
     before = _parameters(modules)
+    if kwargs.get("shard_placement_fn") is not None:
+        kwargs["shard_placement_fn"] = _by_rows(kwargs["shard_placement_fn"], before)
     for name, parameter in before.items():
         if parameter.numel() == 0 and layout_of(parameter) is not None:
             raise TPError(
@@ -86,10 +66,10 @@ def _fully_shard(original: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(module, *args, **kwargs)
     for name, parameter in _parameters(modules).items():
         if parameter is not before[name]:
-            _hand_over(before[name], parameter)
+            rebind(before[name], parameter)
     for part in modules:
-        part.set_custom_all_gather(_counting("AllGather", mesh))
-        part.set_custom_reduce_scatter(_counting("ReduceScatter", mesh))
+        part.set_custom_all_gather(_counting("AllGather", mesh.data))
+        part.set_custom_reduce_scatter(_counting("ReduceScatter", mesh.data))
     return result
 
 
@@ -101,38 +81,41 @@ def _parameters(modules: list[nn.Module]) -> dict[tuple[int, str], Any]:
     }
 
 
-def _hand_over(old: Any, new: Any) -> None:
-    layout = layout_of(old)
-    if layout is not None:
-        attach(new, layout)
-    if hasattr(old, "tp_replica_sum"):
-        new.tp_replica_sum = old.tp_replica_sum
+def _by_rows(placement: Any, named: dict[tuple[int, str], Any]) -> Any:
+    """``placement``, which may split dimension 0 only: norms, saving and loading count the rows that a rank holds."""
+    names = {id(parameter): name for (_, name), parameter in named.items()}
+
+    def checked(parameter: Any) -> Any:
+        chosen = placement(parameter)
+        dim = getattr(getattr(chosen, "placement", chosen), "dim", 0)
+        if chosen is not None and dim != 0:
+            raise TPError(
+                f"shard_placement_fn splits dimension {dim} of {names.get(id(parameter), 'a parameter')!r}; "
+                "with tp_size FSDP2 may split dimension 0 only: leave shard_placement_fn out, or let it return None or "
+                "Shard(0)"
+            )
+        return chosen
+
+    return checked
 
 
 def _init_unsharded_param(original: Any, self: Any) -> None:
     made = not hasattr(self, "_unsharded_param")
     original(self)
-    if not made or current_mesh() is None:
-        return
-    layout = layout_of(self.sharded_param)
-    if layout is not None:
-        attach(self._unsharded_param, layout)
-    replica_sum = getattr(self.sharded_param, "tp_replica_sum", None)
-    if replica_sum is not None:
-        replica_sum.arm(self._unsharded_param)
+    if made and current() is not None:
+        rebind(self.sharded_param, self._unsharded_param)
+        hook_replica_sum(self._unsharded_param)
 
 
 def _full_tensor(original: Any, self: Any, **kwargs: Any) -> torch.Tensor:
     """What FSDP2 has parted is gathered; it still is this TP rank's share, and says so (TRL's head asks)."""
     tensor: torch.Tensor = original(self, **kwargs)
-    layout = layout_of(self)
-    if layout is not None:
-        attach(tensor, layout)
+    rebind(self, tensor)
     return tensor
 
 
-def _counting(kind: str, mesh: Mesh) -> Any:
-    """FSDP2's own all-gather or reduce-scatter, booked in the ledger."""
+def _counting(kind: str, data: Group) -> Any:
+    """FSDP2's own all-gather or reduce-scatter, counted like our own."""
     from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
     default = getattr(_fsdp_collectives, f"Default{kind}")
@@ -140,7 +123,7 @@ def _counting(kind: str, mesh: Mesh) -> Any:
 
     class Counted(default):  # type: ignore[misc]
         def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            entry(op, require_mesh().dp, input_tensor.numel() * input_tensor.element_size())
+            data.record(op, input_tensor.numel() * input_tensor.element_size())
             return super().__call__(output_tensor, input_tensor, *args, **kwargs)
 
     return Counted()

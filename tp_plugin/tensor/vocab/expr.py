@@ -1,41 +1,28 @@
 """Deferred values with one row per token and one column per vocabulary entry, computed block by block.
 
-An expression is a tree over *leaves*: tensors that it names but does not hold. Any block of rows and columns can be
-computed from the leaves' values, so a rank that holds some columns computes these, in pieces of any size, and with
-another rank's leaves it computes that rank's columns.
+An expression is a tree of operations over tensors. Any block of its rows and columns can be computed by itself, so a
+rank that holds some columns of the head's output computes these, in pieces of any size, and with another rank's output
+in place of its own it computes that rank's columns.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-Rows = slice | torch.Tensor
-"""Which tokens: a slice, or indices."""
+from tp_plugin.tensor.vocab.peers import Number
+from tp_plugin.tensor.vocab.vocabulary import Columns
 
-Columns = tuple[int, int]
-"""Which vocabulary entries, ``[start, stop)``."""
+Rows = slice | torch.Tensor
+"""Which tokens: a slice, or indices (n,)."""
 
 ALL = slice(None)
-
-
-class Leaf:
-    """The name of a tensor; ``number`` is what other ranks know a head's output by, None for anything else."""
-
-    def __init__(self, number: tuple[int, int] | None = None):
-        self.number = number
-
-
-class Values(NamedTuple):
-    """What the leaves are on one rank, whose own columns begin at ``start``."""
-
-    tensors: Mapping[Leaf, torch.Tensor]
-    start: int
 
 
 class Expr:
@@ -45,31 +32,171 @@ class Expr:
     depth = 0
     """Temporaries of a block's size that computing a block takes, about."""
 
-    def pick(self, rows: Rows, columns: Columns, values: Values) -> torch.Tensor:
-        """The block of these rows and columns; may share memory with a leaf, so do not write into it."""
+    def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
+        """These rows and columns; the result may share memory with an operand, so do not write into it."""
         raise NotImplementedError
 
-    def leaves(self) -> Iterator[Leaf]:
-        """Every leaf, perhaps more than once."""
-        for value in vars(self).values():
-            for part in value if isinstance(value, tuple) else (value,):
-                if isinstance(part, Leaf):
-                    yield part
-                elif isinstance(part, Expr):
-                    yield from part.leaves()
 
-    def signature(self, tensors: Mapping[Leaf, torch.Tensor]) -> str:
-        """The same for the same computation on every rank, and for another one another."""
-        parts = [type(self).__name__]
-        for value in vars(self).values():
-            for part in value if isinstance(value, tuple) else (value,):
-                if isinstance(part, Leaf):
-                    parts.append(str(part.number) if part.number else digest(tensors[part]))
-                elif isinstance(part, Expr):
-                    parts.append(part.signature(tensors))
-                else:
-                    parts.append(getattr(part, "__name__", None) or repr(part))
-        return f"({' '.join(parts)})"
+@dataclass(eq=False)
+class Operand(Expr):
+    """A tensor with a row for each token."""
+
+    data: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self.dtype = self.data.dtype
+
+
+@dataclass(eq=False)
+class HeadOutput(Operand):
+    """A head's output (tokens, width) on the rank whose columns begin at ``start``; other ranks know its ``number``."""
+
+    start: int
+    number: Number
+
+    def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
+        first, last = columns
+        return self.data[:, first - self.start : last - self.start][rows]
+
+
+@dataclass(eq=False)
+class Full(Operand):
+    """A tensor (tokens, vocabulary) that every rank has, or (1, vocabulary) for all tokens."""
+
+    def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
+        columns_of = self.data[:, slice(*columns)]
+        return columns_of if len(columns_of) == 1 else columns_of[rows]
+
+
+@dataclass(eq=False)
+class PerRow(Operand):
+    """A tensor (tokens, 1) that every rank has: the same number in all columns.
+
+    Without ``is_broadcast`` it is (tokens, k), and given to a function as it is.
+    """
+
+    is_broadcast: bool = True
+
+    def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
+        return self.data[rows].expand(-1, columns[1] - columns[0]) if self.is_broadcast else self.data[rows]
+
+
+@dataclass(eq=False)
+class Apply(Expr):
+    """``function`` of the blocks of expressions among ``args``, and of numbers and tensors without dimensions.
+
+    With ``of_columns`` it is given ``columns`` as well. It takes about ``temporaries`` of a block's size.
+    """
+
+    function: Callable[..., torch.Tensor]
+    args: tuple[Any, ...]
+    dtype: torch.dtype
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    of_columns: bool = False
+    temporaries: int = 1
+
+    def __post_init__(self) -> None:
+        self.depth = self.temporaries + sum(arg.depth for arg in self.args if isinstance(arg, Expr))
+
+    def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
+        args = [arg.block(rows, columns) if isinstance(arg, Expr) else arg for arg in self.args]
+        kwargs = {**self.kwargs, "columns": columns} if self.of_columns else self.kwargs
+        return self.function(*args, **kwargs)
+
+    def gradient(self, position: int, grad: Expr) -> Expr:
+        """The gradient with respect to the argument at ``position`` of an element-wise function, given the result's."""
+        dtype = self.args[position].dtype
+        if self.function is torch.Tensor.to:
+            return cast(grad, dtype)
+        of = {"function": self.function, "position": position, "kwargs": self.kwargs}
+        return Apply(derivative, (grad, *self.args), dtype, of, temporaries=3 + self.depth)
+
+
+def derivative(
+    grad: torch.Tensor, *args: Any, function: Callable[..., torch.Tensor], position: int, kwargs: Mapping[str, Any]
+) -> torch.Tensor:
+    """What autograd makes of ``grad`` behind ``function(*args, **kwargs)`` for the argument at ``position``."""
+    inputs = list(args)
+    with torch.enable_grad():
+        inputs[position] = inputs[position].detach().requires_grad_()
+        result = function(*inputs, **kwargs)
+    found: torch.Tensor = torch.autograd.grad(result, inputs[position], grad.to(result.dtype))[0]
+    return found
+
+
+@dataclass(eq=False)
+class TakeRows(Expr):
+    """The rows ``index`` (tokens,) of another expression; negative ones are zero."""
+
+    of: Expr
+    index: torch.Tensor
+    has_gaps: bool = False
+
+    def __post_init__(self) -> None:
+        self.dtype, self.depth = self.of.dtype, self.of.depth + 1
+
+    def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
+        index = self.index[rows]
+        if not self.has_gaps:
+            return self.of.block(index, columns)
+        return self.of.block(index.clamp(min=0), columns).masked_fill((index < 0).unsqueeze(-1), 0)
+
+
+def cast(expr: Expr, dtype: torch.dtype) -> Expr:
+    """``expr`` in ``dtype``."""
+    return expr if expr.dtype == dtype else Apply(torch.Tensor.to, (expr, dtype), dtype)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands for a tensor in an expression whose tensors are kept elsewhere."""
+
+    at: int
+    dtype: torch.dtype
+
+
+def visit(value: Any, replace: Callable[[Any], Any]) -> Any:
+    """A copy of an expression, a tensor, or a tuple of such, in which ``replace(node)`` stands for each node.
+
+    Where that is the node itself, its inside is visited as well.
+    """
+    found = replace(value)
+    if found is not value:
+        return found
+    if isinstance(value, tuple):
+        return tuple(visit(each, replace) for each in value)
+    if isinstance(value, Expr) and dataclasses.is_dataclass(value):
+        fields = {each.name: visit(getattr(value, each.name), replace) for each in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
+
+
+def newest(value: Any) -> Number | None:
+    """The number of the last made of the heads' outputs in an expression, or a tuple of such."""
+    found: list[Number] = []
+
+    def note(node: Any) -> Any:
+        if isinstance(node, HeadOutput):
+            found.append(node.number)
+        return node
+
+    visit(value, note)
+    return max(found, default=None)
+
+
+def signature(value: Any) -> str:
+    """The same for the same computation on every rank, and for another one another."""
+    if isinstance(value, HeadOutput):
+        return str(value.number)
+    if isinstance(value, torch.Tensor):
+        return digest(value)
+    if isinstance(value, Expr) and dataclasses.is_dataclass(value):
+        value = (type(value), *(getattr(value, each.name) for each in dataclasses.fields(value)))
+    if isinstance(value, Mapping):
+        value = tuple(value.items())
+    if isinstance(value, tuple):
+        return f"({' '.join(signature(each) for each in value)})"
+    return str(getattr(value, "__name__", value))
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -77,183 +204,6 @@ def digest(tensor: torch.Tensor) -> str:
     flat = tensor.detach().reshape(-1)
     some = flat[:: 1 + flat.numel() // 4096].to("cpu", torch.float64)
     return f"{tuple(tensor.shape)}{zlib.crc32(some.numpy().tobytes()):08x}"
-
-
-@dataclass(eq=False)
-class Local(Expr):
-    """A tensor (rows, own columns or more) that each rank has of its own."""
-
-    leaf: Leaf
-    dtype: torch.dtype
-
-    def pick(self, rows: Rows, columns: Columns, values: Values) -> torch.Tensor:
-        first, last = columns
-        return values.tensors[self.leaf][:, first - values.start : last - values.start][rows]
-
-
-@dataclass(eq=False)
-class Whole(Expr):
-    """A tensor (·, vocabulary) that every rank has whole; ``row`` says which of its rows each token has.
-
-    Without it each token has its own, or there is one for all.
-    """
-
-    leaf: Leaf
-    dtype: torch.dtype
-    row: Leaf | None = None
-
-    def pick(self, rows: Rows, columns: Columns, values: Values) -> torch.Tensor:
-        table = values.tensors[self.leaf][:, slice(*columns)]
-        if self.row is not None:
-            return table[values.tensors[self.row][rows]]
-        return table if len(table) == 1 else table[rows]
-
-
-@dataclass(eq=False)
-class PerRow(Expr):
-    """A tensor (rows, 1) that every rank has: the same number in all columns."""
-
-    leaf: Leaf
-    dtype: torch.dtype
-
-    def pick(self, rows: Rows, columns: Columns, values: Values) -> torch.Tensor:
-        return values.tensors[self.leaf][rows].expand(-1, columns[1] - columns[0])
-
-
-@dataclass(eq=False)
-class Scalar(Expr):
-    """A tensor without dimensions."""
-
-    leaf: Leaf
-    dtype: torch.dtype
-
-    def pick(self, rows: Rows, columns: Columns, values: Values) -> torch.Tensor:
-        return values.tensors[self.leaf]
-
-
-@dataclass(eq=False)
-class Cast(Expr):
-    """Another dtype."""
-
-    of: Expr
-    dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        self.depth = self.of.depth + 1
-
-    def pick(self, rows: Rows, columns: Columns, values: Values) -> torch.Tensor:
-        return self.of.pick(rows, columns, values).to(self.dtype)
-
-
-LINEAR = {"mul", "multiply", "rmul", "div", "divide", "true_divide", "truediv", "neg", "negative"}
-"""Functions of one expression and Python numbers that are their own derivative."""
-
-
-@dataclass(eq=False)
-class Apply(Expr):
-    """An elementwise function of expressions and constants."""
-
-    function: Callable[..., torch.Tensor]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        self.depth = sum(arg.depth for arg in self.args if isinstance(arg, Expr)) + 1
-
-    def pick(self, rows: Rows, columns: Columns, values: Values) -> torch.Tensor:
-        args = [arg.pick(rows, columns, values) if isinstance(arg, Expr) else arg for arg in self.args]
-        return self.function(*args, **self.kwargs)
-
-    def gradient(self, position: int, grad: Expr) -> Expr:
-        """The gradient with respect to the argument at ``position``, given the one of the result."""
-        argument: Expr = self.args[position]
-        others = [arg for at, arg in enumerate(self.args) if at != position]
-        name = getattr(self.function, "__name__", "").strip("_")
-        if position == 0 and name in LINEAR and all(isinstance(other, int | float) for other in others):
-            result: Expr = Apply(self.function, (grad, *others), self.kwargs, grad.dtype)
-        else:
-            result = Derivative(self, position, grad, self.dtype)
-        return result if result.dtype == argument.dtype else Cast(result, argument.dtype)
-
-
-@dataclass(eq=False)
-class Derivative(Expr):
-    """What autograd makes of one elementwise function, block by block."""
-
-    of: Apply
-    position: int
-    grad: Expr
-    dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        self.dtype = self.of.args[self.position].dtype
-        self.depth = 2 * self.of.depth + self.grad.depth + 2
-
-    def pick(self, rows: Rows, columns: Columns, values: Values) -> torch.Tensor:
-        args = [arg.pick(rows, columns, values) if isinstance(arg, Expr) else arg for arg in self.of.args]
-        with torch.enable_grad():
-            args[self.position] = args[self.position].detach().requires_grad_()
-            result = self.of.function(*args, **self.of.kwargs)
-        grad = self.grad.pick(rows, columns, values).to(result.dtype)
-        return torch.autograd.grad(result, args[self.position], grad)[0]
-
-
-@dataclass(eq=False)
-class Reordered(Expr):
-    """Other tokens, or the same in another order; rows of ``index`` that are negative are zero."""
-
-    of: Expr
-    index: Leaf
-    dtype: torch.dtype
-    gaps: bool = False
-
-    def __post_init__(self) -> None:
-        self.depth = self.of.depth + 1
-
-    def pick(self, rows: Rows, columns: Columns, values: Values) -> torch.Tensor:
-        index = values.tensors[self.index][rows]
-        if not self.gaps:
-            return self.of.pick(index, columns, values)
-        return self.of.pick(index.clamp(min=0), columns, values).masked_fill((index < 0).unsqueeze(-1), 0)
-
-
-@dataclass(eq=False)
-class OneHot(Expr):
-    """Numbers ``weight`` (rows, k) at the vocabulary entries ``at`` (rows, k), zero elsewhere."""
-
-    at: Leaf
-    weight: Leaf
-    dtype: torch.dtype
-
-    def pick(self, rows: Rows, columns: Columns, values: Values) -> torch.Tensor:
-        at, weight = values.tensors[self.at][rows], values.tensors[self.weight][rows]
-        block = weight.new_zeros(at.shape[0], columns[1] - columns[0])
-        return add_one_hot(block, at, weight, columns).to(self.dtype)
-
-
-@dataclass(eq=False)
-class StatisticsGradient(Expr):
-    """The gradient of a row's log-sum-exp, of its entry at the label, and of its sum, each times a number per row."""
-
-    of: Expr
-    dtype: torch.dtype
-    log_sum: Leaf
-    labels: Leaf
-    weights: Leaf  # (3, rows): of the log-sum-exp, the entry, the sum
-    with_sum: bool
-
-    def __post_init__(self) -> None:
-        self.depth = self.of.depth + 1
-
-    def pick(self, rows: Rows, columns: Columns, values: Values) -> torch.Tensor:
-        log_sum, weights = values.tensors[self.log_sum][rows], values.tensors[self.weights][:, rows]
-        block = self.of.pick(rows, columns, values).to(log_sum.dtype) - log_sum.unsqueeze(-1)
-        block.exp_().mul_(weights[0].unsqueeze(-1))
-        if self.with_sum:
-            block.add_(weights[2].unsqueeze(-1))
-        labels = values.tensors[self.labels][rows].unsqueeze(-1)
-        return add_one_hot(block, labels, weights[1].unsqueeze(-1), columns).to(self.dtype)
 
 
 def add_one_hot(block: torch.Tensor, at: torch.Tensor, weight: torch.Tensor, columns: Columns) -> torch.Tensor:
@@ -277,3 +227,16 @@ def take(block: torch.Tensor, at: torch.Tensor, columns: Columns) -> torch.Tenso
 def pad(block: torch.Tensor, width: int) -> torch.Tensor:
     """Zero columns up to ``width``."""
     return block if block.shape[-1] == width else F.pad(block, (0, width - block.shape[-1]))
+
+
+PIECES = 10
+"""Blocks that a rank's rows or columns are computed in, for each temporary of a block's size."""
+
+SMALLEST = 1 << 16
+"""Elements of a block that is not worth dividing."""
+
+
+def pieces(length: int, other: int, depth: int) -> Iterator[tuple[int, int]]:
+    """Ranges of a dimension of ``length``, so that blocks with ``depth`` temporaries stay small."""
+    step = max(-(-length // (PIECES * (1 + depth))), min(length, SMALLEST // max(other, 1)), 1)
+    return ((first, min(first + step, length)) for first in range(0, length, step))

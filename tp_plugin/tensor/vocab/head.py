@@ -9,40 +9,45 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_plugin.mesh.groups import require_mesh
-from tp_plugin.runtime.remote_logits import Held, desk
 from tp_plugin.tensor import regions
 from tp_plugin.tensor.first_order import first_order
 from tp_plugin.tensor.graphs import end_graph, skip
-from tp_plugin.tensor.vocab.expr import ALL, Expr, Local, Values, pad
-from tp_plugin.tensor.vocab.reductions import pieces
-from tp_plugin.tensor.vocab.tensor import Incoming, Logits, Vocabulary, incoming
+from tp_plugin.tensor.vocab.expr import ALL, Expr, HeadOutput, pad, pieces
+from tp_plugin.tensor.vocab.logits import Logits, in_graph, incoming
+from tp_plugin.tensor.vocab.peers import Held
+from tp_plugin.tensor.vocab.vocabulary import Vocabulary
 
 Fetched = Callable[[], contextlib.AbstractContextManager[Any]]
+"""Inside of ``fetched()`` a partitioned weight (ZeRO-3) is there for the backward."""
 
 
 class VocabularyColumns:
     """Hooks of an output head that computes this rank's logits."""
 
-    def __init__(self, vocabulary: int, width: int):
-        self.vocabulary = Vocabulary(vocabulary, width)
+    def __init__(self, vocabulary: Vocabulary):
+        self.vocabulary = vocabulary
 
     @skip
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """``f`` at the head's input. A graph ends here: torch.compile cannot trace deferred logits."""
         end_graph()  # before what the model's forward does with them
-        return (regions.copy_to_tp(args[0], require_mesh().tp), *args[1:])
+        return (regions.copy_to_tp(args[0], self.vocabulary.group), *args[1:])
 
     def after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         """Local logits (…, columns) → logits (…, vocabulary), gathered only if that is asked for."""
-        group = require_mesh().tp
-        if group.size == 1 or desk().link.sync_points.reads_all:
-            return regions.gather_from_tp(output, group)[..., : self.vocabulary.size]
+        vocabulary = self.vocabulary
+        if vocabulary.group.size == 1 or vocabulary.peers.wants_full:
+            return regions.gather_from_tp(output, vocabulary.group)[..., : vocabulary.size]
         if type(module).forward is nn.Linear.forward and "forward" not in vars(module):
             # what nn.Linear recorded is dropped: its backward would need the gradient of all logits at once
-            return deferred(args[0], module.weight, module.bias, output, self.vocabulary)  # type: ignore[arg-type]
-        result: torch.Tensor = Output.apply(output, _held(output), self.vocabulary)
-        return result
+            return deferred(args[0], module.weight, module.bias, output, vocabulary)  # type: ignore[arg-type]
+        width, shape = vocabulary.width, output.shape
+
+        def gradient(_: Any, grad: Expr, position: int) -> torch.Tensor:
+            return pad(grad.block(ALL, vocabulary.mine), width).reshape(shape)
+
+        made = _logits(_held(output, vocabulary), shape[:-1], vocabulary)
+        return in_graph(made, [output], (), gradient)
 
 
 def deferred(
@@ -53,39 +58,21 @@ def deferred(
     vocabulary: Vocabulary,
     fetched: Fetched = contextlib.nullcontext,
 ) -> torch.Tensor:
-    """Deferred logits of a linear layer on entered ``x`` (…, n), whose ``output`` (…, columns) is known.
+    """Deferred logits (…, vocabulary) of a linear layer on ``x`` (…, n), of which ``output`` (…, columns) is known.
 
-    Inside of ``fetched()`` the weight is there for the backward.
+    ``weight`` is (columns, n), ``bias`` (columns,); ``x`` has passed :func:`~tp_plugin.tensor.regions.copy_to_tp`.
     """
-    result: torch.Tensor = Linear.apply(x, weight, bias, _held(output), vocabulary, fetched)
+    result: torch.Tensor = Linear.apply(x, weight, bias, _held(output, vocabulary), vocabulary, fetched)
     return result
 
 
-def _held(output: torch.Tensor) -> Held:
-    return Held(output.detach().reshape(-1, output.shape[-1]))
+def _held(output: torch.Tensor, vocabulary: Vocabulary) -> Held:
+    return vocabulary.peers.hold(output.detach().reshape(-1, output.shape[-1]))
 
 
 def _logits(held: Held, lead: torch.Size, vocabulary: Vocabulary) -> Logits:
-    expr = Local(held.leaf, held.data.dtype)
-    shape = torch.Size((*lead, vocabulary.size))
-    return Logits.make(vocabulary, expr, {held.leaf: held.data}, shape, held.data.device, (held,))
-
-
-class Output(torch.autograd.Function):
-    """Deferred logits of any head's output."""
-
-    @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, held: Held, vocabulary: Vocabulary) -> Logits:
-        ctx.shape, ctx.vocabulary = output.shape, vocabulary
-        return _logits(held, output.shape[:-1], vocabulary)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        expr, tensors = incoming(grad)
-        columns = ctx.vocabulary.mine
-        block = expr.pick(ALL, columns, Values(tensors, columns[0]))
-        return pad(block, ctx.vocabulary.width).reshape(ctx.shape), None, None
+    expr = HeadOutput(held.data, vocabulary.mine[0], held.number)
+    return Logits.make(vocabulary, expr, torch.Size((*lead, vocabulary.size)), held.data.device, (held,))
 
 
 class Linear(torch.autograd.Function):
@@ -109,26 +96,24 @@ class Linear(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
-        source = incoming(grad)
+        expr = incoming(grad, -1)
         with ctx.fetched():
-            return *_linear_backward(ctx, source, x, weight, bias), None, None, None
+            return *_linear_backward(ctx, expr, x, weight, bias), None, None, None
 
 
 def _linear_backward(
-    ctx: Any, source: Incoming, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ctx: Any, grad: Expr, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients by blocks of columns: each block of the logits' gradient is used up before the next is computed."""
-    expr, tensors = source
     first, last = ctx.vocabulary.mine
     own = last - first
-    values = Values(tensors, first)
     rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)  # the dtype of the product, which autocast may have chosen
     for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
     dx = torch.zeros_like(rows) if for_x else None
     dweight = torch.zeros_like(weight) if for_weight else None
     dbias = torch.zeros_like(bias) if for_bias and bias is not None else None
-    for left, right in pieces(own, len(rows), expr.depth) if ctx.dtype.itemsize >= 4 else [(0, own)]:
-        block = _block(expr, first + left, first + right, values, rows)
+    for left, right in pieces(own, len(rows), grad.depth) if ctx.dtype.itemsize >= 4 else [(0, own)]:
+        block = _block(grad, first + left, first + right, rows)
         if dx is not None:
             dx.addmm_(block, weight[left:right].to(ctx.dtype))
         if dweight is not None:
@@ -138,11 +123,11 @@ def _linear_backward(
     return None if dx is None else dx.to(x.dtype).view(x.shape), dweight, dbias
 
 
-def _block(expr: Expr, first: int, last: int, values: Values, rows: torch.Tensor) -> torch.Tensor:
+def _block(grad: Expr, first: int, last: int, rows: torch.Tensor) -> torch.Tensor:
     # a 16-bit product is rounded once, so it is not added up from blocks; only its temporaries are small
     if rows.dtype.itemsize >= 4:
-        return expr.pick(ALL, (first, last), values).to(rows.dtype)
+        return grad.block(ALL, (first, last)).to(rows.dtype)
     whole = rows.new_empty(len(rows), last - first)
-    for left, right in pieces(last - first, len(rows), expr.depth):
-        whole[:, left:right] = expr.pick(ALL, (first + left, first + right), values)
+    for left, right in pieces(last - first, len(rows), grad.depth):
+        whole[:, left:right] = grad.block(ALL, (first + left, first + right))
     return whole

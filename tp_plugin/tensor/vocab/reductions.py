@@ -1,224 +1,233 @@
-"""What is summed over the vocabulary: each rank over its own columns, then a few numbers per token over the ranks.
-
-Every function here communicates, so all ranks of the TP group must call it. Results are equal on all of them, and so
-are the gradients that come back: the ranks compute one and the same loss.
-"""
+"""Functions of torch that need some numbers per token from the other ranks, and the losses made of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from tp_plugin.mesh.groups import require_mesh
-from tp_plugin.tensor.first_order import first_order
-from tp_plugin.tensor.vocab.expr import Apply, Cast, Expr, Leaf, OneHot, PerRow, StatisticsGradient, Values, take
-from tp_plugin.tensor.vocab.tensor import Logits, Vocabulary, blank, incoming, recalled, remember
-
-PIECES = 10
-"""Blocks that a rank's rows or columns are computed in, for each temporary of a block's size."""
-
-SMALLEST = 1 << 16
-"""Elements of a block that is not worth dividing."""
+from tp_plugin.tensor.vocab.elementwise import cast, elementwise
+from tp_plugin.tensor.vocab.gather import together
+from tp_plugin.tensor.vocab.logits import Logits
+from tp_plugin.tensor.vocab.registry import Handler, handles
+from tp_plugin.tensor.vocab.statistics import entries, largest, row_sums, statistics, wide
 
 
-def pieces(length: int, other: int, depth: int) -> Iterator[tuple[int, int]]:
-    """Ranges of a dimension of ``length``, so that blocks with ``depth`` temporaries stay small."""
-    step = max(-(-length // (PIECES * (1 + depth))), min(length, SMALLEST // max(other, 1)), 1)
-    return ((first, min(first + step, length)) for first in range(0, length, step))
+def _is_vocabulary(logits: Any, dim: Any) -> bool:
+    """Whether ``dim`` of deferred ``logits`` is the vocabulary."""
+    return isinstance(logits, Logits) and isinstance(dim, int) and dim in (logits.axis, logits.axis - logits.dim())
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to sum in."""
-    return torch.float32 if dtype.is_floating_point and dtype.itemsize <= 4 else torch.float64
+def _ready(name: str, logits: Any, dim: Any) -> bool:
+    """Whether the function reduces the vocabulary and all ranks are at it."""
+    return _is_vocabulary(logits, dim) and together(name, logits.vocabulary, logits.expr)
 
 
-class Source(NamedTuple):
-    """What this rank's columns are computed from."""
-
-    expr: Expr
-    tensors: Mapping[Leaf, torch.Tensor]
-    rows: int
-    vocabulary: Vocabulary
-    device: torch.device
-
-    @staticmethod
-    def of(logits: Logits) -> Source:
-        expr, tensors = logits.ordered()
-        return Source(expr, tensors, logits.rows, logits.vocabulary, logits.device)
-
-    def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Rows and this rank's columns of them; nothing if it has only padding."""
-        first, last = columns = self.vocabulary.mine
-        values = Values(self.tensors, first)
-        if first < last:
-            for top, bottom in pieces(self.rows, last - first, self.expr.depth):
-                rows = slice(top, bottom)
-                yield rows, self.expr.pick(rows, columns, values)
+def _per_row(found: torch.Tensor, logits: Logits, keepdim: bool = False) -> torch.Tensor:
+    found = found.reshape(logits.lead)
+    return found.unsqueeze(logits.axis) if keepdim else found
 
 
-def statistics(source: Source, labels: torch.Tensor | None, with_sum: bool) -> torch.Tensor:
-    """Log-sum-exp, entry at the label and sum of every row over the whole vocabulary, (1, 2 or 3, rows).
+def _dtype_of(func: Handler, logits: Logits) -> torch.dtype:
+    """What torch makes of logits of this dtype; autocast may choose another one."""
+    table = torch.zeros(1, 2, dtype=logits.dtype, device=logits.device)
+    dtype: torch.dtype = func(table).dtype
+    return dtype
 
-    One all-gather of one number more than that per row.
+
+@handles("log_softmax")
+def _log_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+    if not _ready("log_softmax", input, dim):
+        return NotImplemented
+    return cast(log_probabilities(input), dtype or _dtype_of(lambda table: table.log_softmax(-1), input))
+
+
+@handles("softmax")
+def _softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+    if not _ready("softmax", input, dim):
+        return NotImplemented
+    return cast(log_probabilities(input).exp(), dtype or _dtype_of(lambda table: table.softmax(-1), input))
+
+
+@handles("logsumexp")
+def _logsumexp(input: Any, dim: Any, keepdim: bool = False) -> Any:
+    if not _ready("logsumexp", input, dim):
+        return NotImplemented
+    return _per_row(statistics(input)[0], input, keepdim).to(input.dtype)
+
+
+def log_probabilities(logits: Logits) -> Any:
+    """Logarithms of probabilities, deferred, in the dtype that sums are in. All ranks must call it.
+
+    One all-gather of two numbers per token, one all-reduce of one in the backward.
     """
-    dtype = wide(source.expr.dtype)
-    # the largest entry, the sum of exponentials relative to it, the entry at the label, the sum
-    mine = torch.zeros(2 if labels is None else 3 + with_sum, source.rows, dtype=dtype, device=source.device)
-    mine[0] = -torch.inf
-    for rows, raw in source.blocks():
-        block = raw.to(dtype)
-        mine[0, rows] = block.amax(-1)
-        if labels is not None:
-            mine[2, rows] = take(block, labels[rows, None], source.vocabulary.mine).squeeze(-1)
-        if with_sum:
-            mine[3, rows] = block.sum(-1)
-        mine[1, rows] = (block - _finite(mine[0, rows]).unsqueeze(-1)).exp_().sum(-1)
-    everyone = torch.stack(require_mesh().tp.all_gather(mine))
-    highest = _finite(everyone[:, 0].amax(0))
-    # added in one order on every rank: the results are equal
-    found = everyone[:, 1:].sum(0)
-    found[0] = highest + (everyone[:, 1] * (_finite(everyone[:, 0]) - highest).exp()).sum(0).log()
-    return found
+    logits = cast(logits, wide(logits.dtype))  # first, so that the gradient's two terms are added before it is rounded
+    return logits - _per_row(statistics(logits)[0], logits, keepdim=True)
 
 
-def _finite(highest: torch.Tensor) -> torch.Tensor:
-    # of entries that are all -inf (or of none) the sum of exponentials is 0, relative to anything
-    return highest.masked_fill(highest == -torch.inf, 0)
+@handles("sum")
+def _sum(input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    if isinstance(dim, tuple | list) and len(dim) == 1:
+        (dim,) = dim
+    if not isinstance(input, Logits) or not input.is_floating_point():
+        return NotImplemented
+    if not (dim is None or _is_vocabulary(input, dim)) or not together("sum", input.vocabulary, input.expr):
+        return NotImplemented
+    found = row_sums(input)
+    found = found.sum() if dim is None else _per_row(found, input, keepdim)
+    return found.to(dtype or input.dtype)
 
 
-class Statistics(torch.autograd.Function):
-    """:func:`statistics` of deferred logits; the gradient is deferred."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Logits, labels: torch.Tensor, with_sum: bool) -> tuple[torch.Tensor, ...]:
-        source = Source.of(logits)
-        found = statistics(source, labels, with_sum)
-        log_sum, at = Leaf(), Leaf()
-        remember(ctx, logits, {**source.tensors, log_sum: found[0], at: labels})
-        ctx.expr, ctx.log_sum, ctx.at = source.expr, log_sum, at
-        ctx.set_materialize_grads(False)
-        return tuple(found)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Logits, None, None]:
-        tensors = recalled(ctx)
-        weights = Leaf()
-        zero = torch.zeros_like(tensors[ctx.log_sum])
-        tensors[weights] = torch.stack([zero if grad is None else grad for grad in grads])
-        with_sum = len(grads) > 2 and grads[2] is not None
-        expr = StatisticsGradient(ctx.expr, ctx.expr.dtype, ctx.log_sum, ctx.at, weights, with_sum)
-        return Logits.make(ctx.vocabulary, expr, tensors, ctx.shape, ctx.device), None, None
+@handles("mean")
+def _mean(input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    dtype = dtype or input.dtype
+    found = _sum(input, dim, keepdim, dtype=wide(dtype))
+    if found is NotImplemented:
+        return found
+    return (found / (input.numel() if dim is None else input.vocabulary.size)).to(dtype)
 
 
-class LogSoftmax(torch.autograd.Function):
-    """Logarithms of probabilities, deferred."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Logits, dtype: torch.dtype) -> Logits:
-        source = Source.of(logits)
-        log_sum = Leaf()
-        tensors = {**source.tensors, log_sum: statistics(source, None, False)[0].unsqueeze(-1)}
-        precise = wide(source.expr.dtype)
-        log: Expr = Apply(torch.sub, (cast(source.expr, precise), PerRow(log_sum, precise)), {}, precise)
-        remember(ctx, logits, tensors)
-        ctx.log, ctx.dtype = log, source.expr.dtype
-        ctx.set_materialize_grads(False)
-        return Logits.make(logits.vocabulary, cast(log, dtype), tensors, blank(logits), logits.device, logits.held)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Logits | None, None]:
-        if grad is None:
-            return None, None
-        expr, tensors = incoming(grad, ctx.axis)
-        tensors |= recalled(ctx)
-        total = Leaf()
-        source = Source(expr, tensors, ctx.shape.numel() // ctx.vocabulary.size, ctx.vocabulary, ctx.device)
-        tensors = {**tensors, total: row_sums(source).unsqueeze(-1)}
-        found = Apply(_log_softmax_gradient, (expr, ctx.log, PerRow(total, ctx.log.dtype)), {}, ctx.log.dtype)
-        return Logits.make(ctx.vocabulary, cast(found, ctx.dtype), tensors, ctx.shape, ctx.device), None
+@handles("gather")
+def _gather(input: Any, dim: Any, index: Any, *, sparse_grad: bool = False) -> Any:
+    if not _is_vocabulary(input, dim) or isinstance(index, Logits) or index.dim() != input.dim() or sparse_grad:
+        return NotImplemented
+    moved = index.movedim(input.axis, -1)
+    if moved.shape[:-1] != input.lead or not together("gather", input.vocabulary, input.expr, index):
+        return NotImplemented
+    at = moved.reshape(input.rows, -1)
+    _check_range(at, None, input.vocabulary.size, "index {} is out of bounds for dimension -1 with size {}")
+    return entries(input, at).reshape(moved.shape).movedim(-1, input.axis)
 
 
-def _log_softmax_gradient(grad: torch.Tensor, log: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    return grad - log.exp().mul_(total)
+@handles("take_along_dim")
+def _take_along_dim(input: Any, indices: Any, dim: Any = None) -> Any:
+    return _gather(input, dim, indices) if _is_vocabulary(input, dim) else NotImplemented
 
 
-def cast(expr: Expr, dtype: torch.dtype) -> Expr:
-    """``expr`` in ``dtype``."""
-    return expr if expr.dtype == dtype else Cast(expr, dtype)
+@handles("argmax")
+def _argmax(input: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    if not _ready("argmax", input, dim):
+        return NotImplemented
+    with torch.no_grad():
+        return _per_row(largest(input, 1)[1], input, keepdim)
 
 
-def row_sums(source: Source) -> torch.Tensor:
-    """The sum of every row over the whole vocabulary, (rows,). One all-reduce."""
-    found = torch.zeros(source.rows, dtype=wide(source.expr.dtype), device=source.device)
-    for rows, block in source.blocks():
-        found[rows] = block.sum(-1, dtype=found.dtype)
-    return require_mesh().tp.all_reduce(found)
+@handles("max")
+def _max(input: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    if not _ready("max", input, dim):
+        return NotImplemented
+    found, places = _top(input, 1)
+    return torch.return_types.max((_per_row(found, input, keepdim), _per_row(places, input, keepdim)))
 
 
-class RowSum(torch.autograd.Function):
-    """:func:`row_sums` of deferred values."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Logits) -> torch.Tensor:
-        remember(ctx, logits, {})
-        ctx.dtype = logits.expr.dtype
-        return row_sums(Source.of(logits))
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: torch.Tensor) -> Logits:
-        leaf = Leaf()
-        tensors = {leaf: grad.to(ctx.dtype).unsqueeze(-1)}
-        return Logits.make(ctx.vocabulary, PerRow(leaf, ctx.dtype), tensors, ctx.shape, ctx.device)
+@handles("topk")
+def _topk(input: Any, k: int, dim: Any = -1, largest: bool = True, sorted: bool = True) -> Any:
+    if not _is_vocabulary(input, dim) or not largest or not 1 <= k <= input.vocabulary.size:
+        return NotImplemented
+    if not together(f"topk {k}", input.vocabulary, input.expr):
+        return NotImplemented
+    values, at = (part.reshape(*input.lead, k).movedim(-1, input.axis) for part in _top(input, k))
+    return torch.return_types.topk((values, at))
 
 
-class Take(torch.autograd.Function):
-    """The entries ``at`` (rows, k) of every row. One all-reduce."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Logits, at: torch.Tensor) -> torch.Tensor:
-        remember(ctx, logits, {Leaf(): at})
-        source = Source.of(logits)
-        ctx.dtype = source.expr.dtype
-        found = torch.zeros(at.shape, dtype=ctx.dtype, device=at.device)
-        for rows, block in source.blocks():
-            found[rows] = take(block, at[rows], source.vocabulary.mine)
-        return require_mesh().tp.all_reduce(found)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Logits, None]:
-        ((at, places),) = recalled(ctx).items()
-        weight = Leaf()
-        tensors = {at: places, weight: grad}
-        return Logits.make(ctx.vocabulary, OneHot(at, weight, ctx.dtype), tensors, ctx.shape, ctx.device), None
+def _top(logits: Logits, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`largest`, of which the entries have a gradient."""
+    with torch.no_grad():
+        places = largest(logits, k)[1]
+    return entries(logits, places), places
 
 
-def largest(logits: Logits, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``k`` largest entries of every row in falling order and which they are, both (rows, k).
+@handles("cross_entropy")
+def _cross_entropy(
+    input: Any,
+    target: Any,
+    weight: torch.Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    if not _has_labels(input, target, weight, size_average, reduce):
+        return NotImplemented
+    # inside a forward all ranks are at the model's own loss
+    if not input.vocabulary.peers.in_forward and not together("cross_entropy", input.vocabulary, input.expr, target):
+        return NotImplemented
+    labels, ignored = _labels(input, target, ignore_index)
+    log_sum, entry, *total = statistics(input, labels, label_smoothing > 0)
+    loss = log_sum - entry
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss + label_smoothing * (log_sum - total[0] / input.vocabulary.size)
+    dtype = _dtype_of(lambda table: F.cross_entropy(table, labels.new_zeros(1)), input)
+    return _reduce(loss, ignored, reduction, target.shape).to(dtype)
 
-    One all-gather of the entries and one of their places. For k = 1 the first of equals, as torch.argmax has it.
-    """
-    source = Source.of(logits)
-    entries = torch.full((source.rows, k), -torch.inf, dtype=source.expr.dtype, device=source.device)
-    places = torch.zeros((source.rows, k), dtype=torch.int64, device=source.device)
-    for rows, block in source.blocks():
-        found, at = _top(block, min(k, block.shape[-1]))
-        entries[rows, : at.shape[1]] = found
-        places[rows, : at.shape[1]] = at + source.vocabulary.mine[0]
-    group = require_mesh().tp
-    everyone, where = (torch.cat(group.all_gather(part), -1) for part in (entries, places))
-    found, at = _top(everyone, k)
-    return found, where.gather(-1, at)
+
+@handles("nll_loss")
+def _nll_loss(
+    input: Any,
+    target: Any,
+    weight: torch.Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Any:
+    if not _has_labels(input, target, weight, size_average, reduce):
+        return NotImplemented
+    if not together("nll_loss", input.vocabulary, input.expr, target):
+        return NotImplemented
+    labels, ignored = _labels(input, target, ignore_index)
+    found = entries(input, labels.unsqueeze(-1)).squeeze(-1)
+    return _reduce(-found, ignored, reduction, target.shape)
 
 
-def _top(block: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    if k > 1:
-        found, at = block.topk(k, -1)
-        return found, at
-    at = block.argmax(-1, keepdim=True)
-    return block.gather(-1, at), at
+def _has_labels(input: Any, target: torch.Tensor, *unsupported: Any) -> bool:
+    """Whether targets are labels (not probabilities) for classes in dimension 1 (of one sample: 0)."""
+    if not isinstance(input, Logits) or any(each is not None for each in unsupported):
+        return False
+    return input.axis == (input.dim() > 1) and target.shape == input.lead
+
+
+def _labels(logits: Logits, target: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One label per row, 0 where it is to be ignored, and where that is."""
+    labels = target.reshape(-1)
+    ignored = labels == ignore_index
+    _check_range(labels, ignored, logits.vocabulary.size, "Target {} is out of bounds.")
+    return labels.masked_fill(ignored, 0), ignored
+
+
+def _reduce(loss: torch.Tensor, ignored: torch.Tensor, reduction: str, shape: torch.Size) -> torch.Tensor:
+    loss = loss.masked_fill(ignored, 0)
+    if reduction == "none":
+        return loss.reshape(shape)
+    return loss.sum() / (~ignored).sum() if reduction == "mean" else loss.sum()
+
+
+def _check_range(at: torch.Tensor, ignored: torch.Tensor | None, size: int, message: str) -> None:
+    wrong = (at < 0) | (at >= size)
+    if ignored is not None:
+        wrong &= ~ignored
+    if at.is_cuda:
+        torch._assert_async(~wrong.any(), message.format("?", size))
+    elif wrong.any():
+        raise IndexError(message.format(at[wrong][0].item(), size))
+
+
+@handles("kl_div")
+def _kl_div(
+    input: Any,
+    target: Any,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Any:
+    if not isinstance(input, Logits) or size_average is not None or reduce is not None:
+        return NotImplemented
+    each = elementwise(F.kl_div, (input, target), {"reduction": "none", "log_target": log_target})
+    if each is NotImplemented or reduction == "none":
+        return each
+    if reduction == "batchmean":
+        return each.sum() / input.shape[0]
+    return each.mean() if reduction == "mean" else each.sum()

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from tp_plugin.mesh.groups import require_mesh
-from tp_plugin.policy import ParamLayout
 from tp_plugin.tensor import regions
 from tp_plugin.tensor.vocab.head import Fetched, deferred
-from tp_plugin.tensor.vocab.reductions import LogSoftmax, RowSum, Statistics, largest
-from tp_plugin.tensor.vocab.tensor import Logits, Vocabulary
+from tp_plugin.tensor.vocab.reductions import log_probabilities
+from tp_plugin.tensor.vocab.statistics import largest, row_sums, statistics
+from tp_plugin.tensor.vocab.vocabulary import Vocabulary
 
 
 def scores(
@@ -21,7 +21,7 @@ def scores(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
-    layout: ParamLayout,
+    vocabulary: Vocabulary,
     wanted: Collection[str],
     *,
     scale: float = 1.0,
@@ -33,43 +33,34 @@ def scores(
 
     Args:
         hidden: what the head is given, (tokens, width).
-        weight, bias: this rank's rows of the head, laid out by ``layout``.
-        targets: one vocabulary entry per token.
+        weight, bias: this rank's rows of the head, (columns, width) and (columns,).
+        targets: one vocabulary entry per token, (tokens,).
         wanted: of ``entropy``, ``is_top1``, ``mean_logits`` and ``log_sum_sq_probs``; ``log_probs`` comes always.
         fetched: what gathers the weight for the backward, where it is partitioned in between; now it is there.
 
     One all-gather of three numbers per token; two reductions more for the entropy, two for ``is_top1``, one for each of
     the others.
     """
-    group = require_mesh().tp
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    entered = regions.copy_to_tp(hidden, group)
+    entered = regions.copy_to_tp(hidden, vocabulary.group)
     with torch.no_grad():
         own = F.linear(entered.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    vocabulary = Vocabulary(layout.shape[0], layout.local_shape(group.rank)[0])
-    logits = _transformed(
-        deferred(entered, weight, bias, own, vocabulary, fetched).float(), scale, softcap, temperature
-    )
+    logits: Any = deferred(entered, weight, bias, own, vocabulary, fetched).float()
+    logits = logits if scale == 1 else logits * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits = logits if temperature == 1 else logits / temperature
 
-    log_sum, entry, *total = Statistics.apply(logits, targets, "mean_logits" in wanted)
+    log_sum, entry, *total = statistics(logits, targets, "mean_logits" in wanted)
     found = {"log_probs": entry - log_sum}
     if "entropy" in wanted:
-        log = LogSoftmax.apply(logits, torch.float32)
-        found["entropy"] = -RowSum.apply(log.exp() * log)
+        log = log_probabilities(logits)
+        found["entropy"] = -row_sums(log.exp() * log)
     with torch.no_grad():
         if "mean_logits" in wanted:
             found["mean_logits"] = total[0].detach() / vocabulary.size
         if "is_top1" in wanted:
             found["is_top1"] = largest(logits, 1)[1].squeeze(-1) == targets
         if "log_sum_sq_probs" in wanted:
-            found["log_sum_sq_probs"] = Statistics.apply(2 * logits, targets, False)[0] - 2 * log_sum
+            found["log_sum_sq_probs"] = statistics(2 * logits)[0] - 2 * log_sum
     return found
-
-
-def _transformed(logits: Logits, scale: float, softcap: float | None, temperature: float) -> Logits:
-    if scale != 1:
-        logits = logits * scale  # type: ignore[assignment]
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)  # type: ignore[assignment]
-    return logits if temperature == 1 else logits / temperature  # type: ignore[return-value]

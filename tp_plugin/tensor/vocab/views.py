@@ -5,76 +5,70 @@ The sizes, the strides and whether the result is a view are what torch itself sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from tp_plugin.tensor.vocab.expr import ALL, Expr, Leaf, Reordered
-from tp_plugin.tensor.vocab.ops import HANDLERS, Handler, functions, handles
-from tp_plugin.tensor.vocab.tensor import Deferred, Logits, axis_of
+from tp_plugin.tensor.vocab.expr import ALL, Expr, TakeRows
+from tp_plugin.tensor.vocab.logits import Logits, axis_of, in_graph, tracks
+from tp_plugin.tensor.vocab.registry import HANDLERS, Handler, functions, handles
 
 
 def _view(func: Handler) -> Handler:
     def handler(logits: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(logits, Logits) or any(isinstance(arg, Logits) for arg in tree_leaves((args, kwargs))):
             return NotImplemented
-        before = logits.shape_in_storage
-        after = func(before, *args, **kwargs)
+        after = func(logits.strides, *args, **kwargs)
         many = isinstance(after, tuple | list)
         shapes = after if many else (after,)
         if any(axis_of(shape, logits.vocabulary.size) is None for shape in shapes):
             return NotImplemented
-        same_storage = before.untyped_storage()._cdata
-        made = [_reshaped(logits, shape, shape.untyped_storage()._cdata == same_storage) for shape in shapes]
+        made = [_reshaped(logits, shape) for shape in shapes]
         return type(after)(made) if many else made[0]
 
     return handler
 
 
-def _reshaped(logits: Logits, shape: torch.Tensor, viewed: bool) -> Logits:
-    if viewed:
-        made = logits.again(shape, origin=logits.source)
-        return _in_graph(made, logits, _order_in(logits, made)) if _tracks(logits) else made
-    expr, tensors = logits.ordered()  # a copy: all rows in their order
-    made = Logits.make(logits.vocabulary, expr, tensors, shape, logits.device, logits.held)
-    return _in_graph(made, logits, None) if _tracks(logits) else made
+def _reshaped(logits: Logits, strides: torch.Tensor) -> Logits:
+    if strides.untyped_storage()._cdata != logits.strides.untyped_storage()._cdata:  # a copy has all rows, in order
+        made = Logits.make(logits.vocabulary, logits.expr, strides.shape, logits.device, logits.held)
+        return in_graph(made, [logits], None, _row_gradient)
+    root = logits.root
+    index = _order(strides, root, root.device)
+    expr = root.expr if index is None else TakeRows(root.expr, index)
+    made = Logits.make(logits.vocabulary, expr, strides, logits.device, logits.held, root)
+    places = _places(logits, made) if tracks(logits) else None
+    return in_graph(made, [logits], places, _row_gradient)
 
 
-def _tracks(logits: Logits) -> bool:
-    return logits.requires_grad and torch.is_grad_enabled()
-
-
-def _order_in(parent: Logits, child: Logits) -> torch.Tensor | None:
-    """Which of the parent's rows each row of a view is; None for all of them in their order."""
-    theirs, mine = parent.order, child.order
-    if mine is None and theirs is None:
+def _order(strides: torch.Tensor, root: Logits, device: torch.device | str) -> torch.Tensor | None:
+    """The rows of ``root`` that a view of it has, in the view's order; None for all of them as they stand."""
+    size = root.vocabulary.size
+    axis = axis_of(strides, size)
+    assert axis is not None
+    lead = strides.movedim(axis, -1)
+    if lead.is_contiguous() and lead.numel() == root.numel():
         return None
-    rows = torch.arange(parent.rows_in_storage, device=parent.device)
-    theirs, mine = rows if theirs is None else theirs, rows if mine is None else mine
-    if torch.equal(mine, theirs):
+    steps = [stride // size for stride in lead.stride()[:-1]]
+    rows = torch.arange(root.rows, device=device)
+    return rows.as_strided(lead.shape[:-1], steps, strides.storage_offset() // size).reshape(-1)
+
+
+def _places(parent: Logits, view: Logits) -> torch.Tensor | None:
+    """For each row of ``parent`` which row of its view it is, -1 for none; None if they have the same rows in order."""
+    root = parent.root
+    theirs, ours = (_order(each.strides, root, "cpu") for each in (parent, view))  # no synchronisation with a device
+    if (theirs is None and ours is None) or (theirs is not None and ours is not None and torch.equal(theirs, ours)):
         return None
-    place = torch.zeros_like(rows)
-    place[theirs] = torch.arange(len(theirs), device=parent.device)
-    return place[mine]
+    theirs, ours = (_order(each.strides, root, root.device) for each in (parent, view))
+    places = torch.full((root.rows,), -1, device=root.device)
+    places[ALL if ours is None else ours] = torch.arange(view.rows, device=root.device)
+    return places if theirs is None else places[theirs]
 
 
-def _in_graph(made: Logits, parent: Logits, order: torch.Tensor | None) -> Logits:
-    """``made``, whose rows are the parent's rows ``order`` (each at most once), as a node of autograd's graph."""
-    leaf = Leaf()
-    saved: Mapping[Leaf, torch.Tensor] = {}
-    if order is not None:
-        place = order.new_full((parent.rows,), -1)
-        place[order] = torch.arange(len(order), device=order.device)
-        saved = {leaf: place}
-
-    def back(grad: Expr, _: Any) -> list[Expr | None]:
-        return [Reordered(grad, leaf, grad.dtype, gaps=True) if some else grad]
-
-    some = order is not None
-    result: Logits = Deferred.apply(lambda: (made, saved), back, parent)
-    return result
+def _row_gradient(places: torch.Tensor | None, grad: Expr, position: int) -> Expr:
+    return grad if places is None else TakeRows(grad, places, has_gaps=True)
 
 
 for _func in functions(
@@ -82,13 +76,8 @@ for _func in functions(
     "permute unbind split split_with_sizes chunk tensor_split contiguous clone"
 ):
     HANDLERS[_func] = _view(_func)
-_below: dict[Any, Any] = {
-    torch.ops.aten.view.default: torch.Tensor.view,
-    torch.ops.aten._unsafe_view.default: torch.Tensor.view,
-    torch.ops.aten.clone.default: torch.clone,
-}
-for _aten, _func in _below.items():
-    HANDLERS[_aten] = _view(_func)
+HANDLERS[torch.ops.aten.view.default] = HANDLERS[torch.ops.aten._unsafe_view.default] = _view(torch.Tensor.view)
+HANDLERS[torch.ops.aten.clone.default] = _view(torch.clone)
 
 
 @handles("__getitem__")
@@ -96,34 +85,17 @@ def _getitem(logits: Any, index: Any) -> Any:
     if not isinstance(logits, Logits):
         return NotImplemented
     parts = index if isinstance(index, tuple) else (index,)
-    if not any(isinstance(part, torch.Tensor | list | bool) or hasattr(part, "__array__") for part in parts):
+    if all(part is None or part is Ellipsis or isinstance(part, int | slice) for part in parts):
         return _view(torch.Tensor.__getitem__)(logits, index)
-    # indices into the leading dimensions are the same indices into a table of rows
-    taken = sum(_dimensions(part) for part in parts)
-    if logits.axis != logits.dim() - 1:
+    is_mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool and type(index) is torch.Tensor
+    if not is_mask or index.shape != logits.lead or logits.axis != logits.dim() - 1:
         return NotImplemented
-    if taken == logits.dim() and isinstance(parts[-1], slice) and parts[-1] == ALL:
-        parts = parts[:-1]
-    elif taken >= logits.dim() or Ellipsis in [part for part in parts if not isinstance(part, torch.Tensor)]:
-        return NotImplemented
-    table = torch.arange(logits.rows, device=logits.device).view(logits.shape[:-1])
-    order = table[parts]
-    flat = order.reshape(-1)
-    if _tracks(logits) and len(flat.unique()) < len(flat):
-        return NotImplemented  # a row's gradient would be a sum
-    expr, tensors = logits.ordered()
-    leaf = Leaf()
-    sizes = torch.Size((*order.shape, logits.vocabulary.size))
-    chosen = Reordered(expr, leaf, expr.dtype)
-    made = Logits.make(logits.vocabulary, chosen, {**tensors, leaf: flat}, sizes, logits.device, logits.held)
-    return _in_graph(made, logits, flat) if _tracks(logits) else made
-
-
-def _dimensions(part: Any) -> int:
-    if part is None or part is Ellipsis:
-        return 0
-    is_mask = isinstance(part, torch.Tensor) and part.dtype in (torch.bool, torch.uint8)
-    return part.dim() if is_mask else 1
+    chosen = index.reshape(-1).nonzero().squeeze(-1)
+    shape = torch.Size((len(chosen), logits.vocabulary.size))
+    made = Logits.make(logits.vocabulary, TakeRows(logits.expr, chosen), shape, logits.device, logits.held)
+    places = chosen.new_full((logits.rows,), -1)
+    places[chosen] = torch.arange(len(chosen), device=chosen.device)
+    return in_graph(made, [logits], places, _row_gradient)
 
 
 @handles("view_as")

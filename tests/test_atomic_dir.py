@@ -112,3 +112,50 @@ def test_a_manifest_that_cannot_be_read(tmp_path: Path) -> None:
 def test_others_checkpoints_are_not_judged(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("")
     assert atomic_dir.check(tmp_path) == {}
+
+
+@pytest.mark.parametrize("kind", ["..", "absolute", "link to a folder", "link to a file", "number"])
+def test_a_manifest_that_names_files_elsewhere_moves_nothing(kind: str, tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "a" / "state", tmp_path / "elsewhere"
+    aside = atomic_dir.begin(folder)
+    elsewhere.mkdir()
+    victim = elsewhere / "authorized_keys"
+    victim.write_text("mine")
+    (aside / "first.bin").write_text("harmless")
+    name: str = {"..": "../../elsewhere/authorized_keys", "absolute": str(victim)}.get(kind, "in/authorized_keys")
+    if kind == "link to a folder":
+        (folder / "in").symlink_to(elsewhere)
+    if kind == "link to a file":
+        (aside / "in").mkdir()
+        (aside / "in" / "authorized_keys").symlink_to(victim)
+    elif kind != "number":
+        source = Path(os.path.normpath(aside / name)) if kind == ".." else aside / name
+        if kind != "absolute" and source != victim:
+            source.parent.mkdir(parents=True, exist_ok=True)
+            source.write_text("theirs")
+    files = {"first.bin": 8, name: 6}
+    text = json.dumps({"format": 1, "files": files if kind != "number" else [7]})
+    (aside / atomic_dir.MANIFEST).write_text(text)
+    with pytest.raises(TPError, match="damaged" if kind == "number" else "authorized_keys"):
+        atomic_dir.recover(folder)
+    assert victim.read_text() == "mine"
+    assert (aside / "first.bin").exists() and not (folder / "first.bin").exists(), "something was moved"
+
+
+def test_a_manifest_in_place_that_names_files_elsewhere(tmp_path: Path) -> None:
+    save(tmp_path / "state", "x")
+    manifest = tmp_path / "state" / atomic_dir.MANIFEST
+    manifest.write_text(json.dumps({"format": 1, "files": {"../secret": 3}}))
+    with pytest.raises(TPError, match=r"names the file '\.\./secret', which is outside"):
+        atomic_dir.check(tmp_path / "state")
+
+
+def test_a_checkpoint_that_is_reached_through_a_link(tmp_path: Path) -> None:
+    """Links inside a checkpoint, and to it, are the user's business."""
+    save(tmp_path / "state", "x")
+    (tmp_path / "state" / "latest.bin").symlink_to("optimizer.bin")
+    (tmp_path / "link").symlink_to(tmp_path / "state")
+    atomic_dir.describe(tmp_path / "link", {"engine": "DDP"})
+    assert "latest.bin" in atomic_dir.check(tmp_path / "link")["files"]
+    save(tmp_path / "link", "later")
+    assert load(tmp_path / "state") == "later"

@@ -1,4 +1,4 @@
-"""What an exception or a deviation of a sharded model means, in the words of its policy."""
+"""What may be wrong in a policy whose sharded model raises an exception or gives other numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tp_plugin.policy import Plan
 
 
 @contextlib.contextmanager
-def explained(model: nn.Module, plan: Plan | None, rank: int = 0) -> Iterator[None]:
+def explain_failures(model: nn.Module, plan: Plan | None, rank: int = 0) -> Iterator[None]:
     """Turn an exception in a forward of ``model`` into a message: the module it came from, and what to write.
 
     Args:
@@ -50,7 +50,7 @@ def explained(model: nn.Module, plan: Plan | None, rank: int = 0) -> Iterator[No
         reason = (str(error).strip().splitlines() or [""])[0]
         if plan is None:
             raise TPError(f"the whole model cannot run: {place} raised {type(error).__name__}: {reason}") from error
-        hint = _of_linear(path, module, args, plan) or of_block(model, plan, path, rank)
+        hint = _hint_for_linear(path, module, args, plan) or hint_for_block(model, plan, path, rank)
         raise TPError(
             f"the sharded model cannot run: {place} raised {type(error).__name__}: {reason}"
             + (f"; {hint}" * bool(hint))
@@ -60,7 +60,7 @@ def explained(model: nn.Module, plan: Plan | None, rank: int = 0) -> Iterator[No
             handle.remove()
 
 
-def _of_linear(path: str, module: nn.Module, args: tuple[Any, ...], plan: Plan) -> str:
+def _hint_for_linear(path: str, module: nn.Module, args: tuple[Any, ...], plan: Plan) -> str:
     """Says that a linear got a share where it wants all features, or the other way round."""
     if path not in (*plan.columns, *plan.rows) or not args or not isinstance(args[0], torch.Tensor):
         return ""
@@ -73,22 +73,25 @@ def _of_linear(path: str, module: nn.Module, args: tuple[Any, ...], plan: Plan) 
     return ""
 
 
-def of_block(model: nn.Module, plan: Plan, path: str, rank: int = 0) -> str:
+def hint_for_block(model: nn.Module, plan: Plan, path: str, rank: int = 0) -> str:
     """What the policy's block around ``path`` may lack; empty outside of blocks."""
     around = [block for block in plan.blocks if path == block or path.startswith(block + ".")]
     if not around:
         return ""
     block = max(around, key=len)
     counts = "; ".join(
-        f"{name} = {whole} counts the whole model's, this rank has {mine}: add it to `local` as {meaning!r}"
+        f"{name} = {whole} counts the whole model's, this rank has {mine}: add it to `local_sizes` as {meaning!r}"
         for name, meaning, whole, mine in _whole_counts(model.get_submodule(block), plan, block, rank)
     )
     if counts:
         return f"in {block}, {counts}"
-    return f"what enters {block} is right, so look at this block's splits (order and counts of heads), `local`, `row`"
+    return (
+        f"what enters {block} is right, so look at this block's splits (order and counts of heads), `local_sizes`, "
+        "`row`"
+    )
 
 
-def of_gradient(name: str, plan: Plan, order: list[str]) -> str:
+def hint_for_gradient(name: str, plan: Plan, order: list[str]) -> str:
     """What the policy may lack if ``name`` is the first parameter of the backward whose gradient is wrong.
 
     Args:

@@ -1,4 +1,4 @@
-"""What ``tp-plugin verify`` is asked about: a model type, a config file or a local checkpoint, and a policy."""
+"""The model and the policy that ``tp-plugin verify`` is asked about, and small models of the same architecture."""
 
 from __future__ import annotations
 
@@ -121,7 +121,11 @@ def named_policy(reference: str) -> Policy:
 
 
 def small_config(config: Any, **settings: Any) -> Any:
-    """A config of the same architecture, small enough to be trained on a laptop in seconds; ``settings`` go before."""
+    """A config of the same architecture, small enough to be trained on a laptop in seconds.
+
+    Args:
+        settings: values of the config that override the small ones.
+    """
     from transformers import CONFIG_MAPPING, AutoConfig
 
     written = config.to_dict()
@@ -154,7 +158,7 @@ HEADS = (
     "ZERO_SHOT_IMAGE_CLASSIFICATION",
     "IMAGE_CLASSIFICATION",
 )
-"""Kinds of models with a loss of their own, the first that an architecture has is proven."""
+"""Kinds of models with a loss of their own; of those that an architecture has, the first is proven."""
 
 
 def model_class(config: Any) -> Any:
@@ -183,7 +187,7 @@ DEPTHS += ("encoder_layers", "decoder_layers")
 
 
 def shallow(config: Any, depth: int = 4) -> Any:
-    """A config of the same widths with at most ``depth`` layers, of which shapes are seen in no time."""
+    """A config of the same widths with at most ``depth`` layers, whose model is quick to build on the meta device."""
     changed = copy.deepcopy(config)
     for name, value in vars(changed).items():
         if hasattr(value, "model_type") and hasattr(value, "to_dict"):

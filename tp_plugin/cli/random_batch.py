@@ -1,4 +1,4 @@
-"""What a model is fed in the proof: random tokens, images and sounds, by the names that its forward takes."""
+"""Random batches for the proof: tokens, images and sounds, by the names of the arguments of a model's forward."""
 
 from __future__ import annotations
 

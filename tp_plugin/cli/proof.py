@@ -1,0 +1,35 @@
+"""The proof of a policy on local gloo ranks: first without dropout (parity.py), then with it (dropout.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tp_plugin.cli.dropout import prove_dropout
+from tp_plugin.cli.local_ranks import run_on_ranks
+from tp_plugin.cli.models import named_policy
+from tp_plugin.cli.parity import compare
+from tp_plugin.cli.parity_result import Result
+from tp_plugin.errors import TPError
+from tp_plugin.policy import policy_for
+from tp_plugin.runtime.current import require
+
+
+def prove(config: Any, reference: str | None, tp: int) -> list[Result]:
+    """Results of ``tp`` local ranks, for the policy that ``reference`` names (default: the registered one).
+
+    Raises:
+        TPError: the policy does not fit, or a rank raised or hung; the message has its traceback.
+    """
+    return run_on_ranks(tp, prove_here, config, reference, tp)
+
+
+def prove_here(config: Any, reference: str | None, tp: int) -> Result | TPError:
+    """This rank's part of :func:`prove`; an error that has a message of its own is given, not raised."""
+    try:
+        policy = named_policy(reference) if reference else policy_for(config)
+        result = compare(config, policy, tp)
+        if not any(require().mesh.unit_cpu.gather_objects(bool(result.failures()))):
+            result.dropout = prove_dropout(config, policy, tp)
+        return result
+    except TPError as error:
+        return TPError(str(error))  # without its cause, which need not pickle

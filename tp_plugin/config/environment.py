@@ -1,0 +1,52 @@
+"""The environment variables: the user's, and those by which a launcher tells its workers.
+
+``import torch`` runs this module in every process: what only a run with a ``tp_size`` needs is imported where it is
+used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+from tp_plugin.config.keys import ENV_DISABLE, ENV_OPTIONS, ENV_TP_SIZE
+
+if TYPE_CHECKING:
+    from tp_plugin.config.written import Written
+
+
+def is_disabled() -> bool:
+    """Whether ``TP_PLUGIN_DISABLE`` turns everything off."""
+    return os.environ.get(ENV_DISABLE, "") not in ("", "0")
+
+
+def tp_size() -> str:
+    """What ``TP_PLUGIN_TP_SIZE`` holds, not validated; "" if it is not set."""
+    return os.environ.get(ENV_TP_SIZE, "").strip()
+
+
+def read() -> Written:
+    """The keys in the environment; none if the plugin is disabled.
+
+    Raises:
+        TPError: ``TP_PLUGIN_OPTIONS`` is not JSON.
+    """
+    from tp_plugin.config.written import Written
+    from tp_plugin.errors import TPError
+
+    origin = f"the environment ({ENV_TP_SIZE}, {ENV_OPTIONS})"
+    if is_disabled():
+        return Written(origin)
+    raw = os.environ.get(ENV_OPTIONS, "")
+    try:
+        options = json.loads(raw) if raw else None
+    except json.JSONDecodeError as error:
+        raise TPError(f"{ENV_OPTIONS}: expected a JSON mapping, found {raw!r} ({error})") from error
+    return Written(origin, tp_size() or None, options)
+
+
+def publish(written: Written) -> None:
+    """Set the variables from which :func:`read` gets the same keys, in this process and in those that it starts."""
+    os.environ[ENV_TP_SIZE] = str(written.tp_size)
+    os.environ[ENV_OPTIONS] = json.dumps(written.options or {})

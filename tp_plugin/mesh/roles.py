@@ -1,0 +1,201 @@
+"""What ranks are to each other, on torch's DeviceMesh: the only place that knows how ranks are numbered.
+
+A unit is the set of ranks that hold one model. Its ranks are neighbours, TP innermost:
+
+    world     every rank
+    tp        split one tensor
+    unit      together are one process to the script; today the TP group
+    unit_cpu  the unit on gloo: headers, objects and states in host memory
+    data      the script's processes: this rank's place in every unit
+    grad      average a gradient; today the data group
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from tp_plugin.errors import TPError
+from tp_plugin.mesh.groups import CommContext, Group
+
+
+class LocalGroups:
+    """Process groups that only their own ranks make: the number of calls does not grow with the world.
+
+    torch names such a group by its ranks, and cannot make another one of the same ranks in the same world. So each is
+    made once, and kept for the next mesh.
+    """
+
+    def __init__(self) -> None:
+        self._world: dist.ProcessGroup | None = None
+        self._made: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}
+
+    def get(self, ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
+        """The group of ``ranks``. Collective over them at its first call."""
+        if self._world is not dist.group.WORLD:
+            self._world, self._made = dist.group.WORLD, {}
+        key = tuple(ranks), backend
+        if key not in self._made:
+            self._made[key] = dist.new_group(
+                list(ranks), backend=backend, timeout=world_timeout(), use_local_synchronization=True
+            )
+        return self._made[key]
+
+
+@dataclass
+class Mesh:
+    """The groups of this rank, by role.
+
+    Attributes:
+        tp_size: ranks that split one tensor.
+        dp_size: units, which are the script's processes.
+        devices: torch's mesh with the dimensions ``data`` and ``tp``.
+        context: statistics of all groups, and the collective that this rank is in.
+    """
+
+    tp_size: int
+    dp_size: int
+    tp: Group
+    unit: Group
+    unit_cpu: Group
+    data: Group
+    grad: Group
+    world: Group
+    devices: DeviceMesh
+    context: CommContext
+    local_groups: LocalGroups = field(default_factory=LocalGroups)
+    _replicas: dict[tuple[int, ...], Group] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """This rank in the world."""
+        return self.world.rank
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank speaks for its unit."""
+        return self.unit.rank == 0
+
+    def leader_of(self, process: int) -> int:
+        """The global rank that speaks for the script's process ``process``."""
+        return leader_of(process, self.tp_size)
+
+    def unit_for(self, tensor: torch.Tensor) -> Group:
+        """The unit on a backend that takes ``tensor``: NCCL takes no host memory."""
+        return self.unit_cpu if tensor.device.type == "cpu" else self.unit
+
+    def replicas(self, tp_ranks: Sequence[int]) -> Group:
+        """The group of these ranks of this TP group. Collective over those ranks at its first call with a value."""
+        key = tuple(tp_ranks)
+        if key not in self._replicas:
+            ranks = [self.tp.ranks[r] for r in key]
+            if len(ranks) == self.tp_size:
+                self._replicas[key] = self.tp
+            elif self.rank in ranks:
+                pg = self.local_groups.get(ranks, dist.get_backend())
+                self._replicas[key] = Group("replicas", ranks, pg, self.context)
+            else:
+                self._replicas[key] = Group("elsewhere", [self.rank], None, self.context)
+        return self._replicas[key]
+
+    def is_alive(self) -> bool:
+        """Whether torch.distributed still knows the groups: not after ``destroy_process_group`` and another init."""
+        return dist.is_initialized() and self.world.pg is dist.group.WORLD
+
+    def close(self) -> None:
+        """End the process groups of the device mesh, whose threads would stay. Collective over the world."""
+        if self.is_alive():
+            for group in (self.tp, self.data):
+                dist.destroy_process_group(group.pg)
+
+
+def build_mesh(tp_size: int, device_type: str | None = None, local_groups: LocalGroups | None = None) -> Mesh:
+    """Make the groups of ``tp_size`` × data-parallel ranks. Collective over the world.
+
+    Args:
+        tp_size: ranks of a TP group.
+        device_type: where tensors of device groups lie; default the accelerator that the world's backend serves, else
+            ``cpu``.
+        local_groups: groups that an earlier mesh of this world has made.
+
+    Raises:
+        TPError: torch.distributed is not initialised, or ``tp_size`` does not divide the world.
+    """
+    if not dist.is_initialized():
+        raise TPError(
+            f"tp_size={tp_size} needs an initialised torch.distributed with a multiple of {tp_size} processes; start "
+            "the script with `accelerate launch` or `torchrun`"
+        )
+    world = dist.get_world_size()
+    check_world(tp_size, world)
+    dp_size = world // tp_size
+    backend = dist.get_backend()  # named, so that no dimension shares the world's own group
+    devices = init_device_mesh(
+        device_type or _device_type(),
+        (dp_size, tp_size),
+        mesh_dim_names=("data", "tp"),
+        backend_override={"data": backend, "tp": backend},
+    )
+    context = CommContext()
+
+    def role(name: str, dimension: str) -> Group:
+        pg = devices.get_group(dimension)
+        timeout = world_timeout()
+        if timeout is not None:
+            _set_pg_timeout(timeout, pg)
+        return Group(name, dist.get_process_group_ranks(pg), pg, context)
+
+    tp, data = role("tp", "tp"), role("data", "data")
+    local_groups = local_groups or LocalGroups()
+    unit_cpu = Group("unit_cpu", tp.ranks, local_groups.get(tp.ranks, "gloo") if tp_size > 1 else None, context)
+    everyone = Group("world", range(world), dist.group.WORLD, context)
+    return Mesh(tp_size, dp_size, tp, tp, unit_cpu, data, data, everyone, devices, context, local_groups)
+
+
+def check_world(tp_size: int, world: int) -> None:
+    """Raise TPError if ``world`` ranks are not a whole number of units."""
+    if tp_size < 1 or world % tp_size:
+        raise TPError(
+            f"tp_size={tp_size} does not divide the world of {world} processes (num_processes); write num_processes = "
+            f"tp_size x data-parallel size, for example {tp_size * max(1, round(world / max(tp_size, 1)))}"
+        )
+
+
+def process_of(rank: int, tp_size: int) -> int:
+    """The index of the script's process that global ``rank`` belongs to; needs no groups."""
+    return rank // tp_size
+
+
+def leader_of(process: int, tp_size: int) -> int:
+    """The global rank that speaks for the script's process ``process``; needs no groups."""
+    return process * tp_size
+
+
+def _device_type() -> str:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return "cpu"
+    try:
+        served = dist.group.WORLD._get_backend(accelerator).name() != "gloo"  # type: ignore[union-attr]
+    except RuntimeError:
+        return "cpu"  # this world has no backend for the device
+    return accelerator.type if served else "cpu"
+
+
+def world_timeout() -> datetime.timedelta | None:
+    """The timeout that the script gave to ``init_process_group``: new groups fall back to 30 minutes, not to that."""
+    pg: Any = dist.group.WORLD
+    for device in ("cpu", "cuda"):
+        try:
+            timeout: datetime.timedelta = pg._get_backend(torch.device(device)).options._timeout
+            return timeout
+        except (RuntimeError, AttributeError):
+            continue  # this world has no backend for that device
+    return None

@@ -1,0 +1,47 @@
+"""How far this process has trained: the clock by which ranks tell whether their weights are of one step."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Progress:
+    """Counts of one process.
+
+    Attributes:
+        training_forwards: top-level training forwards of all sharded models.
+        optimizer_steps: steps of all optimizers. Fused kernels change weights without counting in-place versions.
+        weights_ready: on a device, recorded behind the last change of weights; None before any, and on the CPU.
+    """
+
+    def __init__(self) -> None:
+        self.training_forwards = 0
+        self.optimizer_steps = 0
+        self.weights_ready: torch.Event | None = None
+
+    def stepped(self, device: torch.device) -> None:
+        """An optimizer has stepped; its parameters lie on ``device``."""
+        self.optimizer_steps += 1
+        self.weights_changed(device)
+
+    def weights_changed(self, device: torch.device) -> None:
+        """Weights on ``device`` were written to by what the current stream has been given so far."""
+        if device.type != "cpu":
+            self.weights_ready = torch.Event(device)
+            self.weights_ready.record()
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of ``tensor`` in host memory, for another thread than the one that trains.
+
+        On a stream of its own, behind the last change of weights: the main stream may be waiting for the very rank that
+        asks.
+        """
+        tensor = tensor.detach()
+        if tensor.device.type == "cpu":
+            return tensor.clone()
+        module = torch.get_device_module(tensor.device)
+        stream = module.Stream(device=tensor.device)
+        with module.stream(stream):
+            if self.weights_ready is not None:
+                stream.wait_event(self.weights_ready)
+            return tensor.cpu()

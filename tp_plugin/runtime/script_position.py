@@ -1,0 +1,40 @@
+"""Where the script of this process is, for messages: the line of the main thread that is the user's own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from types import FrameType
+
+import torch.distributed as dist
+
+_LIBRARIES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}tp_plugin{os.sep}", f"{os.sep}lib{os.sep}python", "<frozen")
+
+
+def script_line() -> str:
+    """The line of the script at which the main thread of this process is."""
+    frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
+    innermost = frame
+    while frame is not None and not _is_own(frame.f_code.co_filename):
+        frame = frame.f_back
+    frame = frame or innermost
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}" if frame is not None else "nowhere"
+
+
+def failing_line(error: BaseException) -> str:
+    """The script's innermost line in an exception's traceback, else the innermost line of all; empty without one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = next((frame for frame in reversed(frames) if _is_own(frame.filename)), frames[-1] if frames else None)
+    return f"{own.filename}:{own.lineno}" if own is not None else ""
+
+
+def in_torch_collective() -> bool:
+    """Whether the script itself is in a function of torch.distributed, such as a barrier."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return frame is not None and frame.f_code.co_filename == dist.distributed_c10d.__file__
+
+
+def _is_own(file: str) -> bool:
+    return not any(part in file for part in _LIBRARIES)

@@ -1,0 +1,169 @@
+"""Calls that ranks leave together, such as a save: none changes what another still reads, and all see one outcome."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from tp_plugin.errors import DivergenceError
+from tp_plugin.mesh.roles import Mesh
+from tp_plugin.runtime.script_position import in_torch_collective
+from tp_plugin.runtime.sync_points import SyncPoints
+from tp_plugin.runtime.transport import PeerTransport
+
+GRACE = 5.0
+"""Seconds that a reader stays for a peer of which nothing shows whether it will make the same call."""
+
+BLOCKED = 1.0
+"""Seconds in a collective of the script's own after which a rank is taken to wait for the one that asks."""
+
+_SILENT = {"clock": 0, "busy": 0.0, "leaving": False, "open": True, "parked": "", "finished": 0, "failed": None}
+"""The status of a peer that does not answer: it is there, and what it does takes long."""
+
+
+class Sessions:
+    """This rank's part in such calls, by their names.
+
+    Attributes:
+        parked: the call at whose end this rank waits for the others; empty if it does not.
+        parked_since: ``time.monotonic()`` of when that began.
+        leaving: whether this rank is at the end of its script.
+    """
+
+    def __init__(self, mesh: Mesh, transport: PeerTransport, sync_points: SyncPoints):
+        self._mesh, self._transport, self._sync_points = mesh, transport, sync_points
+        self._open: set[str] = set()
+        self._finished: Counter[tuple[str, int]] = Counter()
+        self._failed: dict[tuple[str, int], bytes] = {}
+        self.parked = ""
+        self.parked_since: float | None = None
+        self.leaving = False
+        transport.serve("status", self._show_status)
+        transport.serve("presence", self._show_presence)
+
+    @contextlib.contextmanager
+    def together(self, session: str) -> Iterator[None]:
+        """A call that ranks leave together: a peer that does nothing in it returns when the leader's work is done.
+
+        What one rank raises in it, all that made the call raise: a disk that is full for the leader is full for the
+        process that the unit is.
+        """
+        self.enter(session)
+        try:
+            yield
+        except Exception as error:
+            self.leave(session, error)
+            raise
+        except BaseException:
+            self.close(session)
+            raise
+        self.leave(session)
+
+    def enter(self, session: str) -> None:
+        """This rank begins a call in which shards are read, here or on another rank."""
+        self._open.add(session)
+
+    def close(self, session: str) -> None:
+        """This rank has done its work in a call, and waits for nobody."""
+        self._open.discard(session)
+
+    def leave(self, session: str, error: Exception | None = None) -> None:
+        """Stay until every rank that made the same call has finished it; ranks elsewhere are not waited for.
+
+        Raises:
+            Exception: what another rank raised in it, if this one has no ``error`` of its own.
+        """
+        at = (session, self._sync_points.clock)
+        if error is not None:
+            self._failed[at] = _sent(error, self._mesh.rank, session)
+        self._finished[at] += 1
+        self._open.discard(session)
+        self.parked, self.parked_since = session, time.monotonic()
+        patience = time.monotonic() + GRACE
+        waiting = self.peers()
+        failures: list[bytes] = []
+        while waiting:
+            statuses = {rank: self.status(rank, *at) for rank in waiting}
+            impatient = time.monotonic() > patience
+            through = [rank for rank, status in statuses.items() if self._is_through(status, at, impatient)]
+            failures += [status["failed"] for rank in through if (status := statuses[rank]) and status["failed"]]
+            waiting = [rank for rank in waiting if rank not in through]
+            if waiting:
+                time.sleep(0.005)
+        self.parked, self.parked_since = "", None
+        if failures and error is None:
+            told, why = pickle.loads(failures[0])
+            raise told from DivergenceError(why)
+
+    def is_joined(self, session: str) -> bool:
+        """On the leader, which has entered ``session``: whether its peers come to the call, too.
+
+        Waits until each has come, or is beyond it: in a collective of the unit that this rank has not entered, at its
+        end, or, for a while, in a collective of the script's own.
+        """
+        waiting_since = None
+        while True:
+            begun = self._mesh.context.stats.unit_collectives
+            try:
+                seen = {self._transport.ask(rank, "presence", session, begun) for rank in self.peers()}
+            except (EOFError, OSError):
+                return False  # that rank is gone
+            if seen == {"here"} or "beyond" in seen:
+                return seen == {"here"}
+            waiting_since = (waiting_since or time.monotonic()) if "waiting" in seen else None
+            if waiting_since is not None and time.monotonic() - waiting_since > BLOCKED:
+                return False
+            time.sleep(0.002)
+
+    def peers(self) -> list[int]:
+        """The other ranks of the unit."""
+        return [rank for rank in range(self._mesh.unit.size) if rank != self._mesh.unit.rank]
+
+    def status(self, rank: int, session: str = "", clock: int = 0) -> dict[str, Any] | None:
+        """Where rank ``rank`` is, and what became of ``session`` there; None if it is gone."""
+        try:
+            status: dict[str, Any] = self._transport.ask(rank, "status", session, clock)
+            return status
+        except TimeoutError:
+            return _SILENT
+        except (EOFError, OSError):
+            return None
+
+    def _is_through(self, status: dict[str, Any] | None, at: tuple[str, int], impatient: bool) -> bool:
+        if status is None or status["leaving"] or status["clock"] > self._sync_points.clock:
+            return True
+        if status["parked"] in self._open:
+            return True  # it waits for this rank in an outer call, of which this one is a part
+        return bool(status["finished"] >= self._finished[at] or (impatient and not status["open"]))
+
+    def _show_status(self, session: str, clock: int) -> dict[str, Any]:
+        return {
+            "clock": self._sync_points.clock,
+            "busy": self._mesh.context.waiting.seconds(),
+            "leaving": self.leaving,
+            "open": session in self._open,
+            "parked": self.parked,
+            "finished": self._finished[session, clock],
+            "failed": self._failed.get((session, clock)),
+        }
+
+    def _show_presence(self, session: str, begun: int) -> str:
+        if session in self._open:
+            return "here"
+        if self.leaving or self._mesh.context.stats.unit_collectives > begun:
+            return "beyond"
+        return "waiting" if in_torch_collective() else "behind"
+
+
+def _sent(error: Exception, rank: int, session: str) -> bytes:
+    why = f"rank {rank} failed in {session!r}: {type(error).__name__}: {error}"
+    try:
+        sent = pickle.dumps((error, why))
+        pickle.loads(sent)
+        return sent
+    except Exception:  # an exception may hold anything
+        return pickle.dumps((DivergenceError(why), why))

@@ -1,0 +1,125 @@
+"""The index of a model's parameters, by name; whoever replaces a parameter's object tells it (:func:`rebind`)."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_plugin.mesh.dtensor_utils import held
+from tp_plugin.mesh.roles import Mesh
+from tp_plugin.policy import ParamLayout, Plan
+from tp_plugin.tensor.param_entry import ParamEntry, bind, entry_of
+from tp_plugin.tensor.replicas import Piece, ReplicaSum
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what activation checkpointing and ``torch.compile`` put into it."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def rebind(old: Any, new: Any) -> None:
+    """``new`` stands for the parameter that ``old`` stood for, if that is one of a sharded model.
+
+    FSDP2 puts a DTensor in a parameter's place and computes with another that it gathers; gradient sums of replicas are
+    hooked to whichever autograd sees, by :func:`hook_replica_sum`.
+    """
+    entry = entry_of(old)
+    if entry is not None:
+        bind(new, entry)
+
+
+def hook_replica_sum(tensor: Any) -> None:
+    """Sum the gradients of ``tensor``'s replicated elements, if it stands for a parameter that has some."""
+    entry = entry_of(tensor)
+    if entry is not None and entry.replica_sum is not None:
+        entry.replica_sum.hook(tensor)
+
+
+class ParamIndex:
+    """Parameters of one sharded model.
+
+    Attributes:
+        layouts: layout by name, tied names included.
+    """
+
+    def __init__(self, model: nn.Module, layouts: Mapping[str, ParamLayout]):
+        self._model = weakref.ref(model)
+        self.layouts = dict(layouts)
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def attach(self, plan: Plan, mesh: Mesh) -> None:
+        """Bind every parameter of the model to its entry, and hook the gradient sums of replicas. Collective."""
+        model = self._model()
+        assert model is not None
+        groups = sorted({ranks for layout in self.layouts.values() for ranks in layout.replica_groups})
+        replicas = {ranks: mesh.replicas(ranks) for ranks in groups}  # made in one order on all ranks
+        me = mesh.tp.rank
+        for name, parameter in model.named_parameters():
+            layout = self.layouts[name]
+            pieces: list[Piece] = [
+                (replicas[ranks], layout.dim, layout.replicated_in(me, ranks))
+                for ranks in layout.replica_groups
+                if me in ranks
+            ]
+            if name in plan.partial:
+                pieces = [(mesh.tp, None, ())]
+            bind(parameter, ParamEntry(name, layout, ReplicaSum(pieces) if pieces else None))
+            hook_replica_sum(parameter)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """This rank's tensors by name, tied ones once; they outlive the model for as long as a peer may read them."""
+        model = self._model()
+        if model is not None:
+            self._tensors = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+        return self._tensors
+
+    def first_name(self, name: str) -> str:
+        """The name under which :meth:`tensors` has the parameter ``name``."""
+        model = self._model()
+        assert model is not None
+        tensor = model.get_parameter(name)
+        return next(first for first, parameter in self.tensors().items() if parameter is tensor)
+
+    def rename(self) -> None:
+        """Follow modules that moved in the model since :meth:`tensors` was last called (PEFT unloads adapters)."""
+        model = self._model()
+        assert model is not None
+        known = {id(parameter): self.layouts[name] for name, parameter in self._tensors.items()}
+        names = dict(model.named_parameters(remove_duplicate=False))
+        self.layouts = {name: known[id(parameter)] for name, parameter in names.items()}
+
+
+def layouts_of(tensors: Sequence[torch.Tensor], indexes: Iterable[ParamIndex]) -> list[ParamLayout | None]:
+    """The layout of each tensor's parameter; None for tensors of no indexed model.
+
+    Args:
+        tensors: parameters, their ``.grad``, or aliases of these (``p.grad.detach()``), which share their elements.
+    """
+    of_gradient: dict[object, ParamLayout] = {}
+    for index in indexes:
+        for parameter in index.tensors().values():
+            entry = entry_of(parameter)
+            if entry is not None and parameter.grad is not None:
+                of_gradient[_elements(parameter.grad)] = entry.layout
+    entries = [entry_of(tensor) for tensor in tensors]
+    return [
+        of_gradient.get(_elements(tensor)) if entry is None else entry.layout
+        for tensor, entry in zip(tensors, entries, strict=True)
+    ]
+
+
+def _elements(tensor: torch.Tensor) -> object:
+    """Equal for two live tensors of the same elements; no others are compared."""
+    local = held(tensor)
+    return local.untyped_storage()._cdata, local.storage_offset(), local.numel()
+
+
+def is_unnamed_shard(tensor: torch.Tensor, indexes: Iterable[ParamIndex]) -> bool:
+    """Whether ``tensor``, which stands for no parameter, has the shape of a rank's rows of a vocabulary: a copy."""
+    layouts = {layout for index in indexes for layout in index.layouts.values()}
+    shards = [layout for layout in layouts if layout.pad_to is not None and layout.dim == 0]
+    return any(tuple(tensor.shape) == layout.local_shape(0) != layout.shape for layout in shards)

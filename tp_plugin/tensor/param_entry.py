@@ -1,0 +1,47 @@
+"""What is known of one parameter of a sharded model, on the tensor objects that stand for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tp_plugin.policy import ParamLayout
+from tp_plugin.tensor.replicas import ReplicaSum
+
+
+@dataclass
+class ParamEntry:
+    """One parameter; tied names share it.
+
+    Attributes:
+        name: its first name in the model.
+        layout: how it lies on the TP ranks.
+        replica_sum: the hook that sums gradients of replicated elements, if there are some.
+    """
+
+    name: str
+    layout: ParamLayout
+    replica_sum: ReplicaSum | None = None
+
+
+def bind(tensor: Any, entry: ParamEntry) -> None:
+    """Let ``tensor`` stand for the parameter: the Parameter itself, or what an engine puts in its place.
+
+    Sets ``tensor_model_parallel``, the attribute by which Megatron-LM and DeepSpeed know sharded parameters.
+    """
+    tensor.tp_entry = entry
+    tensor.tensor_model_parallel = entry.layout.is_sharded
+
+
+def entry_of(tensor: torch.Tensor) -> ParamEntry | None:
+    """The parameter that ``tensor`` stands for, else None."""
+    entry: ParamEntry | None = getattr(tensor, "tp_entry", None)
+    return entry
+
+
+def layout_of(tensor: torch.Tensor) -> ParamLayout | None:
+    """The layout of the parameter that ``tensor`` stands for, else None."""
+    entry = entry_of(tensor)
+    return None if entry is None else entry.layout

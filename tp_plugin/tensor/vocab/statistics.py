@@ -1,0 +1,145 @@
+"""What is summed over the vocabulary: each rank over its own columns, then a few numbers per token over the ranks.
+
+Every function here communicates, so all ranks of the TP group must call it. Results are equal on all of them, and so
+are the gradients that come back: the ranks compute one and the same loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from tp_plugin.tensor.vocab.expr import Apply, Expr, PerRow, add_one_hot, pieces, take
+from tp_plugin.tensor.vocab.logits import Logits, in_graph
+from tp_plugin.tensor.vocab.vocabulary import Columns, Vocabulary
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to sum in."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize <= 4 else torch.float64
+
+
+def blocks(expr: Expr, rows: int, vocabulary: Vocabulary) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows and this rank's columns of them; nothing if it has only padding."""
+    first, last = vocabulary.mine
+    if first < last:
+        for top, bottom in pieces(rows, last - first, expr.depth):
+            yield slice(top, bottom), expr.block(slice(top, bottom), (first, last))
+
+
+def statistics(logits: Logits, labels: torch.Tensor | None = None, with_sum: bool = False) -> torch.Tensor:
+    """Log-sum-exp, entry at the label and sum of every row over the whole vocabulary, (1, 2 or 3, rows).
+
+    As in Megatron-LM's vocab-parallel cross-entropy (Shoeybi et al. 2019, section 3), but with each rank's own maximum:
+    one all-gather of one number more than the result has per row.
+    """
+    vocabulary = logits.vocabulary
+    dtype = wide(logits.dtype)
+    # the largest entry, the sum of exponentials relative to it, the entry at the label, the sum
+    mine = torch.zeros(2 if labels is None else 3 + with_sum, logits.rows, dtype=dtype, device=logits.device)
+    mine[0] = -torch.inf
+    for rows, raw in blocks(logits.expr, logits.rows, vocabulary):
+        block = raw.to(dtype)
+        mine[0, rows] = block.amax(-1)
+        if labels is not None:
+            mine[2, rows] = take(block, labels[rows, None], vocabulary.mine).squeeze(-1)
+        if with_sum:
+            mine[3, rows] = block.sum(-1)
+        mine[1, rows] = (block - _finite(mine[0, rows]).unsqueeze(-1)).exp_().sum(-1)
+    everyone = torch.stack(vocabulary.group.all_gather(mine))
+    highest = _finite(everyone[:, 0].amax(0))
+    # added in one order on every rank: the results are equal
+    found = everyone[:, 1:].sum(0)
+    found[0] = highest + (everyone[:, 1] * (_finite(everyone[:, 0]) - highest).exp()).sum(0).log()
+    at = None if labels is None else PerRow(labels.unsqueeze(-1), is_broadcast=False)
+    return in_graph(found, [logits], (logits.expr, found[0].clone(), at), _statistics_backward)
+
+
+def _finite(highest: torch.Tensor) -> torch.Tensor:
+    # of entries that are all -inf (or of none) the sum of exponentials is 0, relative to anything
+    return highest.masked_fill(highest == -torch.inf, 0)
+
+
+def _statistics_backward(saved: Any, grads: torch.Tensor, position: int) -> Expr:
+    expr, log_sum, labels = saved
+    weights = [PerRow(grad.unsqueeze(-1), is_broadcast=at != 1) for at, grad in enumerate(grads)]
+    args = (expr, PerRow(log_sum.unsqueeze(-1)), labels, *weights)
+    return Apply(_statistics_gradient, args, expr.dtype, of_columns=True)
+
+
+def _statistics_gradient(
+    block: torch.Tensor,
+    log_sum: torch.Tensor,
+    labels: torch.Tensor | None,
+    of_log_sum: torch.Tensor,
+    of_entry: torch.Tensor | None = None,
+    of_sum: torch.Tensor | None = None,
+    *,
+    columns: Columns,
+) -> torch.Tensor:
+    """The gradient of a block, from those of a row's log-sum-exp, of its entry at the label, and of its sum."""
+    found = (block.to(log_sum.dtype) - log_sum).exp_().mul_(of_log_sum)
+    if of_sum is not None:
+        found.add_(of_sum)
+    if labels is not None and of_entry is not None:
+        add_one_hot(found, labels, of_entry, columns)
+    return found.to(block.dtype)
+
+
+def row_sums(logits: Logits) -> torch.Tensor:
+    """The sum of every row over the whole vocabulary, (rows,), in the dtype that sums are in. One all-reduce."""
+    dtype = logits.dtype
+    found = sum_rows(logits.expr, logits.rows, logits.vocabulary, logits.device)
+    return in_graph(found, [logits], (), lambda _, grad, at: PerRow(grad.to(dtype).unsqueeze(-1)))
+
+
+def sum_rows(expr: Expr, rows: int, vocabulary: Vocabulary, device: torch.device) -> torch.Tensor:
+    """:func:`row_sums` outside of the graph."""
+    found = torch.zeros(rows, dtype=wide(expr.dtype), device=device)
+    for some, block in blocks(expr, rows, vocabulary):
+        found[some] = block.sum(-1, dtype=found.dtype)
+    return vocabulary.group.all_reduce(found)
+
+
+def entries(logits: Logits, at: torch.Tensor) -> torch.Tensor:
+    """The entries ``at`` (rows, k) of every row. One all-reduce."""
+    dtype = logits.dtype
+    found = torch.zeros(at.shape, dtype=dtype, device=at.device)
+    for rows, block in blocks(logits.expr, logits.rows, logits.vocabulary):
+        found[rows] = take(block, at[rows], logits.vocabulary.mine)
+
+    def gradient(at: torch.Tensor, grad: torch.Tensor, position: int) -> Expr:
+        return Apply(_one_hot, (PerRow(at, False), PerRow(grad, False)), dtype, of_columns=True)
+
+    return in_graph(logits.vocabulary.group.all_reduce(found), [logits], at, gradient)
+
+
+def _one_hot(at: torch.Tensor, weight: torch.Tensor, columns: Columns) -> torch.Tensor:
+    return add_one_hot(weight.new_zeros(len(at), columns[1] - columns[0]), at, weight, columns)
+
+
+def largest(logits: Logits, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``k`` largest entries of every row in falling order and which they are, both (rows, k).
+
+    One all-gather of the entries and one of their places. For k = 1 the first of equals, as torch.argmax has it.
+    """
+    vocabulary = logits.vocabulary
+    highest = torch.full((logits.rows, k), -torch.inf, dtype=logits.dtype, device=logits.device)
+    places = torch.zeros((logits.rows, k), dtype=torch.int64, device=logits.device)
+    for rows, block in blocks(logits.expr, logits.rows, vocabulary):
+        found, at = _top(block, min(k, block.shape[-1]))
+        highest[rows, : at.shape[1]] = found
+        places[rows, : at.shape[1]] = at + vocabulary.mine[0]
+    everyone, where = (torch.cat(vocabulary.group.all_gather(part), -1) for part in (highest, places))
+    found, at = _top(everyone, k)
+    return found, where.gather(-1, at)
+
+
+def _top(block: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if k > 1:
+        found, at = block.topk(k, -1)
+        return found, at
+    at = block.argmax(-1, keepdim=True)
+    return block.gather(-1, at), at
