@@ -25,6 +25,8 @@ import torch.multiprocessing as mp
 
 TIMEOUT = int(os.environ.get("TEST_TIMEOUT", "40"))
 """Seconds for one collective, and for one case."""
+IMPORTS = 240
+"""Seconds in which ranks start and import a module of tests; what they take depends on the machine, not on the case."""
 
 _pools: dict[int, Pool] = {}
 
@@ -48,14 +50,21 @@ class Pool:
         ]
         for process in self.processes:
             process.start()
+        self.imported: set[str] = set()
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        if function.__module__ not in self.imported:
+            self._ask(IMPORTS, __name__, _import.__name__, (function.__module__,))
+            self.imported.add(function.__module__)
+        return self._ask(TIMEOUT + 30, function.__module__, function.__qualname__, args)
+
+    def _ask(self, patience: float, module: str, name: str, args: tuple[Any, ...]) -> list[Any]:
         for tasks in self.tasks:
-            tasks.put((function.__module__, function.__qualname__, args))
+            tasks.put((module, name, args))
         answers: dict[int, tuple[bool, Any]] = {}
         try:
             while len(answers) < self.world:
-                rank, ok, value = self.results.get(timeout=TIMEOUT + 30)
+                rank, ok, value = self.results.get(timeout=patience)
                 answers[rank] = (ok, value)
         except queue.Empty:
             missing = sorted(set(range(self.world)) - set(answers))
@@ -64,7 +73,7 @@ class Pool:
             time.sleep(2)
             self.stop()
             raise WorkerError(
-                f"ranks {missing} of {self.world} gave no answer in {TIMEOUT + 30} s; their stacks are on stderr. "
+                f"ranks {missing} of {self.world} gave no answer in {patience} s; their stacks are on stderr. "
                 f"The others: {answers}"
             ) from None
         failed = {rank: value for rank, (ok, value) in answers.items() if not ok}
@@ -93,6 +102,10 @@ def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 def stop_all() -> None:
     for pool in list(_pools.values()):
         pool.stop()
+
+
+def _import(module: str) -> None:
+    importlib.import_module(module)
 
 
 def _work(rank: int, world: int, port: int, tasks: Any, results: Any) -> None:
