@@ -101,9 +101,13 @@ def _backward(original: Any, self: torch.Tensor, *args: Any, **kwargs: Any) -> A
 def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Post hook of every optimizer's step: fused kernels change weights without counting in-place versions."""
     runtime = current()
-    if runtime is not None:
-        parameters = optimizer.param_groups[0]["params"] if optimizer.param_groups else []
-        runtime.progress.stepped(parameters[0].device if parameters else torch.device("cpu"))
+    if runtime is None:
+        return
+    stepped = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
+    sharded = (tensor for model in runtime.models for tensor in model.index.tensors().values())
+    own = next((tensor for tensor in sharded if id(tensor) in stepped), None)
+    if own is not None:  # another model's optimizer may step on one rank alone
+        runtime.progress.stepped(own.device)
 
 
 def _like(norm: torch.Tensor, tensors: list[Any]) -> torch.Tensor:

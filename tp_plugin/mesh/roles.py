@@ -27,16 +27,20 @@ from tp_plugin.mesh.groups import CommContext, Group
 
 
 class WorldGroups:
-    """What was made of one world: each device mesh and each group of given ranks once, also for a later :class:`Mesh`.
+    """What was made of one world: each device mesh and each set of groups once, also for a later :class:`Mesh`.
 
-    torch finds device meshes by equality (a gradient's DTensor may carry an older one that was equal), and names groups
-    that only their own ranks make by their ranks. Neither may be made again after its groups are gone.
+    torch finds device meshes by equality: a gradient's DTensor may carry an older one that was equal, whose groups must
+    still be there.
+
+    The groups of a device mesh are split off in one call where the backend can (NCCL bound to a device). All others
+    take one call per unit, which every rank of the world makes. (``use_local_synchronization`` would need fewer, but
+    names a group by the number of groups that a rank has seen, which differs once a script has made some of its own.)
     """
 
     def __init__(self) -> None:
         self._world: dist.ProcessGroup | None = None
         self._devices: dict[tuple[str, int], DeviceMesh] = {}
-        self._groups: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}
+        self._groups: dict[tuple[tuple[tuple[int, ...], ...], str], dist.ProcessGroup | None] = {}
 
     def devices(self, device_type: str, tp_size: int) -> DeviceMesh:
         """The mesh with the dimensions ``data`` and ``tp``. Collective over the world at its first call."""
@@ -52,14 +56,14 @@ class WorldGroups:
             )
         return self._devices[key]
 
-    def group(self, ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
-        """The group of ``ranks``. Collective over them at its first call: their number does not grow with the world."""
+    def group(self, one_per_unit: Sequence[Sequence[int]], backend: str) -> dist.ProcessGroup | None:
+        """This rank's of some disjoint groups; None if it is in none. Collective over the world at its first call."""
         self._follow_world()
-        key = tuple(ranks), backend
+        key = tuple(tuple(ranks) for ranks in one_per_unit), backend
         if key not in self._groups:
-            self._groups[key] = dist.new_group(
-                list(ranks), backend=backend, timeout=world_timeout(), use_local_synchronization=True
-            )
+            made = [dist.new_group(list(ranks), backend=backend, timeout=world_timeout()) for ranks in one_per_unit]
+            inside = [dist.get_rank() in ranks for ranks in one_per_unit]
+            self._groups[key] = made[inside.index(True)] if any(inside) else None
         return self._groups[key]
 
     def _follow_world(self) -> None:
@@ -110,18 +114,18 @@ class Mesh:
         return self.unit_cpu if tensor.device.type == "cpu" else self.unit
 
     def replicas(self, tp_ranks: Sequence[int]) -> Group:
-        """The group of these ranks of this TP group. Collective over those ranks at its first call with a value."""
+        """The group of these ranks of this TP group. Collective over the world at its first call with a value."""
         key = tuple(tp_ranks)
         if key not in self._replicas:
-            ranks = [self.tp.ranks[r] for r in key]
-            if len(ranks) == self.tp_size:
-                self._replicas[key] = self.tp
-            elif self.rank in ranks:
-                pg = self.made.group(ranks, dist.get_backend())
-                self._replicas[key] = Group("replicas", ranks, pg, self.context)
-            else:
-                self._replicas[key] = Group("elsewhere", [self.rank], None, self.context)
+            self._replicas[key] = self.tp if len(key) == self.tp_size else self._make_replicas(key)
         return self._replicas[key]
+
+    def _make_replicas(self, tp_ranks: tuple[int, ...]) -> Group:
+        units = self.devices.mesh.tolist()
+        pg = self.made.group([[unit[r] for r in tp_ranks] for unit in units], dist.get_backend())
+        if self.tp.rank not in tp_ranks:
+            return Group("elsewhere", [self.rank], None, self.context)
+        return Group("replicas", [self.tp.ranks[r] for r in tp_ranks], pg, self.context)
 
     def is_alive(self) -> bool:
         """Whether torch.distributed still knows the groups: not after ``destroy_process_group`` and another init."""
@@ -159,7 +163,8 @@ def build_mesh(tp_size: int, device_type: str | None = None, made: WorldGroups |
         return Group(name, dist.get_process_group_ranks(pg), pg, context)
 
     tp, data = role("tp", "tp"), role("data", "data")
-    unit_cpu = Group("unit_cpu", tp.ranks, made.group(tp.ranks, "gloo") if tp_size > 1 else None, context)
+    host = made.group(devices.mesh.tolist(), "gloo") if tp_size > 1 else None
+    unit_cpu = Group("unit_cpu", tp.ranks, host, context)
     everyone = Group("world", range(world), dist.group.WORLD, context)
     return Mesh(tp_size, data.size, tp, tp, unit_cpu, data, data, everyone, devices, context, made)
 
