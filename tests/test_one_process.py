@@ -293,7 +293,8 @@ def placement_case() -> str:
 
     _, sharded = pair(2)
     try:
-        plain = getattr(fsdp.fully_shard, "__wrapped__", fsdp.fully_shard)
+        patched = getattr(fsdp.fully_shard, "tp_patched", False)  # by a case before
+        plain = fsdp.fully_shard.__wrapped__ if patched else fsdp.fully_shard
         wrapping._fully_shard(plain, sharded, shard_placement_fn=lambda parameter: Shard(parameter.dim() - 1))
     except TPError as error:
         return str(error)
