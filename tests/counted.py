@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from tp_plugin.runtime.current import current
+from tp_plugin.runtime.runtime import current
 
 
 class _Ledger:

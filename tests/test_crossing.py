@@ -17,7 +17,7 @@ def warning_case(model_type: str, tp: int) -> dict[str, Any]:
     from counted import training
 
     from tp_plugin.mesh.hosts import Machine
-    from tp_plugin.runtime.current import require
+    from tp_plugin.runtime.runtime import require
     from tp_plugin.shard.topology_warning import bytes_per_token, warn_of_topology
 
     _, model = pair(tp, model_type)

@@ -126,7 +126,7 @@ def by_hand_case(tp: int) -> list[float]:
     """A script without Accelerate: ``parallelize``, then torch's own wrapper."""
     import tp_plugin
     from tp_plugin.engines import torch_utils
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
 
     stop()
     torch_utils.install()
@@ -174,8 +174,8 @@ def hooks_case() -> list[str]:
 
 def test_other_communication_hooks_are_refused() -> None:
     for power, own in run(4, hooks_case):
-        assert power.startswith("the DDP communication hook powerSGD_hook does not go with tp_size")
-        assert "hooks_case.<locals>.own does not go with tp_size" in own
+        assert power.startswith("the DDP communication hook powerSGD_hook is incompatible with tp_size")
+        assert "hooks_case.<locals>.own is incompatible with tp_size" in own
 
 
 def beside_case(tp: int) -> list[float]:

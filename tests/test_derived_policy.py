@@ -20,8 +20,8 @@ from tp_plugin.cli.models import build, small_config
 from tp_plugin.config.run_config import RunConfig
 from tp_plugin.errors import PolicyError
 from tp_plugin.policy import make_plan, policy_for
-from tp_plugin.runtime.current import require
-from tp_plugin.runtime.runtime import stop
+from tp_plugin.runtime.runtime import require
+from tp_plugin.runtime.start import stop
 from tp_plugin.shard import parallelize
 
 LAYERS = 2

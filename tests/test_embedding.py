@@ -54,7 +54,7 @@ def test_ids_outside_the_vocabulary(wrong: int, training: bool, kind: str) -> No
 def rows_case(size: int, tp: int, padding: int | None) -> list[float]:
     """Outputs and gradients of an embedding whose rows are split, the last rank's padded or empty."""
     from tp_plugin.config.run_config import RunConfig
-    from tp_plugin.runtime.runtime import start, stop
+    from tp_plugin.runtime.start import start, stop
     from tp_plugin.tensor.embedding import VocabularyRows
 
     stop()

@@ -42,7 +42,7 @@ def make(tp: int, model_type: str, overrides: dict[str, Any], **settings: Any) -
 
     import tp_plugin
     from tp_plugin.config.keys import ENV_OPTIONS
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
     from tp_plugin.shard import local_states
 
     stop()
@@ -343,7 +343,7 @@ def count_without(sequence: bool) -> dict[str, int]:
     import tp_plugin
     from tp_plugin.config.keys import ENV_OPTIONS
     from tp_plugin.engines import torch_utils
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
 
     stop()
     torch_utils.install()
@@ -447,7 +447,7 @@ def refusals(tp: int) -> list[str]:
     from torch.distributed.device_mesh import init_device_mesh
 
     from tp_plugin import TPError, parallelize
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
 
     stop()
     _install()

@@ -155,7 +155,7 @@ def test_assisted(assistant: str) -> None:
 
 def alone_case() -> list[list[Any]]:
     """The leader generates alone, with what cannot simply be sent to its peer, which waits at a barrier."""
-    from tp_plugin.runtime.current import require
+    from tp_plugin.runtime.runtime import require
     from tp_plugin.runtime.sync_points import BARRIER
     from tp_plugin.shard import parallelize
 
@@ -183,8 +183,8 @@ def test_the_main_process_alone_brings_its_streamer_and_its_assistant() -> None:
 
 def encoder_decoder_alone_case(model_type: str) -> list[Any]:
     """The leader alone: a forward, beams; then all of them train."""
-    from tp_plugin.runtime.current import require
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.runtime import require
+    from tp_plugin.runtime.start import stop
     from tp_plugin.runtime.sync_points import BARRIER
     from tp_plugin.shard import parallelize
 

@@ -42,7 +42,7 @@ USUAL = ("cwm", "afmoe", "exaone_moe", "minicpm3", "aria_text", "olmo_hybrid")
 
 def imported(model_type: str, tp: int) -> Result:
     """Run on every rank."""
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
 
     warnings.filterwarnings("ignore")
     stop()

@@ -404,7 +404,7 @@ def _read_so_far() -> int:
 
 
 def sharded_case(folder: str, dtype: torch.dtype | None, optimizer_first: bool) -> dict[str, Any]:
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
     from tp_plugin.shard import lazy_load, mapped_file, parallelize
 
     stop()
@@ -450,7 +450,7 @@ def test_each_rank_reads_its_share(folders: dict[str, str], name: str, dtype: to
 
 def changed_case(folder: str, dtype: torch.dtype | None) -> bool:
     """One rank changed a weight before prepare: the leader's count, as ever."""
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
     from tp_plugin.shard import parallelize
 
     stop()
@@ -477,7 +477,7 @@ def test_ranks_agree_also_when_one_has_written(folders: dict[str, str], dtype: t
 
 def copies_case(folder: str, other: str) -> bool:
     """Each rank has files of its own (as on two hosts), and they differ."""
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
     from tp_plugin.shard import parallelize
 
     stop()
@@ -501,7 +501,7 @@ def test_files_that_differ_between_hosts_are_noticed(folders: dict[str, str], tm
 
 
 def memory_case(folder: str, dtype: torch.dtype | None) -> dict[str, int]:
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
     from tp_plugin.shard import lazy_load, parallelize
 
     stop()

@@ -27,8 +27,8 @@ def lora_case(model_type: str, overrides: dict[str, Any], dropout: float, **own:
 
     from tp_plugin.engines import peft as engine
     from tp_plugin.engines import torch_utils
-    from tp_plugin.runtime.current import require
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.runtime import require
+    from tp_plugin.runtime.start import stop
     from tp_plugin.shard import parallelize
 
     stop()

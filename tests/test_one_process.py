@@ -113,7 +113,7 @@ OUTPUTS = ("attention", "attn", "self_attn", "self_attention", "mlp")
 def watched_case(model_type: str, before: bool) -> float:
     """What hooks on attention and MLP see, put there before or after the model is sharded; relative to the plain's."""
     from tp_plugin.engines import torch_utils
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
     from tp_plugin.shard import parallelize
 
     stop()
@@ -166,7 +166,7 @@ class Doubled(nn.Linear):
 def linear_case(how: str) -> list[float]:
     """Every linear of an MLP has another forward than its class's when the model is sharded."""
     from tp_plugin.engines import torch_utils
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
     from tp_plugin.shard import parallelize
 
     stop()

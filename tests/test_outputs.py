@@ -43,7 +43,7 @@ def asked(model: torch.nn.Module, **how: Any) -> tuple[dict[str, torch.Tensor], 
 def returned_case(tp: int, model_type: str, overrides: dict[str, Any], how: dict[str, Any], **options: bool) -> Any:
     from tp_plugin.cli.models import build
     from tp_plugin.config.run_config import RunConfig
-    from tp_plugin.runtime.current import require
+    from tp_plugin.runtime.runtime import require
     from tp_plugin.shard import parallelize
 
     fresh()

@@ -19,7 +19,7 @@ GQA = {"num_attention_heads": 4, "num_key_value_heads": 1}
 def pair(tp: int, model_type: str = "llama", seed: int = 0, options: Any = None, **overrides: Any) -> tuple[Any, Any]:
     """A plain model and its sharded copy, on a fresh mesh."""
     from tp_plugin.engines import torch_utils
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
     from tp_plugin.shard import parallelize
 
     stop()
@@ -200,7 +200,7 @@ def test_a_learned_mask_is_refused() -> None:
 
 
 def other_place_case() -> str:
-    from tp_plugin.runtime.current import require
+    from tp_plugin.runtime.runtime import require
     from tp_plugin.runtime.sync_points import BARRIER
 
     _, sharded = pair(2)
@@ -221,7 +221,7 @@ def main_only_case() -> dict[str, Any] | None:
     from transformers import GenerationMixin
 
     from tp_plugin.engines.transformers import _generate
-    from tp_plugin.runtime.current import require
+    from tp_plugin.runtime.runtime import require
     from tp_plugin.runtime.sync_points import BARRIER
 
     whole, sharded = pair(2, **GQA)
@@ -260,7 +260,7 @@ def loader_on_main_case() -> list[list[int]]:
     from accelerate.state import PartialState
 
     from tp_plugin.engines.accelerate import loaders
-    from tp_plugin.runtime.current import require
+    from tp_plugin.runtime.runtime import require
     from tp_plugin.runtime.sync_points import BARRIER
 
     pair(2)
@@ -416,7 +416,7 @@ def states_case() -> dict[str, Any]:
     whole, sharded = pair(2, tie_word_embeddings=True, **GQA)
     found: dict[str, Any] = {}
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (whole, sharded)]
-    from tp_plugin.runtime.current import require
+    from tp_plugin.runtime.runtime import require
     from tp_plugin.shard import shard_optimizer
 
     shard_optimizer(optimizers[1], require())
@@ -508,7 +508,7 @@ def test_a_peer_that_lags_is_waited_for() -> None:
 
 def lbfgs_case() -> str:
     from tp_plugin.errors import TPError
-    from tp_plugin.runtime.current import require
+    from tp_plugin.runtime.runtime import require
     from tp_plugin.shard import shard_optimizer
 
     _, sharded = pair(2)

@@ -95,7 +95,7 @@ def side_by_side_case(change: str) -> tuple[int, int, float]:
     from counted import ledger
 
     import tp_plugin
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
 
     stop()
     whole = build(config_for("gptj"))
@@ -171,7 +171,7 @@ def shared_dropout_case() -> list[float]:
     import tp_plugin
     from tp_plugin.cli.models import build
     from tp_plugin.cli.random_batch import loss_of
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
 
     stop()
     whole = build(config_for("deberta-v2", hidden_dropout_prob=0.3), meta=False).train()

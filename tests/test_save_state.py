@@ -27,7 +27,7 @@ def accelerated(tp: int) -> Iterator[None]:
     """A worker of Accelerate with ``tp_size``, for one case."""
     from tp_plugin.engines import patching, torch_utils
     from tp_plugin.launch.worker import _PATCHES
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
 
     names = [name for name in _PATCHES if name.startswith("accelerate.") and "deepspeed" not in name]
     modules = {name: importlib.import_module(name) for name in names}

@@ -22,7 +22,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def save_case(model_type: str, folder: str, max_shard_size: str, main_only: bool) -> bool:
     from tp_plugin.engines import transformers as engine
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
     from tp_plugin.shard import parallelize
 
     stop()
@@ -50,7 +50,7 @@ def test_the_files_are_those_of_transformers(model_type: str, max_shard_size: st
 
 def memory_case(folder: str, max_shard_size: str) -> dict[str, int]:
     from tp_plugin.engines import saving
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
     from tp_plugin.shard import parallelize
 
     stop()
@@ -87,7 +87,7 @@ def broken_case(folder: str) -> list[str]:
     import transformers.modeling_utils as modeling
 
     from tp_plugin.engines import saving
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
     from tp_plugin.shard import parallelize
 
     stop()
@@ -121,7 +121,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path) -> None:
 
 def promise_case() -> bool:
     """Whatever is done with a promise is done with the whole tensor."""
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
     from tp_plugin.shard import has_lazy, lazy_full_tensors, materialize, parallelize
 
     stop()
@@ -162,7 +162,7 @@ def mixed_case(folder: str, alone: bool) -> list[str]:
     from test_parallel import pair, rank
 
     from tp_plugin.engines import patching, saving
-    from tp_plugin.runtime.current import require
+    from tp_plugin.runtime.runtime import require
     from tp_plugin.runtime.sync_points import BARRIER
 
     _, sharded = pair(2)

@@ -15,7 +15,7 @@ from zoo import fresh
 def collectives_case() -> dict[str, Any]:
     from tp_plugin.config.run_config import RunConfig
     from tp_plugin.engines import patching, sentence_transformers
-    from tp_plugin.runtime.runtime import start, stop
+    from tp_plugin.runtime.start import start, stop
 
     stop()
     process = start(RunConfig(2)).mesh.data.rank
@@ -64,7 +64,7 @@ def forward_case(same: bool, gradients: bool) -> str:
     from transformers import AutoModel
 
     import tp_plugin
-    from tp_plugin.runtime.current import require
+    from tp_plugin.runtime.runtime import require
 
     fresh()
     whole = build(config_for("bert"))

@@ -70,7 +70,7 @@ def kept(tp: int, sequence_parallel: bool) -> float:
     """Run on every rank: bytes that autograd keeps of a layer: a third of what five layers keep beyond two."""
     import tp_plugin
     from tp_plugin.config.keys import ENV_OPTIONS
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
 
     stop()
     os.environ[ENV_OPTIONS] = json.dumps({"sequence_parallel": sequence_parallel})
@@ -104,7 +104,7 @@ def trained(change: str) -> tuple[list[float], list[tuple[int, ...]], float]:
     """Run on every rank: losses of two steps, the shapes that norms saw, the distance to the whole model's weights."""
     import tp_plugin
     from tp_plugin.config.keys import ENV_OPTIONS
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
 
     stop()
     os.environ[ENV_OPTIONS] = json.dumps({"sequence_parallel": True})

@@ -47,7 +47,7 @@ def scores_case(kind: str) -> dict[str, Any]:
     from tp_plugin.engines.trl import OPTIONAL, _LogProbs
     from tp_plugin.policy import ParamLayout
     from tp_plugin.policy.split import vocabulary_rows
-    from tp_plugin.runtime.runtime import start, stop
+    from tp_plugin.runtime.start import start, stop
     from tp_plugin.tensor import grad_norm as layouts
 
     stop()
@@ -133,7 +133,7 @@ def rewards_case() -> list[float]:
     from tp_plugin.config.run_config import RunConfig
     from tp_plugin.engines import patching
     from tp_plugin.engines.trl import install_rewards
-    from tp_plugin.runtime.runtime import start, stop
+    from tp_plugin.runtime.start import start, stop
 
     class GRPOTrainer:
         def _calculate_rewards(self, count: int) -> torch.Tensor:

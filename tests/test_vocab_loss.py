@@ -24,7 +24,7 @@ class Pair:
 
     def __init__(self, tp: int, vocabulary: int, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN):
         from tp_plugin.config.run_config import RunConfig
-        from tp_plugin.runtime.runtime import start, stop
+        from tp_plugin.runtime.start import start, stop
         from tp_plugin.tensor.vocab import Vocabulary, VocabularyColumns
 
         stop()
@@ -236,7 +236,7 @@ def test_reading(tp: int) -> None:
 def _models() -> tuple[Any, nn.Module, nn.Module]:
     import tp_plugin
     from tp_plugin.policy import policy_for
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
 
     stop()
     config = config_for("llama")
@@ -441,7 +441,7 @@ def test_others_have_left_the_function() -> None:
 
 def kept_memory_case() -> tuple[int, int]:
     """Logits that a script drops are held for slower peers only until the ranks have met."""
-    from tp_plugin.runtime.current import require
+    from tp_plugin.runtime.runtime import require
 
     config, sharded, _ = _models()
     outputs = _forward(sharded.train(), config, 0)

@@ -26,7 +26,7 @@ def _transformers(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 def _same_gradients(model: torch.nn.Module) -> None:
 
-    from tp_plugin.runtime.current import require
+    from tp_plugin.runtime.runtime import require
     from tp_plugin.tensor.param_entry import layout_of
 
     for parameter in model.parameters():
@@ -40,8 +40,8 @@ def whole_step_case(kind: str) -> dict[str, Any]:
     from counted import ledger
 
     from tp_plugin.engines import torch_utils
-    from tp_plugin.runtime.current import require
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.runtime import require
+    from tp_plugin.runtime.start import stop
     from tp_plugin.shard import parallelize, shard_optimizer
 
     stop()
@@ -104,8 +104,8 @@ class AdamW8bit(torch.optim.SGD):
 
 def blockwise_case() -> str:
     from tp_plugin.errors import TPError
-    from tp_plugin.runtime.current import require
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.runtime import require
+    from tp_plugin.runtime.start import stop
     from tp_plugin.shard import parallelize, shard_optimizer
 
     stop()

@@ -39,7 +39,7 @@ def plain_again() -> None:
     import deepspeed
     from deepspeed.utils import groups
 
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # no compile, no buffers in /dev/shm
     stop()
@@ -344,7 +344,7 @@ def flattened_norm(tp: int) -> tuple[float, float, float]:
     import tp_plugin
     from tp_plugin.engines.deepspeed.groups import Mpu
     from tp_plugin.engines.deepspeed.norms import _norm_mask
-    from tp_plugin.runtime.current import require
+    from tp_plugin.runtime.runtime import require
     from tp_plugin.tensor.grad_norm import total_norm
     from tp_plugin.tensor.param_entry import layout_of
 

@@ -292,7 +292,7 @@ def model_types() -> list[str]:
 
 def fresh(**options: Any) -> None:
     """Every case begins alike: no mesh of an earlier one, its own options, generators equal on all ranks."""
-    from tp_plugin.runtime.runtime import stop
+    from tp_plugin.runtime.start import stop
 
     stop()
     os.environ[ENV_OPTIONS] = json.dumps(options)

@@ -14,8 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from tp_plugin.config.run_config import RunConfig
 from tp_plugin.mesh.groups import CommContext, Group
 from tp_plugin.mesh.roles import Mesh
-from tp_plugin.runtime.current import slot
-from tp_plugin.runtime.runtime import Runtime
+from tp_plugin.runtime.runtime import slot
+from tp_plugin.runtime.start import build, stop
 
 
 class _Echo(Group):
@@ -40,8 +40,7 @@ class _Echo(Group):
 def enter(tp: int) -> Mesh:
     """Be rank 0 of a world of ``tp`` ranks, one TP group; replaces the world that there was."""
     if dist.is_initialized():
-        if slot.runtime is not None:
-            slot.runtime.close()
+        stop()
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
     return use(mesh_of(tp))
@@ -58,7 +57,6 @@ def mesh_of(tp: int) -> Mesh:
 
 def use(groups: Mesh) -> Mesh:
     """Have what runs next run on this mesh."""
-    if slot.runtime is not None:
-        slot.runtime.close()
-    slot.runtime = Runtime(RunConfig(groups.tp_size), groups)
+    stop()
+    slot.runtime = build(RunConfig(groups.tp_size), groups)
     return groups

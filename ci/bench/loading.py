@@ -91,7 +91,7 @@ def rank_main(folder: str, how: str, dtype: str, out: str) -> None:
 
     from tp_plugin.config.run_config import RunConfig
     from tp_plugin.engines import loading, saving
-    from tp_plugin.runtime.runtime import start
+    from tp_plugin.runtime.start import start
     from tp_plugin.shard import parallelize
 
     torch.set_num_threads(1)

@@ -22,7 +22,7 @@ from tp_plugin.cli.parity_result import LIMITS, DropoutResult
 from tp_plugin.cli.random_batch import loss_of
 from tp_plugin.errors import DivergenceError
 from tp_plugin.policy import Policy
-from tp_plugin.runtime.current import require
+from tp_plugin.runtime.runtime import require
 from tp_plugin.shard.audit import audit
 from tp_plugin.shard.model_state import checksum
 

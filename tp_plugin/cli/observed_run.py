@@ -11,7 +11,7 @@ from torch import nn
 from tp_plugin.cli.policy_hints import explain_failures
 from tp_plugin.cli.random_batch import loss_of, prompt
 from tp_plugin.policy import Plan
-from tp_plugin.runtime.current import require
+from tp_plugin.runtime.runtime import require
 
 MICRO, CLIP = 2, 0.5
 """Micro-batches of a step, and the gradient norm to which it is clipped (which is less than any that occurs)."""

@@ -24,7 +24,7 @@ from tp_plugin.cli.parity_result import LIMITS, Result
 from tp_plugin.cli.policy_hints import hint_for_block, hint_for_gradient
 from tp_plugin.cli.random_batch import loss_of
 from tp_plugin.policy import Plan, Policy
-from tp_plugin.runtime.current import require
+from tp_plugin.runtime.runtime import require
 
 STEPS = 3
 

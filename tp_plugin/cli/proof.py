@@ -11,7 +11,7 @@ from tp_plugin.cli.parity import compare
 from tp_plugin.cli.parity_result import Result
 from tp_plugin.errors import TPError
 from tp_plugin.policy import policy_for
-from tp_plugin.runtime.current import require
+from tp_plugin.runtime.runtime import require
 
 
 def prove(config: Any, reference: str | None, tp: int) -> list[Result]:

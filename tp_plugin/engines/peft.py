@@ -10,7 +10,7 @@ from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
 from tp_plugin.policy import Plan
 from tp_plugin.policy.layout import Parts
-from tp_plugin.runtime.current import current_mesh, require
+from tp_plugin.runtime.runtime import current_mesh, require
 from tp_plugin.shard import is_sharded, models_in
 from tp_plugin.tensor.regions import copy_to_tp
 

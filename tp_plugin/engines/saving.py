@@ -14,7 +14,7 @@ from typing import Any
 
 from tp_plugin.engines.patching import wrap
 from tp_plugin.mesh.dtensor_utils import is_split
-from tp_plugin.runtime.current import current_mesh, require
+from tp_plugin.runtime.runtime import current_mesh, require
 from tp_plugin.shard import has_lazy, is_sharded, lazy_full_tensors, materialize, models_in
 
 

@@ -17,7 +17,7 @@ from tp_plugin.engines.patching import patch
 from tp_plugin.engines.trainer import Distributed
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.groups import Group
-from tp_plugin.runtime.current import current_mesh
+from tp_plugin.runtime.runtime import current_mesh
 from tp_plugin.tensor.first_order import first_order
 
 

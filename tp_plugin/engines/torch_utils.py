@@ -17,7 +17,7 @@ from tp_plugin.engines.patching import patch, remember, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.dtensor_utils import held, is_split
 from tp_plugin.mesh.roles import process_of
-from tp_plugin.runtime.current import current
+from tp_plugin.runtime.runtime import current
 
 
 def install() -> None:
@@ -84,7 +84,7 @@ def _register_comm_hook(original: Any, self: Any, state: Any, hook: Any) -> Any:
     if not elementwise or not (state is None or isinstance(state, dist.ProcessGroup)):
         name = getattr(hook, "__qualname__", repr(hook))
         raise TPError(
-            f"the DDP communication hook {name} does not go with tp_size: it may communicate over all ranks, which "
+            f"the DDP communication hook {name} is incompatible with tp_size: it may communicate over all ranks, which "
             "hold different shards, or look at whole gradients (PowerSGD); known are allreduce, fp16 and bf16 "
             "(torch.distributed.algorithms.ddp_comm_hooks.default_hooks)"
         )

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tp_plugin.engines.accelerate.operations import DPScopedDist
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.runtime.current import current_mesh, require
+from tp_plugin.runtime.runtime import current_mesh, require
 from tp_plugin.runtime.sync_points import BARRIER, TRIGGER
 from tp_plugin.tensor import rng
 

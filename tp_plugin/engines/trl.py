@@ -9,7 +9,7 @@ import torch
 
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.runtime.current import current, current_mesh, require
+from tp_plugin.runtime.runtime import current, current_mesh, require
 from tp_plugin.shard.params import is_unnamed_shard
 from tp_plugin.tensor.param_entry import layout_of
 from tp_plugin.tensor.vocab import Vocabulary

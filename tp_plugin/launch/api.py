@@ -35,7 +35,7 @@ def parallelize(model: nn.Module, tp_size: int | None = None, policy: Policy | N
 
     from tp_plugin.config.resolve import current_config
     from tp_plugin.launch import worker
-    from tp_plugin.runtime.current import current_mesh
+    from tp_plugin.runtime.runtime import current_mesh
     from tp_plugin.shard import parallelize as shard
 
     state = getattr(sys.modules.get("accelerate.state"), "PartialState", None)

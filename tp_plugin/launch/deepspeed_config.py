@@ -104,7 +104,7 @@ def activate(config: Any, origin: str = "the DeepSpeed config") -> bool:
     from tp_plugin.config import deepspeed
     from tp_plugin.config.resolve import resolve
     from tp_plugin.errors import TPError
-    from tp_plugin.runtime.current import current_mesh
+    from tp_plugin.runtime.runtime import current_mesh
 
     resolved = resolve(environment=environment.read(), deepspeed=deepspeed.read(config, origin))
     if resolved.tp_size == 1:

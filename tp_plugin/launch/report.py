@@ -6,7 +6,7 @@ import atexit
 import json
 from pathlib import Path
 
-from tp_plugin.runtime.current import current
+from tp_plugin.runtime.runtime import current
 
 
 def write_at_exit(directory: str) -> None:

@@ -1,87 +1,97 @@
-"""One Runtime per process: it owns what makes the ranks of a unit look like one process, and is built here in order."""
+"""The Runtime: one object per process that owns what makes the ranks of a unit look like one process.
+
+It is built by :func:`tp_plugin.runtime.start.start`, and is the only module-level state of the package. Code that
+somebody else calls and that therefore cannot be handed it (patched functions of other libraries, torch's hooks) asks
+:func:`current`; everything below the engines gets what it needs when it is made. Imports next to nothing: asking is
+free.
+"""
 
 from __future__ import annotations
 
-import atexit
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from tp_plugin.config.run_config import RunConfig
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.roles import Mesh, build_mesh
-from tp_plugin.runtime import crash_report
-from tp_plugin.runtime.crash_report import CrashReport
-from tp_plugin.runtime.current import slot
-from tp_plugin.runtime.farewell import Farewell
-from tp_plugin.runtime.hang_report import HangReport
-from tp_plugin.runtime.last_loss import LastLoss
-from tp_plugin.runtime.progress import Progress
-from tp_plugin.runtime.published import PublishedTensors
-from tp_plugin.runtime.remote_logits import RemoteLogits
-from tp_plugin.runtime.sessions import Sessions
-from tp_plugin.runtime.sync_points import SyncPoints
-from tp_plugin.runtime.transport import PeerTransport
+
+if TYPE_CHECKING:
+    from tp_plugin.config.run_config import RunConfig
+    from tp_plugin.mesh.roles import Mesh, WorldGroups
+    from tp_plugin.runtime.crash_report import CrashReport
+    from tp_plugin.runtime.farewell import Farewell
+    from tp_plugin.runtime.hang_report import HangReport
+    from tp_plugin.runtime.last_loss import LastLoss
+    from tp_plugin.runtime.progress import Progress
+    from tp_plugin.runtime.published import PublishedTensors
+    from tp_plugin.runtime.remote_logits import RemoteLogits
+    from tp_plugin.runtime.sessions import Sessions
+    from tp_plugin.runtime.sync_points import SyncPoints
+    from tp_plugin.runtime.transport import PeerTransport
 
 
+@dataclass(eq=False)
 class Runtime:
-    """The parts of one process, each handed what it needs. Collective over the world when made."""
+    """The parts of one process.
 
-    def __init__(self, config: RunConfig, mesh: Mesh):
-        self.config, self.mesh = config, mesh
-        self.progress = Progress()
-        self.last_loss = LastLoss()
-        self.transport = PeerTransport(mesh)
-        self.published = PublishedTensors(self.transport, self.progress)
-        self.sync_points = SyncPoints(mesh, self.published)
-        self.sessions = Sessions(mesh, self.transport, self.sync_points)
-        self.remote_logits = RemoteLogits(mesh, self.transport, self.sync_points)
-        self.hang_report = HangReport(mesh, self.transport, self.sync_points, self.sessions, crash_report.read)
-        self.crash_report = CrashReport(mesh.rank, self.hang_report)
-        self.farewell = Farewell(mesh, self.sessions, self.sync_points, self.crash_report)
-        self.models: WeakSet[Any] = WeakSet()
-        """Records of the sharded models of this process (:class:`tp_plugin.shard.model_state.ModelState`)."""
-        self.held_bytes = self.full_bytes = 0
-        """Bytes of parameters that this process ever sharded: what it holds of them, and the full tensors'."""
-        atexit.register(self.farewell)
-
-    def close(self) -> None:
-        """End the threads and take back what was registered with the process; the groups stay."""
-        atexit.unregister(self.farewell)
-        self.crash_report.close()
-        self.hang_report.close()
-        self.transport.close()
-
-
-def start(config: RunConfig, tp_size: int | None = None, device_type: str | None = None) -> Runtime:
-    """The Runtime of this process, made at the first call. Collective over the world.
-
-    Args:
+    Attributes:
         config: what the user wrote.
-        tp_size: ranks of a TP group; default ``config.tp_size``.
-        device_type: where tensors lie (:func:`tp_plugin.mesh.roles.build_mesh`).
-
-    Raises:
-        TPError: torch.distributed is not initialised, ``tp_size`` does not divide the world, or is not that of the
-            Runtime which exists.
+        mesh: the groups by role.
+        progress: how far this process has trained.
+        last_loss: the loss at which the last backward began.
+        transport: messages between the ranks of the unit.
+        published: what other ranks may read here.
+        sync_points: where the ranks of the unit meet.
+        sessions: calls that they leave together.
+        remote_logits: logits that other ranks hold.
+        hang_report, crash_report: what is said of waits and deaths.
+        farewell: what happens at exit.
+        models: the states of this process's sharded models (:class:`tp_plugin.shard.model_state.ModelState`).
+        held_bytes, full_bytes: of all parameters that it ever sharded: what it holds of them, and the full tensors'.
     """
-    tp_size = tp_size or config.tp_size
-    running = slot.runtime
-    if running is not None and running.mesh.is_alive():
-        if running.mesh.tp_size != tp_size:
-            raise TPError(
-                f"tp_size={tp_size} was asked for, but this run already has tp_size={running.mesh.tp_size}; all models "
-                "of a run share one tp_size"
-            )
-        return running
-    if running is not None:
-        running.close()
-    mesh = build_mesh(tp_size, device_type, slot.world_groups)
-    slot.runtime, slot.world_groups = Runtime(config, mesh), mesh.made
+
+    config: RunConfig
+    mesh: Mesh
+    progress: Progress
+    last_loss: LastLoss
+    transport: PeerTransport
+    published: PublishedTensors
+    sync_points: SyncPoints
+    sessions: Sessions
+    remote_logits: RemoteLogits
+    hang_report: HangReport
+    crash_report: CrashReport
+    farewell: Farewell
+    models: WeakSet[Any] = field(default_factory=WeakSet)
+    held_bytes: int = 0
+    full_bytes: int = 0
+
+
+class _Slot:
+    """What a process has: its Runtime, and the groups that the next one uses again."""
+
+    runtime: Runtime | None = None
+    world_groups: WorldGroups | None = None
+
+
+slot = _Slot()
+
+
+def current() -> Runtime | None:
+    """The Runtime of this process, or None before it is started."""
     return slot.runtime
 
 
-def stop() -> None:
-    """End the Runtime, if there is one; a later one uses its groups again."""
-    running, slot.runtime = slot.runtime, None
-    if running is not None:
-        running.close()
+def require() -> Runtime:
+    """The Runtime of this process.
+
+    Raises:
+        TPError: it has not been started.
+    """
+    if slot.runtime is None:
+        raise TPError("no tensor-parallel run in this process yet; call tp_plugin.parallelize first")
+    return slot.runtime
+
+
+def current_mesh() -> Mesh | None:
+    """The groups of this process by role, or None before the Runtime is started."""
+    return None if slot.runtime is None else slot.runtime.mesh

@@ -19,7 +19,8 @@ from tp_plugin.policy import ParamLayout, Plan, Policy, load, make_plan, policy_
 from tp_plugin.policy.derived_check import unproven_warning
 from tp_plugin.policy.stacks import between, stacks
 from tp_plugin.runtime.batch_guard import BatchGuard
-from tp_plugin.runtime.runtime import Runtime, start
+from tp_plugin.runtime.runtime import Runtime
+from tp_plugin.runtime.start import start
 from tp_plugin.shard import hooks, lazy_load
 from tp_plugin.shard.audit import audit
 from tp_plugin.shard.build import build_parts
@@ -62,8 +63,8 @@ def parallelize(
             _refuse_unsupported(root)
             known_by = root.config if hasattr(getattr(root, "config", None), "model_type") else kind
             chosen = policy or (load(options.policy) if options.policy else policy_for(known_by))
-            parted, whole = options.expert_parallel, options.leave_whole
-            plans.append((root, make_plan(root, chosen, tp_size, expert_parallel=parted, leave_whole=whole)))
+            settings = {"expert_parallel": options.expert_parallel, "leave_whole": options.leave_whole}
+            plans.append((root, make_plan(root, chosen, tp_size, **settings)))
     runtime = start(options, tp_size)
     derived = unproven_warning([plan for _, plan in plans]) if policy is None and tp_size > 1 else None
     if derived and runtime.mesh.rank == 0:

@@ -82,5 +82,5 @@ def reduce_from_tp(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def gather_from_tp(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """The tensors of all ranks side by side along the last dimension, (…, n) → (…, n · size)."""
+    """The tensors of all ranks concatenated along the last dimension, (…, n) → (…, n · size)."""
     return _GatherFromTP.apply(x, group) if group.size > 1 else x

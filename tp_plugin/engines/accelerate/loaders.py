@@ -17,7 +17,7 @@ from tp_plugin.engines.accelerate.operations import leaders_only
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import DivergenceError
 from tp_plugin.mesh.roles import Mesh
-from tp_plugin.runtime.current import current_mesh, require
+from tp_plugin.runtime.runtime import current_mesh, require
 from tp_plugin.runtime.sync_points import BATCH
 from tp_plugin.tensor import rng
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import DivergenceError
 from tp_plugin.runtime.batch_guard import digest
-from tp_plugin.runtime.current import current_mesh, require
+from tp_plugin.runtime.runtime import current_mesh, require
 from tp_plugin.runtime.sync_points import COLLECTIVE
 from tp_plugin.tensor.vocab import Logits
 

@@ -15,7 +15,7 @@ from tp_plugin.engines.fsdp2 import prepare as fsdp2
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.roles import Mesh
-from tp_plugin.runtime.current import current, current_mesh, require
+from tp_plugin.runtime.runtime import current, current_mesh, require
 from tp_plugin.runtime.sync_points import TRIGGER
 from tp_plugin.shard import agree_on_weights, materialize_all_, models_in, parallelize, shard_optimizer
 

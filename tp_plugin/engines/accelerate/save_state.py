@@ -25,7 +25,7 @@ from tp_plugin.engines.patching import wrap
 from tp_plugin.engines.tied_names import tied_names
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.roles import Mesh
-from tp_plugin.runtime.current import current_mesh, require
+from tp_plugin.runtime.runtime import current_mesh, require
 from tp_plugin.shard import lazy_full_tensors, local_states, models_in
 from tp_plugin.shard.params import plain_name
 from tp_plugin.tensor import rng

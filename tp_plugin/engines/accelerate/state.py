@@ -17,8 +17,8 @@ from tp_plugin.engines.fsdp2 import config as fsdp2
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.roles import Mesh
-from tp_plugin.runtime.current import current_mesh, require
-from tp_plugin.runtime.runtime import start
+from tp_plugin.runtime.runtime import current_mesh, require
+from tp_plugin.runtime.start import start
 from tp_plugin.runtime.sync_points import BARRIER
 from tp_plugin.tensor import rng
 

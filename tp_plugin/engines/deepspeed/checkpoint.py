@@ -25,7 +25,7 @@ from tp_plugin.engines.tied_names import tied_names
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.roles import Mesh
 from tp_plugin.policy import ParamLayout
-from tp_plugin.runtime.current import current_mesh, require
+from tp_plugin.runtime.runtime import current_mesh, require
 from tp_plugin.runtime.sync_points import BARRIER
 from tp_plugin.shard import local_states
 from tp_plugin.tensor.param_entry import layout_of

@@ -6,7 +6,7 @@ from typing import Any
 
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import DivergenceError
-from tp_plugin.runtime.current import current_mesh, require
+from tp_plugin.runtime.runtime import current_mesh, require
 from tp_plugin.runtime.sync_points import BATCH
 from tp_plugin.tensor import rng
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.mesh.groups import Group
 from tp_plugin.mesh.roles import Mesh
-from tp_plugin.runtime.current import current_mesh
+from tp_plugin.runtime.runtime import current_mesh
 
 
 class Mpu:

@@ -20,8 +20,8 @@ from tp_plugin.engines.deepspeed.config import check_batch_sizes, refuse
 from tp_plugin.engines.deepspeed.groups import Mpu
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
-from tp_plugin.runtime.current import current, current_mesh, require
-from tp_plugin.runtime.runtime import Runtime, start
+from tp_plugin.runtime.runtime import Runtime, current, current_mesh, require
+from tp_plugin.runtime.start import start
 from tp_plugin.shard import agree_on_weights, is_sharded, materialize_all_, models_in, parallelize, shard_optimizer
 from tp_plugin.tensor import rng
 
@@ -47,7 +47,7 @@ def install_config(config: Any) -> None:
 
 
 def install_hf_config(hf_config: Any) -> None:
-    """Patch ``accelerate.utils.deepspeed``: what does not go with ``tp_size`` is refused before a model is loaded."""
+    """Patch ``accelerate.utils.deepspeed``: what is incompatible with ``tp_size`` is refused before a model is loaded."""
     wrap(hf_config.HfDeepSpeedConfig, "__init__", _hf_config)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tp_plugin.engines.patching import patch, wrap
-from tp_plugin.runtime.current import current, current_mesh, require
+from tp_plugin.runtime.runtime import current, current_mesh, require
 from tp_plugin.shard.params import layouts_of
 from tp_plugin.tensor.grad_norm import not_owned, sharded_grad_norm, total_norm
 from tp_plugin.tensor.param_entry import layout_of

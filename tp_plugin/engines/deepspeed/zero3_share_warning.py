@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from tp_plugin.engines.patching import wrap
-from tp_plugin.runtime.current import current
+from tp_plugin.runtime.runtime import current
 from tp_plugin.tensor.param_entry import layout_of
 
 LIBRARIES = ("accelerate", "deepspeed", "peft", "torch", "tp_plugin", "transformers", "trl")

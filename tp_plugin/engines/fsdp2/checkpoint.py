@@ -19,7 +19,7 @@ from tp_plugin.errors import TPError
 from tp_plugin.mesh.dtensor_utils import is_split, split_like
 from tp_plugin.mesh.roles import Mesh
 from tp_plugin.policy import ParamLayout
-from tp_plugin.runtime.current import current_mesh, require
+from tp_plugin.runtime.runtime import current_mesh, require
 from tp_plugin.runtime.sync_points import BARRIER
 from tp_plugin.shard import local_states
 from tp_plugin.shard.full_tensor import gather_full_tensor
@@ -73,7 +73,7 @@ def _options(options: Any) -> tuple[Any, Any]:
 
     options = options or StateDictOptions()
     if options.flatten_optimizer_state_dict:
-        raise TPError("flatten_optimizer_state_dict=True does not go with tp_size; leave it out")
+        raise TPError("flatten_optimizer_state_dict=True is incompatible with tp_size; leave it out")
     return options, replace(options, full_state_dict=False, broadcast_from_rank0=False, cpu_offload=False)
 
 
@@ -108,7 +108,7 @@ def _get_optimizer(
 
 def _refuse_submodules(submodules: Any) -> None:
     if submodules:
-        raise TPError("submodules= of get_state_dict does not go with tp_size; take the whole model's state dict")
+        raise TPError("submodules= of get_state_dict is incompatible with tp_size; take the whole model's state dict")
 
 
 def _present(state: dict[str, dict[str, Any]], names: _Names, options: Any, finish: Callable[[Any], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What of Accelerate's FSDP settings does not go with ``tp_size``."""
+"""What of Accelerate's FSDP settings is incompatible with ``tp_size``."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ def refuse(settings: Mapping[str, Any], tp_size: int) -> None:
         )
     if settings.get("fsdp_ignored_modules"):
         raise TPError(
-            f"fsdp_ignored_modules: {settings['fsdp_ignored_modules']} does not go with tp_size: {tp_size}, which "
+            f"fsdp_ignored_modules: {settings['fsdp_ignored_modules']} is incompatible with tp_size: {tp_size}, which "
             "counts a parameter once over both groups; remove it from fsdp_config"
         )

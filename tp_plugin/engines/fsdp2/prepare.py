@@ -10,7 +10,7 @@ from torch import nn
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.roles import Mesh
-from tp_plugin.runtime.current import current_mesh
+from tp_plugin.runtime.runtime import current_mesh
 from tp_plugin.shard import local_states
 
 

@@ -1,10 +1,10 @@
-"""``fully_shard`` over the DP group; what is known of a parameter follows to what FSDP2 puts in its place.
+"""``fully_shard`` over the data group; what is known of a parameter follows to what FSDP2 puts in its place.
 
 FSDP2 replaces a TP rank's tensor by a DTensor of some of its rows, and computes with a third parameter that it gathers
 before use. Both stand for the parameter in the index. The gradient sum of replicas is hooked to the gathered one: there
 the TP ranks' shapes still agree, and the sum comes before the reduction over the data group, as it does under DDP.
 
-Bytes that a rank puts into collectives of its DP group, with P bytes of local parameters (the model's / tp), of which T
+Bytes that a rank puts into collectives of its data group, with P bytes of local parameters (the model's / tp), of which T
 are trained, and dp > 1 ranks (Zhao et al. 2023, section 3; torch 2.13, fsdp/_fully_shard/_fsdp_param_group.py). Every
 tensor is padded to a multiple of dp rows. Nothing of it exists at dp = 1.
 
@@ -25,7 +25,7 @@ from torch import nn
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.groups import Group
-from tp_plugin.runtime.current import current, current_mesh
+from tp_plugin.runtime.runtime import current, current_mesh
 from tp_plugin.shard.params import hook_replica_sum, rebind
 from tp_plugin.tensor.param_entry import layout_of
 
@@ -39,7 +39,7 @@ def install(fsdp: Any) -> None:
 
 
 def install_param(fsdp_param: Any) -> None:
-    """Patch ``FSDPParam``: the gathered parameter is armed when it is made."""
+    """Patch ``FSDPParam``: the gathered parameter is hooked when it is made."""
     wrap(fsdp_param.FSDPParam, "init_unsharded_param", _init_unsharded_param)
 
 
@@ -108,7 +108,7 @@ def _init_unsharded_param(original: Any, self: Any) -> None:
 
 
 def _full_tensor(original: Any, self: Any, **kwargs: Any) -> torch.Tensor:
-    """What FSDP2 has parted is gathered; it still is this TP rank's share, and says so (TRL's head asks)."""
+    """What FSDP2 has split is gathered; it still is this TP rank's shard, and says so (TRL's head asks)."""
     tensor: torch.Tensor = original(self, **kwargs)
     rebind(self, tensor)
     return tensor

@@ -1,0 +1,86 @@
+"""Builds the Runtime of a process, part by part in order, and ends it."""
+
+from __future__ import annotations
+
+import atexit
+
+from tp_plugin.config.run_config import RunConfig
+from tp_plugin.errors import TPError
+from tp_plugin.mesh.roles import Mesh, build_mesh
+from tp_plugin.runtime import crash_report as reports
+from tp_plugin.runtime.crash_report import CrashReport
+from tp_plugin.runtime.farewell import Farewell
+from tp_plugin.runtime.hang_report import HangReport
+from tp_plugin.runtime.last_loss import LastLoss
+from tp_plugin.runtime.progress import Progress
+from tp_plugin.runtime.published import PublishedTensors
+from tp_plugin.runtime.remote_logits import RemoteLogits
+from tp_plugin.runtime.runtime import Runtime, slot
+from tp_plugin.runtime.sessions import Sessions
+from tp_plugin.runtime.sync_points import SyncPoints
+from tp_plugin.runtime.transport import PeerTransport
+
+
+def build(config: RunConfig, mesh: Mesh) -> Runtime:
+    """A Runtime on the groups of ``mesh``. Collective over the unit."""
+    progress = Progress()
+    transport = PeerTransport(mesh)
+    published = PublishedTensors(transport, progress)
+    sync_points = SyncPoints(mesh, published)
+    sessions = Sessions(mesh, transport, sync_points)
+    remote_logits = RemoteLogits(mesh, transport, sync_points)
+    hang_report = HangReport(mesh, transport, sync_points, sessions, reports.read)
+    crash_report = CrashReport(mesh.rank, hang_report)
+    farewell = Farewell(mesh, sessions, sync_points, crash_report)
+    atexit.register(farewell)
+    return Runtime(
+        config=config,
+        mesh=mesh,
+        progress=progress,
+        last_loss=LastLoss(),
+        transport=transport,
+        published=published,
+        sync_points=sync_points,
+        sessions=sessions,
+        remote_logits=remote_logits,
+        hang_report=hang_report,
+        crash_report=crash_report,
+        farewell=farewell,
+    )
+
+
+def start(config: RunConfig, tp_size: int | None = None, device_type: str | None = None) -> Runtime:
+    """The Runtime of this process, built at the first call. Collective over the world.
+
+    Args:
+        config: what the user wrote.
+        tp_size: ranks of a TP group; default ``config.tp_size``.
+        device_type: where tensors lie (:func:`tp_plugin.mesh.roles.build_mesh`).
+
+    Raises:
+        TPError: torch.distributed is not initialised, ``tp_size`` does not divide the world, or is not that of the
+            Runtime which exists.
+    """
+    tp_size = tp_size or config.tp_size
+    running = slot.runtime
+    if running is not None and running.mesh.is_alive():
+        if running.mesh.tp_size != tp_size:
+            raise TPError(
+                f"tp_size={tp_size} was asked for, but this run already has tp_size={running.mesh.tp_size}; all models "
+                "of a run share one tp_size"
+            )
+        return running
+    stop()
+    mesh = build_mesh(tp_size, device_type, slot.world_groups)
+    slot.runtime, slot.world_groups = build(config, mesh), mesh.made
+    return slot.runtime
+
+
+def stop() -> None:
+    """End the Runtime, if there is one: its threads, and what it registered. A later one uses its groups again."""
+    running, slot.runtime = slot.runtime, None
+    if running is not None:
+        atexit.unregister(running.farewell)
+        running.crash_report.close()
+        running.hang_report.close()
+        running.transport.close()
