@@ -1,4 +1,4 @@
-"""DeepSpeed configs that are incompatible with `tp_size` are refused on every rank, with the key's name, and nobody hangs."""
+"""DeepSpeed configs that are incompatible with `tp_size` are refused on every rank, by the key; nobody hangs."""
 
 from __future__ import annotations
 

@@ -63,8 +63,8 @@ def parallelize(
             _refuse_unsupported(root)
             known_by = root.config if hasattr(getattr(root, "config", None), "model_type") else kind
             chosen = policy or (load(options.policy) if options.policy else policy_for(known_by))
-            settings = {"expert_parallel": options.expert_parallel, "leave_whole": options.leave_whole}
-            plans.append((root, make_plan(root, chosen, tp_size, **settings)))
+            experts, whole = options.expert_parallel, options.leave_whole
+            plans.append((root, make_plan(root, chosen, tp_size, expert_parallel=experts, leave_whole=whole)))
     runtime = start(options, tp_size)
     derived = unproven_warning([plan for _, plan in plans]) if policy is None and tp_size > 1 else None
     if derived and runtime.mesh.rank == 0:

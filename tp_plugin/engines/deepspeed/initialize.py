@@ -47,7 +47,7 @@ def install_config(config: Any) -> None:
 
 
 def install_hf_config(hf_config: Any) -> None:
-    """Patch ``accelerate.utils.deepspeed``: what is incompatible with ``tp_size`` is refused before a model is loaded."""
+    """Patch ``accelerate.utils.deepspeed``: what is incompatible with ``tp_size`` is refused before a load."""
     wrap(hf_config.HfDeepSpeedConfig, "__init__", _hf_config)
 
 

@@ -4,8 +4,8 @@ FSDP2 replaces a TP rank's tensor by a DTensor of some of its rows, and computes
 before use. Both stand for the parameter in the index. The gradient sum of replicas is hooked to the gathered one: there
 the TP ranks' shapes still agree, and the sum comes before the reduction over the data group, as it does under DDP.
 
-Bytes that a rank puts into collectives of its data group, with P bytes of local parameters (the model's / tp), of which T
-are trained, and dp > 1 ranks (Zhao et al. 2023, section 3; torch 2.13, fsdp/_fully_shard/_fsdp_param_group.py). Every
+Bytes that a rank puts into collectives of its data group, with P bytes of local parameters (the model's / tp), of which
+T are trained, and dp > 1 ranks (Zhao et al. 2023, section 3; torch 2.13, fsdp/_fully_shard/_fsdp_param_group.py). Every
 tensor is padded to a multiple of dp rows. Nothing of it exists at dp = 1.
 
     each micro-batch       all-gather P / dp for the forward, and again for the backward of what was released after the
