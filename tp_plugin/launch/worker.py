@@ -62,6 +62,7 @@ def register(library: str = "") -> None:
     """Register the import hooks (of one library), once; a module that is imported already is patched at once."""
     from tp_plugin.engines import torch_utils
 
+    importlib.import_module("torch._dynamo")  # imports modules that are patched below, by code that needs it complete
     torch_utils.install()  # now: scripts import get_total_norm by name
     for module, (engine, function) in _PATCHES.items():
         if module.startswith(library) and module not in _registered:
