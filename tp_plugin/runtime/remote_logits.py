@@ -24,7 +24,7 @@ from tp_plugin.mesh.roles import Mesh
 from tp_plugin.runtime.script_position import in_torch_collective
 from tp_plugin.runtime.sync_points import SyncPoints
 from tp_plugin.runtime.transport import PeerTransport
-from tp_plugin.tensor.vocab.peers import Held, Number
+from tp_plugin.tensor.peer_reads import Held, Number
 
 PATIENCE = 10.0
 """Seconds that a rank waits for others that are nowhere, such as in a barrier of the script's own.
@@ -40,7 +40,7 @@ _VERDICTS = 64
 
 
 class RemoteLogits:
-    """This rank's part in the reading of logits, a :class:`~tp_plugin.tensor.vocab.peers.PeerReads`."""
+    """This rank's part in the reading of logits, a :class:`~tp_plugin.tensor.peer_reads.PeerReads`."""
 
     def __init__(self, mesh: Mesh, transport: PeerTransport, sync_points: SyncPoints):
         self._mesh, self._transport, self._sync_points = mesh, transport, sync_points

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tp_plugin.tensor.vocab.peers import Number
+from tp_plugin.tensor.peer_reads import Number
 from tp_plugin.tensor.vocab.vocabulary import Columns
 
 Rows = slice | torch.Tensor

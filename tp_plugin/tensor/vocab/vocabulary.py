@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tp_plugin.mesh.groups import Group
-from tp_plugin.tensor.vocab.peers import PeerReads
+from tp_plugin.tensor.peer_reads import PeerReads
 
 Columns = tuple[int, int]
 """Vocabulary entries ``[start, stop)``."""

@@ -2,7 +2,7 @@
 
 A script may use logits on one rank only, while the other ranks have gone on. So no operation communicates before all
 ranks have agreed to; one that is alone reads the other ranks' columns from their threads. How ranks agree and read is
-the runtime's business, which hands an object with these methods to every :class:`~.vocabulary.Vocabulary`.
+the runtime's business, which hands an object with these methods to every :class:`~.vocab.vocabulary.Vocabulary`.
 """
 
 from __future__ import annotations
