@@ -28,9 +28,9 @@ from tp_plugin.tensor.linear import RowParallelForward, fit_sizes
 from tp_plugin.tensor.norm import TPRMSNorm
 from tp_plugin.tensor.outputs import LayerOutputs
 from tp_plugin.tensor.parallel_residual import ParallelResidual
+from tp_plugin.tensor.peer_reads import PeerReads
 from tp_plugin.tensor.sequence import LayerRegion, Stack
 from tp_plugin.tensor.vocab import Vocabulary, VocabularyColumns
-from tp_plugin.tensor.peer_reads import PeerReads
 from tp_plugin.tensor.wgrad_overlap import BlockInput, ColumnParallelForward
 
 

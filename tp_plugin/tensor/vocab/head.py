@@ -12,9 +12,9 @@ from torch import nn
 from tp_plugin.tensor import regions
 from tp_plugin.tensor.first_order import first_order
 from tp_plugin.tensor.graphs import end_graph, skip
+from tp_plugin.tensor.peer_reads import Held
 from tp_plugin.tensor.vocab.expr import ALL, Expr, HeadOutput, pad, pieces
 from tp_plugin.tensor.vocab.logits import Logits, in_graph, incoming
-from tp_plugin.tensor.peer_reads import Held
 from tp_plugin.tensor.vocab.vocabulary import Vocabulary
 
 Fetched = Callable[[], contextlib.AbstractContextManager[Any]]

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tp_plugin.errors import TPError
 from tp_plugin.tensor.first_order import first_order
+from tp_plugin.tensor.peer_reads import Held
 from tp_plugin.tensor.vocab.expr import Expr, Full, Slot, visit
 from tp_plugin.tensor.vocab.gather import gather
-from tp_plugin.tensor.peer_reads import Held
 from tp_plugin.tensor.vocab.registry import HANDLERS, OF_THE_WRAPPER, handles, note_gather
 from tp_plugin.tensor.vocab.vocabulary import Vocabulary
 
