@@ -301,7 +301,7 @@ def test_a_config_survives_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv(name, "")  # so that it is taken back
     monkeypatch.delenv("TP_PLUGIN_DISABLE", raising=False)
     environment.publish(config.as_written())
-    assert current_config() == config == RunConfig(4, "a:B", 5, ("bert",))
+    assert current_config() == config == RunConfig(4, policy="a:B", audit_every=5, leave_whole=("bert",))
     monkeypatch.setenv("TP_PLUGIN_DISABLE", "1")
     assert current_config() == RunConfig()
 
