@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import build, config_for
 from workers import run
 from zoo import fresh
@@ -236,3 +237,78 @@ def attention_case() -> list[float]:
 def test_attention_by_seed() -> None:
     (found,) = run(1, attention_case)
     assert max(found) <= 1e-6
+
+
+def _shifted(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1)
+
+
+def _picked(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return logits.gather(-1, ids[..., None])[..., 0]
+
+
+LOSSES: dict[str, Any] = {
+    "cross_entropy": lambda x, ids: F.cross_entropy(*_shifted(x, ids)),
+    "cross_entropy and a penalty": lambda x, ids: F.cross_entropy(*_shifted(x, ids)) + 1e-3 * x.logsumexp(-1).mean(),
+    "cross_entropy of float32": lambda x, ids: F.cross_entropy(*_shifted(x.float(), ids), reduction="sum") / 20,
+    "label smoothing": lambda x, ids: F.cross_entropy(*_shifted(x, ids), label_smoothing=0.1),
+    "class dimension": lambda x, ids: F.cross_entropy(x.transpose(1, 2), ids, ignore_index=5),
+    "nll_loss": lambda x, ids: F.nll_loss(F.log_softmax(_shifted(x, ids)[0], -1), _shifted(x, ids)[1]),
+    "log_softmax and gather": lambda x, ids: -_picked(F.log_softmax(x, -1), ids).mean(),
+    "logsumexp": lambda x, ids: (x.logsumexp(-1) - _picked(x, ids)).mean(),
+    "softmax": lambda x, ids: _picked(x.softmax(-1), ids).mean(),
+    "entropy": lambda x, ids: -(x.softmax(-1) * x.log_softmax(-1)).sum(-1).mean(),
+    "kl_div": lambda x, ids: F.kl_div(x.log_softmax(-1), x.detach().flip(1).softmax(-1), reduction="batchmean"),
+    "soft cap": lambda x, ids: F.cross_entropy(*_shifted(3 * torch.tanh(x / 3), ids)),
+    "argmax": lambda x, ids: _picked(x, x.argmax(-1)).mean(),
+    "topk": lambda x, ids: x.topk(4, -1).values.mean(),
+    "max": lambda x, ids: x.max(-1).values.mean(),
+    "a product": lambda x, ids: (x @ x.transpose(1, 2)).sigmoid().mean(),
+    "squares": lambda x, ids: x.pow(2).mean(),
+}
+"""What scripts and trainers compile of logits (…, vocabulary) and token ids."""
+
+
+def compiled_losses(backend: str, as_module: bool, names: tuple[str, ...]) -> dict[str, Any]:
+    """Run on every rank: the value, and every gradient, of compiled functions of a sharded model's logits."""
+    import tp_plugin
+
+    fresh()
+    whole = build(config_for("llama", use_cache=False)).train()
+    sharded = tp_plugin.parallelize(copy.deepcopy(whole), tp_size=2)
+    layouts, rank = sharded.tp_record.plan.layouts, sharded.tp_record.mesh.tp.rank
+    ids, local, found = batch(3)["input_ids"], dict(sharded.named_parameters()), {}
+    for name in names:
+        torch._dynamo.reset()
+        loss = LOSSES[name]
+        want = loss(whole(input_ids=ids).logits, ids)
+        want.backward()
+        target: Any = loss
+        if as_module:
+            target = torch.nn.Module()
+            target.forward = loss
+        got = torch.compile(target, backend=backend)(sharded(input_ids=ids).logits, ids)
+        got.backward()
+        worst = 0.0
+        for key, parameter in whole.named_parameters():
+            apart = (local[key].grad - layouts[key].shard(parameter.grad, rank)).norm() / parameter.grad.norm()
+            worst = max(worst, apart.item())
+        found[name] = abs(got.item() - want.item()) / abs(want.item()), worst
+        whole.zero_grad()
+        sharded.zero_grad()
+    return found
+
+
+OTHERS = [pytest.param(backend, marks=pytest.mark.full) for backend in ("eager", "inductor")]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", *OTHERS])
+def test_compiled_losses(backend: str) -> None:
+    """Their gradients were lost: dynamo traced what a deferred tensor does, without its nodes in autograd's graph."""
+    for found in run(2, compiled_losses, backend, False, tuple(LOSSES)):
+        assert not {name: apart for name, apart in found.items() if not (apart[0] <= 1e-5 and apart[1] <= 1e-4)}
+
+
+def test_a_compiled_loss_module() -> None:
+    for found in run(2, compiled_losses, "aot_eager", True, ("cross_entropy", "logsumexp")):
+        assert all(value <= 1e-5 and gradient <= 1e-4 for value, gradient in found.values()), found

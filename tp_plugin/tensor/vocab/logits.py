@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tp_plugin.errors import TPError
 from tp_plugin.tensor.first_order import first_order
+from tp_plugin.tensor.graphs import end_graph, skip
 from tp_plugin.tensor.peer_reads import Held
 from tp_plugin.tensor.vocab.expr import Expr, Full, Slot, visit
 from tp_plugin.tensor.vocab.gather import gather
@@ -147,9 +148,11 @@ class Logits(torch.Tensor):
             view.copy_(values)
 
     @classmethod
+    @skip
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        end_graph()  # dynamo would trace what is below without its nodes in autograd's graph: the gradient would be lost
         kwargs = dict(kwargs or {})
         given = [arg for arg in tree_leaves((args, kwargs)) if isinstance(arg, Logits)]
         for logits in given if func not in OF_THE_WRAPPER else ():
