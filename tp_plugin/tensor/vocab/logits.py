@@ -152,7 +152,7 @@ class Logits(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        end_graph()  # dynamo would trace what is below without its nodes in autograd's graph: the gradient would be lost
+        end_graph()  # dynamo would trace what is below without its nodes of autograd, and lose the gradient
         kwargs = dict(kwargs or {})
         given = [arg for arg in tree_leaves((args, kwargs)) if isinstance(arg, Logits)]
         for logits in given if func not in OF_THE_WRAPPER else ():
