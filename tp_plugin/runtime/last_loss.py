@@ -14,8 +14,13 @@ class LastLoss:
         self._loss: torch.Tensor | None = None
 
     def backward_from(self, tensor: torch.Tensor) -> None:
-        """A backward begins at ``tensor``; only a single number is a loss."""
-        self._loss = tensor.detach() if tensor.numel() == 1 else None
+        """A backward begins at ``tensor``; only a single real number is a loss."""
+        self._loss = tensor.detach() if tensor.numel() == 1 and tensor.is_floating_point() else None
+
+    @property
+    def rounding(self) -> float:
+        """Relative distance of neighbouring numbers in the loss's dtype; of float32 if there is no loss."""
+        return torch.finfo(torch.float32 if self._loss is None else self._loss.dtype).eps
 
     def take(self) -> float:
         """The loss of the last backward, once; NaN if there is none to compare."""

@@ -22,7 +22,7 @@ from tp_plugin.runtime.batch_guard import BatchGuard
 from tp_plugin.runtime.runtime import Runtime
 from tp_plugin.runtime.start import start
 from tp_plugin.shard import hooks, lazy_load
-from tp_plugin.shard.audit import audit
+from tp_plugin.shard.audit import audit, drift
 from tp_plugin.shard.build import build_parts
 from tp_plugin.shard.model_state import ModelState
 from tp_plugin.shard.replicas import agree_on_weights
@@ -126,7 +126,12 @@ def shard_model(model: nn.Module, plan: Plan, runtime: Runtime, options: RunConf
     state.start_counting()
     _hook_state_dict(model, state)
     tolerance, repair = options.audit_tolerance, options.audit_repair
-    guard = BatchGuard(runtime, lambda: audit(state, tolerance, repair), options.audit_every)
+    guard = BatchGuard(
+        runtime,
+        audit=lambda: audit(state, tolerance, repair),
+        audit_every=options.audit_every,
+        rounded=lambda: 0 < drift(state) <= tolerance,
+    )
     hooks.install(model, hooks.table(model, parts, state, guard), parts)
 
 

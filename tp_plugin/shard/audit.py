@@ -44,24 +44,14 @@ def audit(state: ModelState, tolerance: float, repair: bool) -> None:
     Raises:
         DivergenceError: on every rank, naming the first parameter beyond the tolerance, and by how much.
     """
-    mesh = state.mesh
-    replicas = list(_replicas(state))
-    sums = [_checksum(replica.views) for replica in replicas]
-    everyone = torch.stack(mesh.unit_cpu.all_gather(torch.tensor(sums, dtype=torch.int64, device="cpu")))
-    differing = [
-        replica
-        for column, replica in enumerate(replicas)
-        if len(set(everyone[list(replica.ranks), column].tolist())) > 1
-    ]
+    differing = _differing(state)
     if not differing:
         return
     repair = repair and all(replica.writable for replica in differing)
-    found = [_difference(state, replica, repair) for replica in differing]
-    largest = torch.tensor(mesh.unit_cpu.gather_objects(found), device="cpu").amax(0).tolist()
-    worst = [(replica.name, far) for replica, far in zip(differing, largest, strict=True)]
+    worst = _how_far(state, differing, repair)
     name, far = next(((name, far) for name, far in worst if not far <= tolerance), max(worst, key=lambda one: one[1]))
     if far <= tolerance or repair:
-        if mesh.is_leader:
+        if state.mesh.is_leader:
             logger.warning(
                 f"replicated parameter {name!r} differs within the TP group by {far:.2g} of its largest element "
                 f"({len(differing)} parameters differ); "
@@ -74,6 +64,32 @@ def audit(state: ModelState, tolerance: float, repair: bool) -> None:
         "RANK or with a generator that differs between ranks; "
         "`tp_plugin: {audit_repair: true}` gives all ranks the first one's values"
     )
+
+
+def drift(state: ModelState) -> float:
+    """The largest difference between replicas, relative to their parameter's largest element. Collective."""
+    return max((far for _, far in _how_far(state, _differing(state), repair=False)), default=0.0)
+
+
+def _differing(state: ModelState) -> list[Replica]:
+    mesh = state.mesh
+    replicas = list(_replicas(state))
+    sums = [_checksum(replica.views) for replica in replicas]
+    everyone = torch.stack(mesh.unit_cpu.all_gather(torch.tensor(sums, dtype=torch.int64, device="cpu")))
+    return [
+        replica
+        for column, replica in enumerate(replicas)
+        if len(set(everyone[list(replica.ranks), column].tolist())) > 1
+    ]
+
+
+def _how_far(state: ModelState, differing: list[Replica], repair: bool) -> list[tuple[str, float]]:
+    """Names and relative differences, the same on all ranks of the unit."""
+    if not differing:
+        return []
+    found = [_difference(state, replica, repair) for replica in differing]
+    largest = torch.tensor(state.mesh.unit_cpu.gather_objects(found), device="cpu").amax(0).tolist()
+    return [(replica.name, far) for replica, far in zip(differing, largest, strict=True)]
 
 
 def _replicas(state: ModelState) -> Iterator[Replica]:
