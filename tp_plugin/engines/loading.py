@@ -17,20 +17,20 @@ from tp_plugin.shard.mapped_file import MOST, open_checkpoint
 
 def install(modeling_utils: Any) -> None:
     """Patch ``PreTrainedModel._load_pretrained_model``."""
-    model = modeling_utils.PreTrainedModel
-    original = vars(model)["_load_pretrained_model"].__func__
+    base = modeling_utils.PreTrainedModel
+    original = vars(base)["_load_pretrained_model"].__func__
 
     @functools.wraps(original)
-    def load(self: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if state_dict is None and _is_plain(modeling_utils, self, checkpoint_files, load_config):
-            state_dict = _mapped(self, checkpoint_files, load_config)
-        loaded = original(self, state_dict, checkpoint_files, load_config, *args, **kwargs)
+    def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if state_dict is None and _is_plain(modeling_utils, model, checkpoint_files, load_config):
+            state_dict = _mapped(model, checkpoint_files, load_config)
+        loaded = original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if current_config().tp_size > 1:
-            _make_room(modeling_utils, self)
-        read_at_forward(self)
+            _make_room(modeling_utils, model)
+        read_at_forward(model)
         return loaded
 
-    patch(model, "_load_pretrained_model", staticmethod(load))
+    patch(base, "_load_pretrained_model", staticmethod(load))
 
 
 def _make_room(modeling_utils: Any, model: nn.Module) -> None:

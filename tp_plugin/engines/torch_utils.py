@@ -9,6 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.utils.data.distributed
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -56,6 +60,8 @@ def install() -> None:
     patch(torch.utils.data.distributed, "dist", _Replicas())
     wrap(torch.Tensor, "backward", _backward)
     remember(register_optimizer_step_post_hook(_stepped))
+    remember(register_module_parameter_registration_hook(_registered))
+    remember(register_module_module_registration_hook(_registered))
     wrap(torch.nn.parallel.DistributedDataParallel, "__init__", _data_parallel)
     wrap(torch.nn.parallel.DistributedDataParallel, "register_comm_hook", _register_comm_hook)
 
@@ -96,6 +102,12 @@ def _backward(original: Any, self: torch.Tensor, *args: Any, **kwargs: Any) -> A
     if runtime is not None:
         runtime.last_loss.backward_from(self)
     return original(self, *args, **kwargs)
+
+
+def _registered(module: torch.nn.Module, name: str, value: Any) -> None:
+    runtime = current()
+    if runtime is not None:
+        runtime.progress.registered += 1
 
 
 def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -35,7 +35,13 @@ def plan_linear(scope: Scope, path: str, split: Split, heads: HeadSplit, *, colu
             f"{path} is a {type(module).__name__}; column- and row-parallel modules must be plain nn.Linear or "
             "Conv1D (quantized and wrapped layers are not supported)"
         )
-    weight = scope.parameters[f"{path}.weight"]
+    weight = scope.parameters.get(f"{path}.weight")
+    if weight is None:
+        scope.fail(
+            f"{path} has no parameter 'weight', but {sorted(name for name, _ in module.named_parameters())}: undo what "
+            "computes its weight from others (torch.nn.utils.prune.remove, remove_weight_norm) before it is sharded, "
+            "or set tp_size: 1"
+        )
     # Conv1D keeps its weight as (in, out), nn.Linear as (out, in)
     out_dim = 1 if isinstance(module, Conv1D) else 0
     dim = out_dim if column else 1 - out_dim

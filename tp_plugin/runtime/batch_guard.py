@@ -50,6 +50,8 @@ class BatchGuard:
 
     Args:
         audit: runs every ``audit_every`` training forwards.
+        check: raises if the parameters are not those that were sharded; called where some module of the process
+            got a parameter or a module since.
         rounded: whether replicated weights differ over the TP group, but by no more than rounding. Collective.
     """
 
@@ -58,10 +60,12 @@ class BatchGuard:
         runtime: Parts,
         audit: Callable[[], None] | None = None,
         audit_every: int = 0,
+        check: Callable[[], None] = lambda: None,
         rounded: Callable[[], bool] = lambda: False,
     ):
         self._runtime, self.mesh, self.sync_points = runtime, runtime.mesh, runtime.sync_points
-        self.audit, self.audit_every, self.rounded = audit, audit_every, rounded
+        self.audit, self.audit_every, self.check, self.rounded = audit, audit_every, check, rounded
+        self._registered = -1
         self.training_forwards = 0
         self._depth = 0
         self._outermost: nn.Module | None = None
@@ -72,6 +76,9 @@ class BatchGuard:
     @torch._dynamo.disable
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook (with kwargs) of a model; checks at the outermost call only. Never in a graph."""
+        if self._registered != self._runtime.progress.registered:
+            self.check()
+            self._registered = self._runtime.progress.registered
         self._depth += 1
         self.sync_points.depth += 1
         if self._depth > 1 or self.sync_points.helping:

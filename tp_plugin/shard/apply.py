@@ -130,6 +130,7 @@ def shard_model(model: nn.Module, plan: Plan, runtime: Runtime, options: RunConf
         runtime,
         audit=lambda: audit(state, tolerance, repair),
         audit_every=options.audit_every,
+        check=state.check,
         rounded=lambda: 0 < drift(state) <= tolerance,
     )
     hooks.install(model, hooks.table(model, parts, state, guard), parts)

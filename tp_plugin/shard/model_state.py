@@ -125,6 +125,11 @@ class ModelState:
             self.attached = True
             self.index.attach(self.plan, self.mesh)
 
+    def check(self) -> None:
+        """See :meth:`ParamIndex.check`; a copied model's entries are attached later."""
+        if self.attached and self.alive():
+            self.index.check()
+
     def follow_renames(self) -> None:
         """Follow modules that moved in the model since its tensors were last listed (PEFT unloads adapters)."""
         model = self.model()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_plugin.errors import TPError
 from tp_plugin.mesh.dtensor_utils import held
 from tp_plugin.mesh.roles import Mesh
 from tp_plugin.policy import ParamLayout, Plan
@@ -76,6 +77,25 @@ class ParamIndex:
         if model is not None:
             self._tensors = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         return self._tensors
+
+    def check(self) -> None:
+        """Look whether the model has the parameters that were sharded, and no others.
+
+        Raises:
+            TPError: names one that a script added or replaced since.
+        """
+        model = self._model()
+        assert model is not None
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            plain = plain_name(name)
+            if plain in self.layouts and entry_of(parameter) is not None:
+                continue
+            raise TPError(
+                f"parameter {plain!r} {'was replaced' if plain in self.layouts else 'was added'} after "
+                f"{type(model).__name__} was sharded: each rank would train another part of it as if it were whole. Do "
+                "what changes a model (adapters, resize_token_embeddings, pruning, parametrizations, new layers) "
+                "before accelerator.prepare, deepspeed.initialize or tp_plugin.parallelize"
+            )
 
     def first_name(self, name: str) -> str:
         """The name under which :meth:`tensors` has the parameter ``name``."""

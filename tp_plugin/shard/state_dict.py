@@ -27,6 +27,7 @@ class StateDictHooks:
 
     def before(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
         """State-dict pre-hook: other ranks may read from here on."""
+        self.state.check()
         if form() is StateForm.FULL:  # lazy ones are read within the caller's session
             self.state.runtime.sessions.enter(self.state.uid)
 
