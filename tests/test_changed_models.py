@@ -160,3 +160,34 @@ def adapters_case(way: str) -> float:
 @pytest.mark.parametrize("way", ["combined", "loaded"])
 def test_adapters_before_prepare(way: str) -> None:
     assert all(worst <= 1e-4 for worst in run(2, adapters_case, way))
+
+
+def beside_case() -> tuple[list[float], float]:
+    """A classifier that each rank drew for itself and only the optimizer knows of: losses, and what rank 0 drew."""
+    from tp_plugin.runtime.runtime import require
+    from tp_plugin.shard import parallelize, shard_optimizer
+
+    _started()
+    model = build(config_for("llama"))
+    torch.manual_seed(torch.distributed.get_rank())
+    classifier = nn.Linear(97, 3)
+    drawn = classifier.weight.sum().item()
+    optimizer = torch.optim.AdamW([*model.parameters(), *classifier.parameters()], lr=1e-3)
+    parallelize(model, tp_size=2)
+    shard_optimizer(optimizer, require())
+    assert classifier.weight.sum().item() == drawn or torch.distributed.get_rank() > 0
+    losses = []
+    for seed in range(3):
+        logits = model(input_ids=batch(97, seed)["input_ids"]).logits
+        loss = nn.functional.cross_entropy(classifier(logits[:, -1]), torch.arange(logits.shape[0]) % 3)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([*model.parameters(), *classifier.parameters()], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, classifier.weight.sum().item()
+
+
+def test_modules_that_only_the_optimizer_knows_start_equal() -> None:
+    first, second = run(2, beside_case)
+    assert first == second and len(set(first[0])) == 3

@@ -15,8 +15,9 @@ from tp_plugin.runtime.runtime import Runtime
 from tp_plugin.shard import full_matrix_step
 from tp_plugin.shard.elementwise import fault
 from tp_plugin.shard.model_state import read_full_tensor
+from tp_plugin.shard.replicas import agree_on
 from tp_plugin.shard.state_form import StateForm, form
-from tp_plugin.tensor.param_entry import layout_of
+from tp_plugin.tensor.param_entry import entry_of, layout_of
 
 _uids = itertools.count()
 
@@ -27,6 +28,8 @@ NOT_ELEMENTWISE = ("Adafactor", "Muon", "LBFGS", "Shampoo", "SOAP", "LAMB", "Lam
 def shard_optimizer(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
     """Fit ``optimizer`` to parameters that were sharded after it was built; a second call does nothing.
 
+    What it holds beside them is made equal over the unit, which is one process. Collective over the unit.
+
     Raises:
         TPError: its update rule is not elementwise, so shards would not train as the whole tensor does, and it is none
             of those that are given whole parameters (full_matrix_step.py).
@@ -36,6 +39,9 @@ def shard_optimizer(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
     parameters = _parameters(optimizer)
     if not any((layout := layout_of(p)) is not None and layout.is_sharded for p in parameters):
         return
+    # of modules that were never prepared (a loss's own classifier): each rank may have drawn its own
+    others = {str(at): p for at, p in enumerate(parameters) if entry_of(p) is None and not is_split(p)}
+    agree_on(others, runtime.mesh)
     if full_matrix_step.needs_full_matrices(optimizer):
         full_matrix_step.install(optimizer, runtime.mesh.tp)
         optimizer.tp_full_matrices = True  # type: ignore[attr-defined]

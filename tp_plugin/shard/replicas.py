@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Set
+from collections.abc import Mapping, Set
 
 import torch
 from torch import nn
@@ -21,7 +21,12 @@ def agree_on_weights(model: nn.Module, mesh: Mesh, settled: Set[int] = frozenset
     that are sharded already and must stay as they are.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel() and id(tensor) not in settled}
+    return agree_on({name: tensor for name, tensor in tensors.items() if id(tensor) not in settled}, mesh)
+
+
+def agree_on(tensors: Mapping[str, torch.Tensor], mesh: Mesh) -> list[str]:
+    """The same for some tensors by name; collective over the unit."""
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
     if not tensors:
         return []
     differing = _differing([_known(tensor) for tensor in tensors.values()], mesh)
