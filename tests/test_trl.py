@@ -48,7 +48,7 @@ def scores_case(kind: str) -> dict[str, Any]:
     from tp_plugin.policy import ParamLayout
     from tp_plugin.policy.split import vocabulary_rows
     from tp_plugin.runtime.start import start, stop
-    from tp_plugin.tensor import grad_norm as layouts
+    from tp_plugin.tensor.param_entry import ParamEntry, bind
 
     stop()
     group = start(RunConfig(2)).mesh.tp
@@ -68,8 +68,8 @@ def scores_case(kind: str) -> dict[str, Any]:
         w, b = (layout.shard(weight, group.rank), biases.shard(bias, group.rank)) if split else (weight, bias)
         w, b = torch.nn.Parameter(w.clone()), torch.nn.Parameter(b.clone())
         if split:
-            layouts.attach(w, layout)
-            layouts.attach(b, biases)
+            bind(w, ParamEntry("w", layout))
+            bind(b, ParamEntry("b", biases))
         before = {name: dict(book) for name, book in ledger.items()}
         fetched: Any = Gathering() if split and kind == "partitioned" else lambda *_: contextlib.nullcontext()
         with fetched(w, b):
@@ -96,30 +96,33 @@ def test_scores_are_those_of_the_whole_vocabulary(kind: str) -> None:
 
 
 def copied_case() -> str:
+    from models import build, config_for
+
     from tp_plugin.engines.trl import _LogProbs
     from tp_plugin.errors import TPError
-    from tp_plugin.policy import ParamLayout
-    from tp_plugin.tensor import grad_norm as layouts
+    from tp_plugin.runtime.start import stop
+    from tp_plugin.shard import parallelize
 
-    weight = torch.nn.Parameter(torch.zeros(2, 3))
-    layouts.attach(weight, ParamLayout((4, 3), 0, (((0, 2),), ((2, 4),)), pad_to=2))
+    stop()
+    head: Any = parallelize(build(config_for("llama", tie_word_embeddings=False)), tp_size=2).lm_head
     with pytest.raises(TPError) as raised:
-        _LogProbs(None, None).apply(torch.zeros(1), weight.detach().clone(), None, torch.zeros(1), 1.0, 32)
+        _LogProbs(None, None).apply(torch.zeros(1), head.weight.detach().clone(), None, torch.zeros(1), 1.0, 32)
     return str(raised.value)
 
 
 def test_a_copy_of_a_share_is_not_taken_for_the_whole() -> None:
-    assert "a weight of (2, 3) that is not a parameter of the model" in copied_case()
+    for message in run(2, copied_case):
+        assert "a weight of (49, 48) that is not a parameter of the model" in message
 
 
 def distilled_case() -> str:
     from tp_plugin.engines.trl import _Refused
     from tp_plugin.errors import TPError
     from tp_plugin.policy import ParamLayout
-    from tp_plugin.tensor import grad_norm as layouts
+    from tp_plugin.tensor.param_entry import ParamEntry, bind
 
     weight = torch.nn.Parameter(torch.zeros(2, 3))
-    layouts.attach(weight, ParamLayout((4, 3), 0, (((0, 2),), ((2, 4),))))
+    bind(weight, ParamEntry("weight", ParamLayout((4, 3), 0, (((0, 2),), ((2, 4),)))))
     with pytest.raises(TPError) as raised:
         _Refused(None).apply(torch.zeros(1), weight)
     return str(raised.value)
