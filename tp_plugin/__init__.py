@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "parallelize": "tp_plugin.launch.api",
+    "full_parameters": "tp_plugin.engines.full_parameters",
     "register": "tp_plugin.policy",
     "policy_for": "tp_plugin.policy",
     "Policy": "tp_plugin.policy",

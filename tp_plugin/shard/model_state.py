@@ -128,7 +128,7 @@ class ModelState:
     def check(self) -> None:
         """See :meth:`ParamIndex.check`; a copied model's entries are attached later."""
         if self.attached and self.alive():
-            self.index.check()
+            self.index.check(self.mesh.tp.rank)
 
     def follow_renames(self) -> None:
         """Follow modules that moved in the model since its tensors were last listed (PEFT unloads adapters)."""

@@ -78,17 +78,24 @@ class ParamIndex:
             self._tensors = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         return self._tensors
 
-    def check(self) -> None:
-        """Look whether the model has the parameters that were sharded, and no others.
+    def check(self, tp_rank: int) -> None:
+        """Look whether the model has the parameters that were sharded, and no others, and holds shards of them.
 
         Raises:
-            TPError: names one that a script added or replaced since.
+            TPError: names one that a script added or replaced since, or made whole.
         """
         model = self._model()
         assert model is not None
         for name, parameter in model.named_parameters(remove_duplicate=False):
             plain = plain_name(name)
             if plain in self.layouts and entry_of(parameter) is not None:
+                layout = self.layouts[plain]
+                if layout.is_sharded and tuple(parameter.shape) == layout.shape != layout.local_shape(tp_rank):
+                    raise TPError(
+                        f"parameter {plain!r} is whole, {layout.shape}, where {type(model).__name__} computes with "
+                        f"this rank's shard of it, {layout.local_shape(tp_rank)}; end the block of "
+                        "`with tp_plugin.full_parameters(...)` before the model is called or saved"
+                    )
                 continue
             raise TPError(
                 f"parameter {plain!r} {'was replaced' if plain in self.layouts else 'was added'} after "

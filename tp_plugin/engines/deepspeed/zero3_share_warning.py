@@ -32,8 +32,8 @@ def _enter(original: Any, self: Any) -> Any:
         if layout is not None and layout.is_sharded:
             warnings.warn(
                 f"inside GatheredParameters a weight is this rank's shard, {tuple(parameter.shape)} of "
-                f"{tuple(layout.shape)}; for full weights take engine.save_16bit_model, "
-                "accelerator.get_state_dict(model) or `tp-plugin export` of a checkpoint",
+                f"{tuple(layout.shape)}; use `with tp_plugin.full_parameters(model):` instead, or "
+                "take engine.save_16bit_model or accelerator.get_state_dict(model)",
                 ShardWarning,
                 stacklevel=3,
             )
