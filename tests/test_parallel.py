@@ -183,6 +183,30 @@ def test_a_loss_that_is_not_one_number_is_an_error(factor: float) -> None:
         assert "called backward() on different losses (rank 0: " in message
 
 
+def clipped_by_hand_case() -> tuple[int, str]:
+    """Each rank divides by the norm of its own shares: the replicated weights drift apart, and no loss shows it."""
+    from tp_plugin.errors import DivergenceError
+
+    _, sharded = pair(2)
+    optimizer = torch.optim.AdamW(sharded.parameters(), lr=1e-3)
+    for seed in range(20):
+        try:
+            sharded(**batch(97, seed)).loss.backward()
+        except DivergenceError as error:
+            return seed, str(error)
+        norm = torch.stack([p.grad.pow(2).sum() for p in sharded.parameters()]).sum().sqrt()
+        for parameter in sharded.parameters():
+            parameter.grad.mul_(0.1 / norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return 20, ""
+
+
+def test_drift_is_seen_within_some_steps() -> None:
+    for steps, message in run(2, clipped_by_hand_case):
+        assert steps <= 7 and "has drifted apart" in message and "clip_grad_norm_ sees the whole model" in message
+
+
 def rounded_case(change: float) -> str:
     """Rank 1's copy of a norm's weight is a little apart, as after months of sums in any order."""
     from tp_plugin.errors import DivergenceError

@@ -1,7 +1,8 @@
 """Before each top-level forward: are the ranks of the TP group still one process?
 
-One all-gather of 72 bytes over ``unit_cpu`` compares the call, the batch, the generators, and the loss at which the
-last backward began. Another batch or another loss is an error on every rank; unequal generators are set to those of the
+One all-gather of 80 bytes over ``unit_cpu`` compares the call, the batch, the generators, the loss at which the last
+backward began and, at some forwards, a sample of the replicated weights. Another batch or another loss is an error on
+every rank; where the sample differs, the audit says what has drifted; unequal generators are set to those of the
 leader, as the group is one process and has one.
 """
 
@@ -32,6 +33,9 @@ SAME = 1e-6
 ROUNDED = 1e-4
 """The same where rounding has drifted into the replicated weights: kernels that add in any order, for months."""
 
+SAMPLED = 16
+"""Training forwards between two looks at the parameters; there are looks at the 2nd, 4th and 8th, too."""
+
 SMALL = 1e-2
 """Losses smaller than this are compared as if they were of this size: they may be differences of larger numbers."""
 
@@ -49,9 +53,11 @@ class BatchGuard:
     """Watches the forwards of one sharded model.
 
     Args:
-        audit: runs every ``audit_every`` training forwards.
-        check: raises if the parameters are not those that were sharded; called where some module of the process
-            got a parameter or a module since.
+        sample: a number computed of replicated weights; equal on all ranks that hold the same.
+        audit: says which replicated weights have drifted apart, collectively; runs where samples differ, and every
+            ``audit_every`` training forwards.
+        check: raises if the parameters are not those that were sharded; called at a look, and where some module of the
+            process got a parameter or a module since.
         rounded: whether replicated weights differ over the TP group, but by no more than rounding. Collective.
     """
 
@@ -60,11 +66,12 @@ class BatchGuard:
         runtime: Parts,
         audit: Callable[[], None] | None = None,
         audit_every: int = 0,
+        sample: Callable[[], float] = lambda: math.nan,
         check: Callable[[], None] = lambda: None,
         rounded: Callable[[], bool] = lambda: False,
     ):
         self._runtime, self.mesh, self.sync_points = runtime, runtime.mesh, runtime.sync_points
-        self.audit, self.audit_every, self.check, self.rounded = audit, audit_every, check, rounded
+        self.audit, self.audit_every, self.sample, self.check, self.rounded = audit, audit_every, sample, check, rounded
         self._registered = -1
         self.training_forwards = 0
         self._depth = 0
@@ -76,7 +83,7 @@ class BatchGuard:
     @torch._dynamo.disable
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook (with kwargs) of a model; checks at the outermost call only. Never in a graph."""
-        if self._registered != self._runtime.progress.registered:
+        if self._registered != self._runtime.progress.registered or self._looks(module):
             self.check()
             self._registered = self._runtime.progress.registered
         self._depth += 1
@@ -119,7 +126,8 @@ class BatchGuard:
         mode = GRADIENTS * torch.is_grad_enabled() + 2 * module.training
         record: Any = getattr(module, "tp_record", None)  # an inner model called by itself has none
         rounding = self._runtime.last_loss.rounding
-        mine = [mode, record.number if record else -1, batch, rng.fingerprint(), _bits(self._runtime.last_loss.take())]
+        loss, sample = self._runtime.last_loss.take(), self.sample() if self._looks(module) else math.nan
+        mine = [mode, record.number if record else -1, batch, rng.fingerprint(), _bits(loss), _bits(sample)]
         everyone = self.sync_points.rendezvous(
             FORWARD, mine, lambda: record and Request.of("__call__", module, args, kwargs)
         )
@@ -128,6 +136,7 @@ class BatchGuard:
             self._depth, self._outermost = 0, None
             self._explain(module, seen, mode)
         self._compare_losses([_number(values[4]) for values in everyone], rounding)
+        self._compare_samples([_number(values[5]) for values in everyone])
         if any(values[3] != mine[3] for values in everyone):
             rng.synchronize(self.mesh.unit_cpu)
 
@@ -145,6 +154,16 @@ class BatchGuard:
             "or is drawn or looked up by each rank for itself. Penalties on weights belong into the optimizer "
             "(weight_decay); use outputs.logits, and values that accelerator.gather or broadcast has made equal"
         )
+
+    def _looks(self, module: nn.Module) -> bool:
+        count = self.training_forwards + 1
+        return module.training and torch.is_grad_enabled() and (count % SAMPLED == 0 or count in (2, 4, 8))
+
+    def _compare_samples(self, samples: list[float]) -> None:
+        if not all(map(math.isfinite, samples)) or max(samples) - min(samples) <= SAME * max(map(abs, samples)):
+            return
+        if self.audit:
+            self.audit()  # which raises, unless it takes the difference for rounding
 
     def _explain(self, module: nn.Module, mine: dict[str, Any], mode: int) -> None:
         phase = f"{'training' if mode & 2 else 'evaluation'}, gradients {'on' if mode & GRADIENTS else 'off'}"

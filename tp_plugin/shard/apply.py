@@ -130,6 +130,7 @@ def shard_model(model: nn.Module, plan: Plan, runtime: Runtime, options: RunConf
         runtime,
         audit=lambda: audit(state, tolerance, repair),
         audit_every=options.audit_every,
+        sample=state.sample,
         check=state.check,
         rounded=lambda: 0 < drift(state) <= tolerance,
     )

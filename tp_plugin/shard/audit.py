@@ -61,7 +61,8 @@ def audit(state: ModelState, tolerance: float, repair: bool) -> None:
     raise DivergenceError(
         f"replicated parameter {name!r} has drifted apart within the TP group, by {far:.2g} of its largest element "
         f"(tolerance {tolerance:.0e}); it was updated differently on each rank. Look for code that changes weights by "
-        "RANK or with a generator that differs between ranks; "
+        "RANK, with a generator that differs between ranks, or by a norm or a sum of this rank's shares (clipping by "
+        "hand: clip_grad_norm_ sees the whole model); "
         "`tp_plugin: {audit_repair: true}` gives all ranks the first one's values"
     )
 

@@ -173,6 +173,10 @@ class ModelState:
                 chosen.append(flat[:: -(-flat.numel() // SAMPLES)].float())
         return self.runtime.progress.to_host(torch.cat(chosen)).tolist() if chosen else []
 
+    def sample(self) -> float:
+        """A number of some elements of replicated parameters, each with a weight of its own."""
+        return math.fsum(value * (1 + at % 7) for at, value in enumerate(self._sample()))
+
     def local(self, key: str) -> torch.Tensor:
         """This rank's tensor named ``key`` (a parameter's first name in the model)."""
         return self.index.tensors()[key]

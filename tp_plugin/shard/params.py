@@ -93,8 +93,8 @@ class ParamIndex:
                 if layout.is_sharded and tuple(parameter.shape) == layout.shape != layout.local_shape(tp_rank):
                     raise TPError(
                         f"parameter {plain!r} is whole, {layout.shape}, where {type(model).__name__} computes with "
-                        f"this rank's shard of it, {layout.local_shape(tp_rank)}; end the block of "
-                        "`with tp_plugin.full_parameters(...)` before the model is called or saved"
+                        f"this rank's shard of it, {layout.local_shape(tp_rank)}; write to whole weights inside `with "
+                        "tp_plugin.full_parameters(model, write=True):`, which ends before the model is called or saved"
                     )
                 continue
             raise TPError(
