@@ -197,3 +197,41 @@ def beside_case() -> tuple[list[float], float]:
 def test_modules_that_only_the_optimizer_knows_start_equal() -> None:
     first, second = run(2, beside_case)
     assert first == second and len(set(first[0])) == 3
+
+
+def copies_case() -> dict[str, str]:
+    """What happens to scripts that write into the tensors of a ``state_dict()``."""
+    from tp_plugin.errors import TPError
+    from tp_plugin.shard import parallelize
+
+    _started()
+    model = parallelize(build(config_for("llama")), tp_size=2)
+    average = copy.deepcopy(model)
+    found = {}
+
+    def follow() -> None:
+        with torch.no_grad():
+            for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+                mean.lerp_(value, 0.1)
+
+    follow()
+    with pytest.raises(TPError) as raised:
+        follow()
+    found["average"] = str(raised.value)
+    model.state_dict()["lm_head.weight"][3] = 0
+    with pytest.raises(TPError) as raised:
+        model.train()(**batch(97, 0)), model(**batch(97, 1))
+    found["edited"] = str(raised.value)
+    state = model.state_dict()  # these are loaded: nothing is lost
+    state["lm_head.weight"].mul_(2)
+    model.load_state_dict(state)
+    for seed in range(4):
+        model(**batch(97, seed)).loss.backward()
+    assert torch.equal(model.state_dict()["lm_head.weight"], state["lm_head.weight"])
+    return found
+
+
+def test_writes_into_a_state_dict_are_not_lost_silently() -> None:
+    for found in run(2, copies_case):
+        assert "of a state_dict() was written to in place" in found["average"]
+        assert "'lm_head.weight' of a state_dict() was written to in place" in found["edited"]

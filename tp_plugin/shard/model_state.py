@@ -18,6 +18,7 @@ from tp_plugin.mesh.dtensor_utils import held
 from tp_plugin.policy import ParamLayout, Plan
 from tp_plugin.runtime.published import ELSEWHERE
 from tp_plugin.runtime.runtime import Runtime
+from tp_plugin.shard.copies import Copies
 from tp_plugin.shard.lazy_full_tensor import LazyFullTensor
 from tp_plugin.shard.params import ParamIndex
 
@@ -52,6 +53,7 @@ class ModelState:
         number: equal on all ranks: every rank shards and copies its models in the same order.
         uid: the name by which other ranks read the model's tensors.
         index: its parameters.
+        copies: whole weights that were given to the script.
         attached: whether the parameters carry their entries and hooks; those of a copy do from its first forward on.
         steps: steps taken by an engine that has an optimizer of its own (DeepSpeed).
         model: weak reference to the model.
@@ -74,6 +76,7 @@ class ModelState:
         self.wrapper: Callable[[], nn.Module | None] = lambda: None
         self.steps: Callable[[], int] = lambda: self.runtime.progress.optimizer_steps
         self.index = ParamIndex(model, layouts)
+        self.copies = Copies()
         self._full: weakref.WeakValueDictionary[tuple[object, ...], torch.Tensor] = weakref.WeakValueDictionary()
         self._lazy: weakref.WeakValueDictionary[str, LazyFullTensor] = weakref.WeakValueDictionary()
         self._versions: dict[str, int] = {}
@@ -126,7 +129,8 @@ class ModelState:
             self.index.attach(self.plan, self.mesh)
 
     def check(self) -> None:
-        """See :meth:`ParamIndex.check`; a copied model's entries are attached later."""
+        """See :meth:`ParamIndex.check` and :meth:`Copies.check`; a copied model's entries are attached later."""
+        self.copies.check()
         if self.attached and self.alive():
             self.index.check(self.mesh.tp.rank)
 
@@ -191,7 +195,7 @@ class ModelState:
         full = self._full.get(at)
         if full is None:
             full = read_full_tensor(self.runtime, self.uid, name, local, layout)
-            self._full[at] = full
+            self._full[at] = self.copies.give(key, full)
         return full
 
     def lazy_full_tensor(self, key: str, local: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,8 @@ class StateDictHooks:
             self.state.runtime.sync_points.rendezvous(BARRIER)
         for key in split:
             layout = self.state.index.layouts.get(plain_name(key.removeprefix(prefix)))
-            state[key] = gather_full_tensor(state[key], layout, self.state.mesh)
+            full = gather_full_tensor(state[key], layout, self.state.mesh)
+            state[key] = self.state.copies.give(key.removeprefix(prefix), full)
         if form() is StateForm.FULL:
             self.state.runtime.sessions.leave(self.state.uid)
 
@@ -77,6 +78,7 @@ class ModuleStateHooks:
         self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *problems: list[str]
     ) -> None:
         """Load-state-dict pre-hook: this rank's shards in place of full tensors."""
+        self.state.copies.forget()
         for name, _ in module.named_parameters(recurse=False):
             value = state.get(prefix + name)
             layout = self.state.index.layouts[join(self.path, name)]
