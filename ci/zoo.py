@@ -44,10 +44,12 @@ def proofs() -> Iterator[Proof]:
     import test_hf_plan
     import zoo
 
+    from tp_plugin.cli.dropout import dropouts
+
     for kind in zoo.model_types():
         for case in zoo.cases(kind):
             yield Proof(str(case), kind, case.tp, zoo.prove, (case,), zoo.faults)
-        if any(zoo.dropouts(zoo.config_for(kind))):
+        if any(dropouts(zoo.config_for(kind))):
 
             def faults(results: list[Any], kind: str = kind) -> list[str]:
                 return zoo.dropout_faults(kind, results)
@@ -60,7 +62,7 @@ def proofs() -> Iterator[Proof]:
 
 def main() -> int:
     """Exit status: 0 if all is proven."""
-    import zoo
+    import zoo_table
     from workers import WorkerError, run
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,10 +103,10 @@ def main() -> int:
                 log.write(json.dumps([proof.name, faults]) + "\n")
     print(f"{len(chosen)} proofs, {failed} failures, {time.monotonic() - began:.0f} s", file=sys.stderr)
     if not arguments.patterns:
-        table = zoo.rows()
-        print(zoo.markdown(table))
+        table = zoo_table.rows()
+        print(zoo_table.markdown(table))
         if arguments.write and not failed:
-            zoo.show(table)
+            zoo_table.show(table)
     return 1 if failed else 0
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from models import build, config_for
-from test_loading import _memory, patched
+from test_loading import patched
+from test_loading_shares import _memory
 from workers import run
 
 

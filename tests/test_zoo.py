@@ -8,11 +8,13 @@ from collections.abc import Iterator
 import pytest
 import transformers
 import zoo
+import zoo_table
 from models import config_for
 from torch import nn
 from workers import run
 
 import tp_plugin
+from tp_plugin.cli.dropout import dropouts
 from tp_plugin.cli.main import main
 from tp_plugin.cli.random_batch import LENGTH, SAMPLES
 from tp_plugin.errors import PolicyError
@@ -149,7 +151,7 @@ def test_proof(case: zoo.Case) -> None:
         assert result.collectives == {}, "an unexpected collective"
 
 
-WITH_DROPOUT = [model_type for model_type in TYPES if any(zoo.dropouts(config_for(model_type)))]
+WITH_DROPOUT = [model_type for model_type in TYPES if any(dropouts(config_for(model_type)))]
 DROPPED = ("llama", "gpt2", "gptj", "gpt_neox", "opt", "bloom", "bert", "distilbert", "t5", "bart", "phi")
 
 
@@ -164,7 +166,7 @@ def test_dropout(model_type: str) -> None:
 
 def test_the_table_in_the_readme() -> None:
     """Everything in it is what cases and plans say. Anew: python ci/zoo.py --write"""
-    assert zoo.shown().strip() == zoo.markdown(zoo.rows()).strip()
+    assert zoo_table.shown().strip() == zoo_table.markdown(zoo_table.rows()).strip()
 
 
 def test_the_command_lists_the_zoo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
