@@ -137,6 +137,26 @@ def test_a_collective_on_one_rank_only(model_folder: str, tmp_path: Path) -> Non
     assert "rank 1 lost other ranks in all_gather of the unit_cpu group [0, 1]" in ended[1].said
 
 
+def skipped_backward(folder: str) -> None:
+    accelerator, model, optimizer = begin(folder)
+    step(accelerator, model, optimizer)
+    loss = model(**batch(97, 1)).loss
+    if not accelerator.is_main_process:
+        accelerator.backward(loss)
+    model(**batch(97, 2))
+
+
+def test_a_mutual_wait_ends(model_folder: str, tmp_path: Path) -> None:
+    """One rank is in a backward's all-reduce, the other at the next forward: torch would wait for two minutes here."""
+    started = time.monotonic()
+    ended = scripts(2, skipped_backward, model_folder, folder=tmp_path, TP_PLUGIN_ABORT_AFTER="3")
+    told(ended, {}, "the ranks of a TP group wait for each other, and would for good: rank 0 at ")
+    assert time.monotonic() - started < 100
+    for end in ended:
+        assert "all_gather of the unit_cpu group [0, 1]" in end.said and "all_reduce of the tp group [0, 1]" in end.said
+    assert "LostRankError" in ended[0].said, "the main process raises"
+
+
 def stopped(folder: str) -> None:
     from tp_plugin.runtime import transport
 

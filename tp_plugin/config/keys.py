@@ -24,5 +24,8 @@ ENV_REPORT = "TP_PLUGIN_REPORT"
 ENV_READ_TIMEOUT = "TP_PLUGIN_READ_TIMEOUT"
 """Seconds to wait for a weight that another rank holds."""
 
+ENV_ABORT_AFTER = "TP_PLUGIN_ABORT_AFTER"
+"""Seconds after which ranks that wait for each other for good are ended."""
+
 ENV_NOTICE_AFTER = "TP_PLUGIN_NOTICE_AFTER"
 """Seconds after which a rank that waits in a collective says so."""

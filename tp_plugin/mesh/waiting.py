@@ -17,22 +17,23 @@ class Waiting:
     Attributes:
         since: ``time.monotonic()`` of its beginning; None outside of collectives.
         what: the collective in words.
+        in_unit: whether only ranks of this rank's unit take part in it.
         explain: given the collective and the backend's error, what is known of the other ranks; set by who can ask.
     """
 
     def __init__(self) -> None:
         self.since: float | None = None
-        self.what = ""
+        self.what, self.in_unit = "", False
         self.explain: Callable[[str, RuntimeError], str] | None = None
 
     @contextlib.contextmanager
-    def on(self, what: str) -> Iterator[None]:
+    def on(self, what: str, in_unit: bool = False) -> Iterator[None]:
         """Inside, this rank waits in ``what``.
 
         Raises:
             LostRankError: the backend raised; the message says what is known of the other ranks.
         """
-        self.since, self.what = time.monotonic(), what
+        self.what, self.in_unit, self.since = what, in_unit, time.monotonic()
         try:
             yield
         except RuntimeError as error:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tp_plugin.runtime.farewell import Farewell
     from tp_plugin.runtime.hang_report import HangReport
     from tp_plugin.runtime.last_loss import LastLoss
+    from tp_plugin.runtime.mutual_wait import MutualWait
     from tp_plugin.runtime.progress import Progress
     from tp_plugin.runtime.published import PublishedTensors
     from tp_plugin.runtime.remote_logits import RemoteLogits
@@ -44,6 +45,7 @@ class Runtime:
         sessions: calls that they leave together.
         remote_logits: logits that other ranks hold.
         hang_report, crash_report: what is said of waits and deaths.
+        mutual_wait: ends a wait that nothing can end.
         farewell: what happens at exit.
         models: the states of this process's sharded models (:class:`tp_plugin.shard.model_state.ModelState`).
         held_bytes, full_bytes: of all parameters that it ever sharded: what it holds of them, and the full tensors'.
@@ -60,6 +62,7 @@ class Runtime:
     remote_logits: RemoteLogits
     hang_report: HangReport
     crash_report: CrashReport
+    mutual_wait: MutualWait
     farewell: Farewell
     models: WeakSet[Any] = field(default_factory=WeakSet)
     held_bytes: int = 0

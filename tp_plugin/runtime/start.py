@@ -12,6 +12,7 @@ from tp_plugin.runtime.crash_report import CrashReport
 from tp_plugin.runtime.farewell import Farewell
 from tp_plugin.runtime.hang_report import HangReport
 from tp_plugin.runtime.last_loss import LastLoss
+from tp_plugin.runtime.mutual_wait import MutualWait
 from tp_plugin.runtime.progress import Progress
 from tp_plugin.runtime.published import PublishedTensors
 from tp_plugin.runtime.remote_logits import RemoteLogits
@@ -31,6 +32,7 @@ def build(config: RunConfig, mesh: Mesh) -> Runtime:
     remote_logits = RemoteLogits(mesh, transport, sync_points)
     hang_report = HangReport(mesh, transport, sync_points, sessions, reports.read)
     crash_report = CrashReport(mesh.rank, hang_report)
+    mutual_wait = MutualWait(mesh, transport, reports.leave)
     farewell = Farewell(mesh, sessions, sync_points, crash_report)
     atexit.register(farewell)
     return Runtime(
@@ -45,6 +47,7 @@ def build(config: RunConfig, mesh: Mesh) -> Runtime:
         remote_logits=remote_logits,
         hang_report=hang_report,
         crash_report=crash_report,
+        mutual_wait=mutual_wait,
         farewell=farewell,
     )
 
@@ -83,4 +86,5 @@ def stop() -> None:
         atexit.unregister(running.farewell)
         running.crash_report.close()
         running.hang_report.close()
+        running.mutual_wait.close()
         running.transport.close()
