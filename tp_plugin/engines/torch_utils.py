@@ -9,10 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.data.distributed
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -61,7 +58,6 @@ def install() -> None:
     wrap(torch.Tensor, "backward", _backward)
     remember(register_optimizer_step_post_hook(_stepped))
     remember(register_module_parameter_registration_hook(_registered))
-    remember(register_module_module_registration_hook(_registered))
     wrap(torch.nn.parallel.DistributedDataParallel, "__init__", _data_parallel)
     wrap(torch.nn.parallel.DistributedDataParallel, "register_comm_hook", _register_comm_hook)
 
@@ -105,6 +101,7 @@ def _backward(original: Any, self: torch.Tensor, *args: Any, **kwargs: Any) -> A
 
 
 def _registered(module: torch.nn.Module, name: str, value: Any) -> None:
+    """Hook of every registered parameter; modules are registered in forwards, too (``self.layers[:n]``)."""
     runtime = current()
     if runtime is not None:
         runtime.progress.registered += 1

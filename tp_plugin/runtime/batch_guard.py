@@ -57,7 +57,7 @@ class BatchGuard:
         audit: says which replicated weights have drifted apart, collectively; runs where samples differ, and every
             ``audit_every`` training forwards.
         check: raises if the parameters are not those that were sharded; called at a look, and where some module of the
-            process got a parameter or a module since.
+            process got a parameter since.
         rounded: whether replicated weights differ over the TP group, but by no more than rounding. Collective.
     """
 
@@ -156,6 +156,8 @@ class BatchGuard:
         )
 
     def _looks(self, module: nn.Module) -> bool:
+        if not self._runtime.progress.looks_for_drift:
+            return False
         count = self.training_forwards + 1
         return module.training and torch.is_grad_enabled() and (count % SAMPLED == 0 or count in (2, 4, 8))
 
