@@ -13,11 +13,13 @@ from torch import nn
 from workers import run
 from zoo import fresh
 
+from tp_plugin.cli.local_ranks import run_on_ranks
 from tp_plugin.cli.main import main
 from tp_plugin.cli.parity_result import Result
 from tp_plugin.cli.policy_hints import explain_failures, hint_for_block
 from tp_plugin.cli.proof import prove_here
-from tp_plugin.config.keys import ENV_OPTIONS
+from tp_plugin.config.keys import ENV_DISABLE, ENV_OPTIONS
+from tp_plugin.config.resolve import current_config
 from tp_plugin.errors import TPError
 from tp_plugin.policy import BlockPlan, HeadSplit, ParamLayout, Plan
 
@@ -248,3 +250,10 @@ def test_a_module_whose_output_deviates_is_named(tiny: str, tmp_path: Path, caps
 def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_ranks_of_a_proof_take_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command itself runs with the plugin switched off; its ranks were, too, and proved a run without options."""
+    monkeypatch.setenv(ENV_DISABLE, "1")
+    monkeypatch.setenv(ENV_OPTIONS, json.dumps({"sequence_parallel": True}))
+    assert [config.sequence_parallel for config in run_on_ranks(2, current_config)] == [True, True]

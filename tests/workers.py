@@ -112,6 +112,7 @@ def _work(rank: int, world: int, port: int, tasks: Any, results: Any) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
     )
+    os.environ.pop("TP_PLUGIN_DISABLE", None)  # a command that is tested in pytest's process sets it for itself
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
     sys.path.insert(0, os.path.dirname(__file__))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from tp_plugin.config.keys import ENV_DISABLE
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.roles import Mesh
 
@@ -62,6 +63,7 @@ def run_on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[A
 def _rank(rank: int, world: int, port: int, results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     os.environ["LOCAL_RANK"] = str(rank)
+    os.environ.pop(ENV_DISABLE, None)  # which the command sets for itself: the ranks take the options
     torch.set_num_threads(1)
     try:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT))
