@@ -46,9 +46,11 @@ def full_parameters(module: nn.Module, write: bool = False) -> Iterator[None]:
         if runtime is None:
             yield
             return
-        whole = [_Whole.of(name, parameter, module, runtime.mesh) for name, parameter in parameters.items()]
+        whole: list[_Whole] = []
         runtime.progress.registered += 1  # a forward looks, and refuses
         try:
+            for name, parameter in parameters.items():  # in the ``try``: memory may not suffice for all
+                whole.append(_Whole.of(name, parameter, module, runtime.mesh))
             yield
             if write:
                 agree_on({one.name: one.seen.detach() for one in whole}, runtime.mesh)

@@ -173,6 +173,8 @@ class ModelState:
         chosen: list[torch.Tensor] = []
         for name, parameter in self.index.tensors().items():
             flat = held(parameter.detach()).reshape(-1)
+            if chosen and flat.device != chosen[0].device:  # a part that is offloaded
+                continue
             if not self.index.layouts[name].is_sharded and flat.numel() and len(chosen) < SAMPLED:
                 chosen.append(flat[:: -(-flat.numel() // SAMPLES)].float())
         return self.runtime.progress.to_host(torch.cat(chosen)).tolist() if chosen else []
