@@ -78,7 +78,7 @@ COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
         "blackbox/test_checkpoints.py::test_save_state_resumes_at_another_tp",
         "blackbox/test_checkpoints.py::test_trainer_resumes_at_another_tp",
         "test_zero_checkpoints.py::test_resume",
-        f"{FSDP2}::test_checkpoints_move_between_layouts",
+        "test_fsdp2_checkpoints.py::test_checkpoints_move_between_layouts",
     ),
     "`generate`": (
         "test_generate.py::test_all_modes",
