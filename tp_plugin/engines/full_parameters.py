@@ -49,8 +49,9 @@ def full_parameters(module: nn.Module, write: bool = False) -> Iterator[None]:
         whole: list[_Whole] = []
         runtime.progress.registered += 1  # a forward looks, and refuses
         try:
-            for name, parameter in parameters.items():  # in the ``try``: memory may not suffice for all
-                whole.append(_Whole.of(name, parameter, module, runtime.mesh))
+            with runtime.region.step():
+                for name, parameter in parameters.items():  # in the ``try``: memory may not suffice for all
+                    whole.append(_Whole.of(name, parameter, module, runtime.mesh))
             yield
             if write:
                 agree_on({one.name: one.seen.detach() for one in whole}, runtime.mesh)
@@ -63,8 +64,9 @@ def full_parameters(module: nn.Module, write: bool = False) -> Iterator[None]:
             write = False
             raise
         finally:
-            for one in whole:
-                one.restore(write, runtime)
+            with runtime.region.step():
+                for one in whole:
+                    one.restore(write, runtime)
             runtime.progress.registered += 1
 
 
@@ -108,10 +110,12 @@ class _Whole:
             if layout is not None and sharded:
                 full = gather_shards(local, layout, mesh.unit_for(local)).to(local.device)
         if not split:
+            parameter.tp_is_full = True  # to the script it is what it is
             if sharded:
                 parameter.data = full
             return _Whole(name, parameter, local if sharded else None, parameter, [], parameter._version)
         seen = nn.Parameter(full.clone() if full is parameter._local_tensor else full, parameter.requires_grad)
+        seen.tp_is_full = True  # type: ignore[attr-defined]
         entry = entry_of(parameter)
         if entry is not None:
             bind(seen, entry)
@@ -128,6 +132,8 @@ class _Whole:
     def restore(self, write: bool, runtime: Runtime) -> None:
         """Give the model its own object and memory back, with what was written if ``write``; communicates nothing."""
         layout, full = layout_of(self.kept), self.seen.detach()
+        if not self.places:
+            del self.kept.tp_is_full
         for owner, attribute in self.places:
             owner._parameters[attribute] = self.kept
         if self.local is not None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from tp_plugin.engines.patching import wrap
+from tp_plugin.engines.torch_utils import in_step
 from tp_plugin.errors import TPError
 from tp_plugin.policy import Plan
 from tp_plugin.policy.layout import Parts
@@ -34,7 +35,8 @@ def _unload(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     with require().sessions.together("merge_and_unload"):  # a peer reads what is merged here by its new name
         for record in records:
             record.index.tensors()
-        result = original(self, *args, **kwargs)
+        with require().region.step():
+            result = original(self, *args, **kwargs)
         for record in records:
             record.follow_renames()
     return result
@@ -45,7 +47,7 @@ def _save_pretrained(original: Any, self: Any, save_directory: Any, *args: Any, 
     if mesh is None or not any(is_sharded(model) for _, model in models_in(self)):
         return original(self, save_directory, *args, **kwargs)
     with require().sessions.together("PeftModel.save_pretrained"):
-        return original(self, save_directory, *args, **kwargs) if mesh.is_leader else None
+        return in_step(original, self, save_directory, *args, **kwargs) if mesh.is_leader else None
 
 
 def _get_prompt(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from tp_plugin.engines.patching import wrap
+from tp_plugin.engines.torch_utils import in_step
 from tp_plugin.mesh.dtensor_utils import is_split
 from tp_plugin.runtime.runtime import current_mesh, require
 from tp_plugin.shard import has_lazy, is_sharded, lazy_full_tensors, materialize, models_in
@@ -54,7 +55,11 @@ def all_or_nothing() -> Iterator[None]:
         _unnamed.reset(token)
 
 
-def _save_pretrained(original: Any, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+def _save_pretrained(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    return in_step(_save_sharded, original, self, *args, **kwargs)
+
+
+def _save_sharded(original: Any, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     if not is_sharded(self):
         return original(self, save_directory, *args, **kwargs)
     record = self.tp_record
@@ -90,7 +95,7 @@ def save_model(original: Any, self: Any, model: Any, *args: Any, **kwargs: Any) 
     sharded = mesh is not None and any(is_sharded(root) for _, root in models_in(model))
     if mesh is None or not sharded or self.distributed_type.value in ("DEEPSPEED", "FSDP"):
         return original(self, model, *args, **kwargs)  # which gather on all ranks
-    with require().sessions.together("Accelerator.save_model"):
+    with require().sessions.together("Accelerator.save_model"), require().region.step():
         if not mesh.is_leader:
             return None
         with lazy_full_tensors(), all_or_nothing():

@@ -11,7 +11,7 @@ import torch.utils.data.distributed
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils import clip_grad
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tp_plugin.config.resolve import current_config
 from tp_plugin.engines.patching import patch, remember, wrap
@@ -56,10 +56,28 @@ def install() -> None:
     wrap(torch.amp.GradScaler, "_unscale_grads_", _unscale_grads)
     patch(torch.utils.data.distributed, "dist", _Replicas())
     wrap(torch.Tensor, "backward", _backward)
+    wrap(torch.autograd, "_engine_run_backward", in_step)
+    wrap(torch.optim.Optimizer, "zero_grad", in_step)
+    wrap(torch.nn.Module, "zero_grad", in_step)
+    for name in ("clip_grad_norm_", "clip_grad_value_"):
+        wrap(clip_grad, name, in_step)
+        patch(torch.nn.utils, name, getattr(clip_grad, name))
+    wrap(torch.amp.GradScaler, "unscale_", in_step)
+    wrap(torch.amp.GradScaler, "step", in_step)
+    remember(register_optimizer_step_pre_hook(_steps))
     remember(register_optimizer_step_post_hook(_stepped))
     remember(register_module_parameter_registration_hook(_registered))
     wrap(torch.nn.parallel.DistributedDataParallel, "__init__", _data_parallel)
     wrap(torch.nn.parallel.DistributedDataParallel, "register_comm_hook", _register_comm_hook)
+
+
+def in_step(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """``original`` is no code of the script's: inside, parameters are ordinary tensors of shards."""
+    runtime = current()
+    if runtime is None:
+        return original(*args, **kwargs)
+    with runtime.region.step():
+        return original(*args, **kwargs)
 
 
 def _data_parallel(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -71,7 +89,7 @@ def _data_parallel(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 
         if any(is_sharded(root) for _, root in models_in(call.arguments["module"])):
             call.arguments["process_group"] = runtime.mesh.grad.pg
-    original(*call.args, **call.kwargs)
+    in_step(original, *call.args, **call.kwargs)
 
 
 def _register_comm_hook(original: Any, self: Any, state: Any, hook: Any) -> Any:
@@ -107,11 +125,19 @@ def _registered(module: torch.nn.Module, name: str, value: Any) -> None:
         runtime.progress.registered += 1
 
 
+def _steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Pre-hook of every optimizer's step; one that raised before has not left its step."""
+    runtime = current()
+    if runtime is not None:
+        runtime.region.enter_optimizer(optimizer, has_closure=bool(args or kwargs))
+
+
 def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Post hook of every optimizer's step: fused kernels change weights without counting in-place versions."""
     runtime = current()
     if runtime is None:
         return
+    runtime.region.leave_optimizer(optimizer)
     stepped = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
     sharded = (tensor for model in runtime.models for tensor in model.index.tensors().values())
     own = next((tensor for tensor in sharded if id(tensor) in stepped), None)

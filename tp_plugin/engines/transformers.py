@@ -16,6 +16,7 @@ from tp_plugin.config.resolve import current_config
 from tp_plugin.config.run_config import RunConfig
 from tp_plugin.engines import loading, saving
 from tp_plugin.engines.patching import patch, wrap
+from tp_plugin.engines.torch_utils import in_step
 from tp_plugin.errors import TPError
 from tp_plugin.policy import check_config, load, policy_for
 from tp_plugin.runtime.batch_guard import digests
@@ -45,6 +46,7 @@ def install(modeling_utils: Any) -> None:
 def install_generation(generation: Any) -> None:
     """Patch ``GenerationMixin``."""
     wrap(generation.GenerationMixin, "generate", _generate)
+    wrap(generation.GenerationMixin, "generate", in_step)
 
 
 def _generate(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -85,7 +85,8 @@ class _LogProbs:
         settings |= {"scale": logit_scale, "softcap": final_logit_softcapping, "temperature": temperature}
         tp = require().mesh.tp
         vocabulary = Vocabulary(layout.shape[0], layout.local_shape(tp.rank)[0], tp, require().remote_logits)
-        found = scores(hidden, weight, bias, targets, vocabulary, outputs, **settings)
+        with require().region.step():
+            found = scores(hidden, weight, bias, targets, vocabulary, outputs, **settings)
         return found["log_probs"], *(found.get(name) for name in OPTIONAL)
 
 

@@ -23,6 +23,7 @@ from tp_plugin.runtime.last_loss import LastLoss
 from tp_plugin.runtime.progress import Progress
 from tp_plugin.runtime.sync_points import FORWARD, GRADIENTS, Request, SyncPoints
 from tp_plugin.tensor import rng
+from tp_plugin.tensor.global_view import ScriptRegion
 
 _SAMPLE = 1 << 16
 """Elements of a device tensor that are copied to the host for hashing; larger ones are sampled and summed."""
@@ -47,6 +48,7 @@ class Parts(Protocol):
     sync_points: SyncPoints
     progress: Progress
     last_loss: LastLoss
+    region: ScriptRegion
 
 
 class BatchGuard:
@@ -74,7 +76,7 @@ class BatchGuard:
         self.audit, self.audit_every, self.sample, self.check, self.rounded = audit, audit_every, sample, check, rounded
         self._registered = -1
         self.training_forwards = 0
-        self._depth = 0
+        self._depth = self._entered = 0
         self._outermost: nn.Module | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BatchGuard:
@@ -83,6 +85,8 @@ class BatchGuard:
     @torch._dynamo.disable
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook (with kwargs) of a model; checks at the outermost call only. Never in a graph."""
+        self._runtime.region.enter_forward()
+        self._entered += 1
         if self._registered != self._runtime.progress.registered or self._looks(module):
             self.check()
             self._registered = self._runtime.progress.registered
@@ -104,6 +108,9 @@ class BatchGuard:
     @torch._dynamo.disable
     def close(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook (always called) that closes what :meth:`open` opened."""
+        if self._entered:
+            self._entered -= 1
+            self._runtime.region.leave()
         self._depth = max(0, self._depth - 1)
         self.sync_points.depth = max(0, self.sync_points.depth - 1)
         if not self._depth:

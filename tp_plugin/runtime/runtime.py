@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tp_plugin.runtime.sessions import Sessions
     from tp_plugin.runtime.sync_points import SyncPoints
     from tp_plugin.runtime.transport import PeerTransport
+    from tp_plugin.tensor.global_view import ScriptRegion
 
 
 @dataclass(eq=False)
@@ -38,6 +39,7 @@ class Runtime:
         config: what the user wrote.
         mesh: the groups by role.
         progress: how far this process has trained.
+        region: whether the script runs, to which parameters look whole, or a step does.
         last_loss: the loss at which the last backward began.
         transport: messages between the ranks of the unit.
         published: what other ranks may read here.
@@ -54,6 +56,7 @@ class Runtime:
     config: RunConfig
     mesh: Mesh
     progress: Progress
+    region: ScriptRegion
     last_loss: LastLoss
     transport: PeerTransport
     published: PublishedTensors

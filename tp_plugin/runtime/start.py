@@ -20,6 +20,7 @@ from tp_plugin.runtime.runtime import Runtime, slot
 from tp_plugin.runtime.sessions import Sessions
 from tp_plugin.runtime.sync_points import SyncPoints
 from tp_plugin.runtime.transport import PeerTransport
+from tp_plugin.tensor.global_view import ScriptRegion
 
 
 def build(config: RunConfig, mesh: Mesh) -> Runtime:
@@ -39,6 +40,7 @@ def build(config: RunConfig, mesh: Mesh) -> Runtime:
         config=config,
         mesh=mesh,
         progress=progress,
+        region=ScriptRegion(),
         last_loss=LastLoss(),
         transport=transport,
         published=published,

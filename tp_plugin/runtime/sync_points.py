@@ -5,7 +5,7 @@ diverged learn it there at once, on every rank, instead of hanging in collective
 
 One divergence is ordinary: ``if accelerator.is_main_process: evaluate(model)``. When the leader is in a forward without
 gradients, or in ``generate``, and its peers are at a later point, the peers help: they make the same call on their
-shards and wait again. When it takes a batch alone they only wait again.
+shards and wait again. When it takes a batch alone, or reads a parameter, they only wait again.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ PLACES = (
     "the next batch of a data loader",
     "check_trigger",
     "a gather, reduce or broadcast of Accelerate",
+    "a read of a whole parameter or gradient",
     "the end of the script",
 )
-FORWARD, GENERATE, BARRIER, BATCH, TRIGGER, COLLECTIVE, END = range(len(PLACES))
+FORWARD, GENERATE, BARRIER, BATCH, TRIGGER, COLLECTIVE, READ, END = range(len(PLACES))
 
 _WIDTH = 6
 """Values in a header that belong to its place."""
@@ -134,7 +135,7 @@ class SyncPoints:
                 if all(row[0] == place for row in rows):
                     return [row[1:-3] for row in rows]
                 raise DivergenceError(self._where(rows))
-            if rows[0][0] == BATCH:  # the leader iterates over a loader alone; its peers have no part in that
+            if rows[0][0] in (BATCH, READ):  # by itself: its peers have no part in that, or give their shards meanwhile
                 if self.mesh.is_leader:
                     return [mine[1:]]
                 continue
@@ -160,7 +161,7 @@ class SyncPoints:
         # a forward in another mode is another place too; with another batch it is an error, which the guard explains
         same = slice(0, 3) if leader[0] == FORWARD else slice(0, 4)
         alone = all(row[same] != leader[same] for row in peers)
-        return alone and (leader[0] in (GENERATE, BATCH) or (leader[0] == FORWARD and not leader[1] & GRADIENTS))
+        return alone and (leader[0] in (GENERATE, BATCH, READ) or (leader[0] == FORWARD and not leader[1] & GRADIENTS))
 
     def _help(self, model: nn.Module, request: Request) -> None:
         device = next(model.parameters()).device

@@ -66,16 +66,17 @@ def parallelize(
             experts, whole = options.expert_parallel, options.leave_whole
             plans.append((root, make_plan(root, chosen, tp_size, expert_parallel=experts, leave_whole=whole)))
     runtime = start(options, tp_size)
-    derived = unproven_warning([plan for _, plan in plans]) if policy is None and tp_size > 1 else None
-    if derived and runtime.mesh.rank == 0:
-        warnings.warn(derived, stacklevel=2)
-    if plans or not sharded:
-        # the whole of a wrapper, not only the models in it: a head of its own must start equal on all ranks too
-        agree_on_weights(model, runtime.mesh, settled={id(p) for root in sharded for p in root.parameters()})
-    for root, plan in plans:
-        shard_model(root, plan, runtime, options)
-    if plans and plans[0][0] is not model:
-        plans[0][0].tp_record.wrapper = weakref.ref(model)  # type: ignore[union-attr]
+    with runtime.region.step():
+        derived = unproven_warning([plan for _, plan in plans]) if policy is None and tp_size > 1 else None
+        if derived and runtime.mesh.rank == 0:
+            warnings.warn(derived, stacklevel=2)
+        if plans or not sharded:
+            # the whole of a wrapper, not only the models in it: a head of its own must start equal on all ranks too
+            agree_on_weights(model, runtime.mesh, settled={id(p) for root in sharded for p in root.parameters()})
+        for root, plan in plans:
+            shard_model(root, plan, runtime, options)
+        if plans and plans[0][0] is not model:
+            plans[0][0].tp_record.wrapper = weakref.ref(model)  # type: ignore[union-attr]
     return model
 
 
@@ -118,7 +119,7 @@ def shard_model(model: nn.Module, plan: Plan, runtime: Runtime, options: RunConf
     lazy_load.forget_forward(model)
 
     state = ModelState(model, plan, runtime)
-    state.index.attach(plan, mesh)
+    state.index.attach(plan, mesh, state.peers)
     parts = build_parts(model, plan, split, mesh.tp, runtime.remote_logits, options)
     if parts.heads:
         trace_once(type(model).forward)

@@ -12,6 +12,7 @@ from tp_plugin.errors import DivergenceError
 from tp_plugin.mesh.dtensor_utils import all_rows, held, is_split
 from tp_plugin.shard.model_state import ModelState, checksum
 from tp_plugin.shard.params import plain_name
+from tp_plugin.tensor.on_shards import on_shards
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class Replica(NamedTuple):
     writable: bool = True
 
 
+@on_shards
 def audit(state: ModelState, tolerance: float, repair: bool) -> None:
     """Compare replicated parameters, and replicated elements of shards, over the TP group; also those beside the model.
 

@@ -8,8 +8,10 @@ from tp_plugin.mesh.dtensor_utils import all_rows
 from tp_plugin.mesh.groups import Group
 from tp_plugin.mesh.roles import Mesh
 from tp_plugin.policy import ParamLayout
+from tp_plugin.tensor.on_shards import on_shards
 
 
+@on_shards
 def gather_full_tensor(tensor: torch.Tensor, layout: ParamLayout | None, mesh: Mesh, here: bool = True) -> torch.Tensor:
     """The full tensor in host memory. Collective over the data group, then over the TP group.
 
@@ -25,6 +27,7 @@ def gather_full_tensor(tensor: torch.Tensor, layout: ParamLayout | None, mesh: M
         return gather_shards(local, layout, mesh.unit_cpu)
 
 
+@on_shards
 def gather_shards(local: torch.Tensor, layout: ParamLayout, group: Group) -> torch.Tensor:
     """The full tensor of all ranks' local ones under ``layout``. Collective over ``group``, the TP group."""
     sizes = [layout.local_numel(rank) for rank in range(layout.tp)]

@@ -1,6 +1,7 @@
 """The life of a forward: every hook that is put on a sharded model, in the order of registration, and why.
 
     where                        when            what
+    blocks, embeddings, heads    before, after   a step around each that the script calls by itself (first, last)
     each block's entry           before          f at its inputs; its random stream begins
     … or modules below it        before, after   the same, where the block begins further inside
     each block                   after           the sum of its partial output; its random stream ends, whatever happens
@@ -30,6 +31,7 @@ from torch import nn
 from tp_plugin.runtime.batch_guard import BatchGuard
 from tp_plugin.shard.build import Parts
 from tp_plugin.shard.model_state import ModelState
+from tp_plugin.tensor.global_view.region import DirectCall
 
 When = Literal["before", "before, with kwargs", "after", "after, always"]
 
@@ -65,7 +67,15 @@ def table(model: nn.Module, parts: Parts, state: ModelState, guard: BatchGuard) 
     yield from _stacks(parts)
     yield from _outputs(parts)
     yield from _vocabulary(parts)
+    yield from _direct_calls(parts, state)
     yield from _model(model, state, guard)
+
+
+def _direct_calls(parts: Parts, state: ModelState) -> Iterator[Hook]:
+    for path in dict.fromkeys((*parts.blocks, *parts.embeddings, *parts.heads)):
+        step = DirectCall(state.runtime.region)
+        yield Hook(path, "before", step.enter, first=True)
+        yield Hook(path, "after, always", step.leave)
 
 
 def _blocks(model: nn.Module, parts: Parts) -> Iterator[Hook]:

@@ -20,7 +20,10 @@ from tp_plugin.runtime.published import ELSEWHERE
 from tp_plugin.runtime.runtime import Runtime
 from tp_plugin.shard.copies import Copies
 from tp_plugin.shard.lazy_full_tensor import LazyFullTensor
+from tp_plugin.shard.model_peers import ModelPeers
 from tp_plugin.shard.params import ParamIndex
+from tp_plugin.tensor.global_view import local_of
+from tp_plugin.tensor.on_shards import on_shards
 
 _numbers = itertools.count()
 
@@ -77,6 +80,7 @@ class ModelState:
         self.steps: Callable[[], int] = lambda: self.runtime.progress.optimizer_steps
         self.index = ParamIndex(model, layouts)
         self.copies = Copies()
+        self.peers = ModelPeers(self.runtime, self.read_whole)
         self._full: weakref.WeakValueDictionary[tuple[object, ...], torch.Tensor] = weakref.WeakValueDictionary()
         self._lazy: weakref.WeakValueDictionary[str, LazyFullTensor] = weakref.WeakValueDictionary()
         self._versions: dict[str, int] = {}
@@ -126,8 +130,9 @@ class ModelState:
         """Give the parameters of a copied model their entries and hooks, once."""
         if not self.attached:
             self.attached = True
-            self.index.attach(self.plan, self.mesh)
+            self.index.attach(self.plan, self.mesh, self.peers)
 
+    @on_shards
     def check(self) -> None:
         """See :meth:`ParamIndex.check` and :meth:`Copies.check`; a copied model's entries are attached later."""
         self.copies.check()
@@ -145,10 +150,12 @@ class ModelState:
                 hooks.path = path
         self.start_counting()
 
+    @on_shards
     def start_counting(self) -> None:
         """Take the parameters' present versions as zero: ranks may have come here by different in-place copies."""
         self._versions = {name: p._version for name, p in self.index.tensors().items()}
 
+    @on_shards
     def clock(self) -> Clock:
         """When in the program this rank's weights are."""
         moved = sum(p._version - self._versions.get(name, 0) for name, p in self.index.tensors().items())
@@ -179,13 +186,20 @@ class ModelState:
                 chosen.append(flat[:: -(-flat.numel() // SAMPLES)].float())
         return self.runtime.progress.to_host(torch.cat(chosen)).tolist() if chosen else []
 
+    @on_shards
     def sample(self) -> float:
         """A number of some elements of replicated parameters, each with a weight of its own."""
         return math.fsum(value * (1 + at % 7) for at, value in enumerate(self._sample()))
 
     def local(self, key: str) -> torch.Tensor:
         """This rank's tensor named ``key`` (a parameter's first name in the model)."""
-        return self.index.tensors()[key]
+        found: torch.Tensor = local_of(self.index.tensors()[key])
+        return found
+
+    @on_shards
+    def read_whole(self, name: str) -> torch.Tensor:
+        """The whole parameter in host memory, of ranks that are elsewhere; they wait at a sync point."""
+        return read_full_tensor(self.runtime, self.uid, name, self.local(name), self.index.layouts[name])
 
     def full_tensor(self, key: str, local: torch.Tensor) -> torch.Tensor:
         """The full tensor of a sharded parameter, in host memory; the same object for tied names."""
@@ -213,6 +227,7 @@ class ModelState:
         return lazy
 
 
+@on_shards
 def read_full_tensor(runtime: Runtime, uid: str, key: str, local: torch.Tensor, layout: ParamLayout) -> torch.Tensor:
     """Assemble a full tensor in host memory, one peer's shard at a time."""
     full = torch.empty(layout.shape, dtype=local.dtype, device="cpu")
@@ -224,6 +239,7 @@ def read_full_tensor(runtime: Runtime, uid: str, key: str, local: torch.Tensor, 
     return full
 
 
+@on_shards
 def checksum(tensor: torch.Tensor, start: int = 0) -> int:
     """CRC-32 of the bytes of what this rank holds of a tensor, continuing from ``start``."""
     return zlib.crc32(held(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, start)

@@ -34,6 +34,11 @@ def shard_optimizer(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
         TPError: its update rule is not elementwise, so shards would not train as the whole tensor does, and it is none
             of those that are given whole parameters (full_matrix_step.py).
     """
+    with runtime.region.step():
+        _shard_optimizer(optimizer, runtime)
+
+
+def _shard_optimizer(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
     if getattr(optimizer, "tp_states", None) is not None or getattr(optimizer, "tp_full_matrices", False):
         return
     parameters = _parameters(optimizer)

@@ -13,6 +13,8 @@ from tp_plugin.errors import TPError
 from tp_plugin.mesh.dtensor_utils import held
 from tp_plugin.mesh.roles import Mesh
 from tp_plugin.policy import ParamLayout, Plan
+from tp_plugin.tensor.global_view import GlobalInfo, Peers
+from tp_plugin.tensor.on_shards import on_shards
 from tp_plugin.tensor.param_entry import ParamEntry, bind, entry_of
 from tp_plugin.tensor.replicas import Piece, ReplicaSum
 
@@ -52,7 +54,7 @@ class ParamIndex:
         self.layouts = dict(layouts)
         self._tensors: dict[str, torch.Tensor] = {}
 
-    def attach(self, plan: Plan, mesh: Mesh) -> None:
+    def attach(self, plan: Plan, mesh: Mesh, peers: Peers) -> None:
         """Bind every parameter of the model to its entry, and hook the gradient sums of replicas. Collective."""
         model = self._model()
         assert model is not None
@@ -68,7 +70,8 @@ class ParamIndex:
             ]
             if name in plan.partial:
                 pieces = [(mesh.tp, None, ())]
-            bind(parameter, ParamEntry(name, layout, ReplicaSum(pieces) if pieces else None))
+            seen = GlobalInfo(name, layout, bool(pieces), peers)
+            bind(parameter, ParamEntry(name, layout, ReplicaSum(pieces) if pieces else None, seen))
             hook_replica_sum(parameter)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -120,6 +123,7 @@ class ParamIndex:
         self.layouts = {name: known[id(parameter)] for name, parameter in names.items()}
 
 
+@on_shards
 def layouts_of(tensors: Sequence[torch.Tensor], indexes: Iterable[ParamIndex]) -> list[ParamLayout | None]:
     """The layout of each tensor's parameter; None for tensors of no indexed model.
 

@@ -17,6 +17,7 @@ from tp_plugin.shard.full_tensor import gather_full_tensor
 from tp_plugin.shard.model_state import ModelState
 from tp_plugin.shard.params import plain_name
 from tp_plugin.shard.state_form import StateForm, form
+from tp_plugin.tensor.global_view import as_global, info_of, is_global, local_of
 
 
 class StateDictHooks:
@@ -38,6 +39,8 @@ class StateDictHooks:
         split = [key for key, value in state.items() if isinstance(value, torch.Tensor) and is_split(value)]
         if split:  # no rank can read alone what another data-parallel rank holds
             self.state.runtime.sync_points.rendezvous(BARRIER)
+        for key, value in state.items():
+            state[key] = local_of(value)
         for key in split:
             layout = self.state.index.layouts.get(plain_name(key.removeprefix(prefix)))
             full = gather_full_tensor(state[key], layout, self.state.mesh)
@@ -63,7 +66,7 @@ class ModuleStateHooks:
         give = self.state.lazy_full_tensor if form() is StateForm.LAZY else self.state.full_tensor
         rank = self.state.mesh.tp.rank
         for name, _ in module.named_parameters(recurse=False):
-            value, key = state.get(prefix + name), join(self.path, name)
+            value, key = local_of(state.get(prefix + name)), join(self.path, name)
             # another shape than this rank's shard is a placeholder: ZeRO-3 keeps the data elsewhere
             if (
                 value is None
@@ -79,11 +82,15 @@ class ModuleStateHooks:
     ) -> None:
         """Load-state-dict pre-hook: this rank's shards in place of full tensors."""
         self.state.copies.forget()
-        for name, _ in module.named_parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False):
             value = state.get(prefix + name)
             layout = self.state.index.layouts[join(self.path, name)]
             # a tensor that already has the local shape is this rank's own (a peer's state_dict); others are sliced
-            if not isinstance(value, torch.Tensor) or is_split(value):
+            if not isinstance(value, torch.Tensor) or is_split(value) or is_global(value):
+                continue
+            if (seen := info_of(parameter)) is not None:  # it takes what is whole
+                if tuple(value.shape) != layout.shape and tuple(value.shape) == seen.local_shape:
+                    state[prefix + name] = as_global(value.detach(), seen)
                 continue
             if layout.is_sharded and tuple(value.shape) == layout.shape:
                 state[prefix + name] = layout.shard(value, self.state.mesh.tp.rank)

@@ -26,7 +26,7 @@ class ExpertBiasForward(WrappedForward):
         super().__init__(module, own)
         self.biases = dict(biases)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def run(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         padded = {
             name: F.pad(getattr(self.module, name), (start, size - stop))
             for name, ((start, stop), size) in self.biases.items()

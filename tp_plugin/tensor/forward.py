@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_plugin.tensor.global_view import is_global
+
 Forward = Callable[..., torch.Tensor]
 
 
@@ -34,6 +36,12 @@ class WrappedForward:
         module.forward = cls(module, module.forward, *args)
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Called in a step: :meth:`run`. Called by the script itself, of the module alone: its own, on whole weights."""
+        called_by_script = any(is_global(parameter) for parameter in self.module._parameters.values())
+        return self.own(*args, **kwargs) if called_by_script else self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What the module computes on this rank."""
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WrappedForward:

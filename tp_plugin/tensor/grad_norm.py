@@ -13,11 +13,13 @@ from tp_plugin.mesh.dtensor_utils import held, held_rows, is_split
 from tp_plugin.mesh.groups import Group
 from tp_plugin.mesh.roles import Mesh
 from tp_plugin.policy import ParamLayout
+from tp_plugin.tensor.on_shards import on_shards
 
 Layouts = Sequence[ParamLayout | None]
 """The layout of each tensor's parameter; None for one of no sharded model, which counts as replicated."""
 
 
+@on_shards
 def total_norm(tensors: Sequence[torch.Tensor], layouts: Layouts, mesh: Mesh, norm_type: float = 2.0) -> torch.Tensor:
     """:func:`sharded_grad_norm` in the dtype of the gradients, in which torch's own norm is given."""
     norm = sharded_grad_norm(tensors, layouts, mesh, norm_type)

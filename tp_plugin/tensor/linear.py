@@ -28,7 +28,7 @@ class RowParallelForward(WrappedForward):
         super().__init__(module, own)
         self.block = block
 
-    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def run(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """This rank's features (…, in / tp) → the full output (…, out)."""
         bias: torch.Tensor | None = getattr(self.module, "bias", None)  # every rank holds all of it
         return self.block.reduce(self._product(x, *args, **kwargs), bias)

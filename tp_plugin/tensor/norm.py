@@ -32,7 +32,7 @@ class TPRMSNorm(WrappedForward):
             raise TPError(f"{type(module).__name__} is not an RMS norm (it has no variance_epsilon)")
         self.width, self.owned, self.group = width, owned, group
 
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def run(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """This rank's elements (…, width / tp) → the same, normalised over the full width."""
         module: Any = self.module
         x = hidden_states.to(torch.float32)

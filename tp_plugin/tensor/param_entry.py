@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from tp_plugin.policy import ParamLayout
+from tp_plugin.tensor.global_view import GlobalInfo
 from tp_plugin.tensor.replicas import ReplicaSum
 
 
@@ -19,11 +20,18 @@ class ParamEntry:
         name: its first name in the model.
         layout: how it lies on the TP ranks.
         replica_sum: the hook that sums gradients of replicated elements, if there are some.
+        seen: as what the script sees it, if that is more than this rank has.
     """
 
     name: str
     layout: ParamLayout
     replica_sum: ReplicaSum | None = None
+    seen: GlobalInfo | None = None
+
+    def copy_to(self, copied: Any) -> None:
+        """A copy of the parameter stands for it until the copied model gets entries of its own."""
+        # other ranks could give their shards of the original only
+        bind(copied, replace(self, replica_sum=None, seen=self.seen and replace(self.seen, applied=None)))
 
 
 def bind(tensor: Any, entry: ParamEntry) -> None:
@@ -33,6 +41,8 @@ def bind(tensor: Any, entry: ParamEntry) -> None:
     """
     tensor.tp_entry = entry
     tensor.tensor_model_parallel = entry.layout.is_sharded
+    if entry.seen is not None:
+        entry.seen.peers.show(tensor, entry.seen)
 
 
 def entry_of(tensor: torch.Tensor) -> ParamEntry | None:

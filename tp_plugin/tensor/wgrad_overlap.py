@@ -318,7 +318,7 @@ class ColumnParallelForward(WrappedForward):
         super().__init__(module, own)
         self.block_input = block_input
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def run(self, x: torch.Tensor) -> torch.Tensor:
         """The full input (…, in) → this rank's features (…, out / tp)."""
         if self.block_input.run is not None and not torch.compiler.is_compiling():
             y = self.block_input.output(self.module, x)

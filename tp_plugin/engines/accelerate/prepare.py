@@ -13,6 +13,7 @@ from tp_plugin.engines.accelerate import save_state
 from tp_plugin.engines.accelerate.operations import TorchWithScopedDist
 from tp_plugin.engines.fsdp2 import prepare as fsdp2
 from tp_plugin.engines.patching import patch, wrap
+from tp_plugin.engines.torch_utils import in_step
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.roles import Mesh
 from tp_plugin.runtime.runtime import current, current_mesh, require
@@ -31,6 +32,8 @@ def install(accelerator: Any) -> None:
     wrap(cls, "get_state_dict", saving.get_state_dict)
     wrap(cls, "check_trigger", _check_trigger)
     save_state.install(accelerator)
+    for name in ("prepare", "prepare_model", "prepare_optimizer", "save_state", "load_state", "get_state_dict"):
+        wrap(cls, name, in_step)  # the engine's own code
     fsdp2.install(accelerator)
     patch(cls, "is_last_process", property(lambda self: self.state.is_last_process))
 

@@ -39,6 +39,8 @@ def install_engine(engine: Any) -> None:
     """Patch ``deepspeed.runtime.engine``: clipping without ZeRO, checkpoints."""
     norms.install_engine(engine)
     checkpoint.install_engine(engine)
+    for name in ("forward", "backward", "step", "save_checkpoint", "load_checkpoint", "save_16bit_model"):
+        wrap(engine.DeepSpeedEngine, name, torch_utils.in_step)
 
 
 def install_config(config: Any) -> None:
@@ -92,6 +94,12 @@ def _initialize(original: Any, *args: Any, **kwargs: Any) -> Any:
     refuse(config, options.tp_size)
     _refuse_arguments(given, options)
     runtime = _join(options)
+    with runtime.region.step():
+        return _initialize_sharded(original, call, config, options, runtime)
+
+
+def _initialize_sharded(original: Any, call: Any, config: dict[str, Any], options: RunConfig, runtime: Runtime) -> Any:
+    given = call.arguments
     check_batch_sizes(config, runtime.mesh.tp_size, runtime.mesh.dp_size, warn=runtime.mesh.is_leader)
     model: nn.Module = given["model"]
     if type(model).__name__ in options.leave_whole:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from tp_plugin.engines.patching import wrap
+from tp_plugin.engines.torch_utils import in_step
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.groups import Group
 from tp_plugin.runtime.runtime import current, current_mesh
@@ -35,6 +36,7 @@ def install(fsdp: Any) -> None:
     from torch.distributed.tensor import DTensor
 
     wrap(fsdp, "fully_shard", _fully_shard)
+    wrap(fsdp, "fully_shard", in_step)
     wrap(DTensor, "full_tensor", _full_tensor)
 
 

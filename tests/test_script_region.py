@@ -1,0 +1,101 @@
+"""What a script does to parameters and gradients outside of steps is what it does to those of one process."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from typing import Any
+
+import pytest
+import torch
+from habits import HABITS
+from models import batch, build, config_for
+from workers import run
+
+from tp_plugin.config.keys import ENV_OPTIONS
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.tensor(value.detach().tolist(), dtype=torch.float64)
+    if isinstance(value, tuple | list):
+        return [_numbers(item) for item in value]
+    return value
+
+
+def _far(one: Any, other: Any) -> float:
+    """The largest difference relative to the largest element."""
+    if isinstance(one, list):
+        return max((_far(a, b) for a, b in zip(one, other, strict=True)), default=0.0)
+    if one is None or isinstance(one, bool | str):
+        return 0.0 if one == other else float("inf")
+    one, other = torch.as_tensor(one, dtype=torch.float64), torch.as_tensor(other, dtype=torch.float64)
+    if one.shape != other.shape:
+        return float("inf")
+    if not one.numel() or torch.equal(one, other):
+        return 0.0
+    if not torch.equal(one.isfinite(), other.isfinite()):
+        return float("inf")
+    one, other = one.nan_to_num(0, 0, 0), other.nan_to_num(0, 0, 0)
+    return float((one - other).abs().max() / one.abs().max().clamp_min(1e-6))
+
+
+def everything(model: Any) -> list[Any]:
+    weights = [p.detach() for p in model.parameters()]
+    grads = [p.grad if p.grad is not None else torch.zeros(()) for p in model.parameters()]
+    return [_numbers(weights), _numbers(grads)]
+
+
+def habits_case(
+    model_type: str, overrides: dict[str, Any], options: dict[str, Any], names: list[str]
+) -> dict[str, Any]:
+    import tp_plugin
+    from tp_plugin.engines import torch_utils
+    from tp_plugin.runtime.start import stop
+
+    stop()
+    torch_utils.install()
+    os.environ[ENV_OPTIONS] = json.dumps(options)
+    whole = build(config_for(model_type, **overrides)).train()
+    sharded = tp_plugin.parallelize(copy.deepcopy(whole), tp_size=2)
+    os.environ.pop(ENV_OPTIONS)
+    start = {name: value.clone() for name, value in whole.state_dict().items()}
+    found = {}
+    for name in names:
+        results = []
+        for model in (whole, sharded):
+            model.load_state_dict(start)
+            model.zero_grad()
+            model.batch = batch(97, 3)
+            model(**model.batch).loss.backward()
+            generator = torch.Generator().manual_seed(1)
+            for p in model.parameters():  # some are zero but for rounding, whose sign is another on two ranks
+                p.grad.copy_(torch.randn(p.shape, generator=generator).mul_(0.01).relu_())
+            torch.manual_seed(0)
+            try:
+                result = _numbers(HABITS[name](model))
+                results.append([result, *everything(model)])
+            except Exception as error:
+                import traceback
+
+                results.append(traceback.format_exc()[-1500:])
+        plain, here = results
+        if isinstance(plain, str) or isinstance(here, str):
+            found[name] = plain if isinstance(plain, str) else here
+        else:
+            found[name] = [_far(one, other) for one, other in zip(plain, here, strict=True)]
+    return found
+
+
+CASES: list[Any] = [
+    ("llama", {"num_key_value_heads": 1}, {}),
+    ("gpt2", {}, {}),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0], *case[2]]))
+def test_habits(case: Any) -> None:
+    for found in run(2, habits_case, *case, list(HABITS)):
+        wrong = {name: far for name, far in found.items() if isinstance(far, str) or not max(far) <= 2e-5}
+        assert not wrong, "\n".join(f"{name}: {far}" for name, far in wrong.items())

@@ -1,0 +1,150 @@
+"""Where the script's region ends and a step begins: there the parameters change their class, and nothing else does."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_plugin.tensor.global_view.info import GlobalInfo, as_global, is_global
+
+
+class ScriptRegion:
+    """Of one process. Forward, backward, optimizer step and the engines' own code enter steps, and leave them.
+
+    Attributes:
+        steps: how many steps were entered from the script's region.
+        writes: how often the script has written into a parameter or a gradient.
+    """
+
+    def __init__(self) -> None:
+        self.steps = self.writes = 0
+        self._depth = 0
+        self._stepping: dict[int, tuple[int, bool]] = {}
+        self._kept: dict[int, tuple[Any, torch.Tensor, int]] = {}
+        self._parameters: dict[int, tuple[weakref.ref[Any], type, GlobalInfo]] = {}
+
+    def add(self, parameter: Any, info: GlobalInfo) -> None:
+        """From the next return to the script's region on, ``parameter`` looks whole there."""
+        kind = type(parameter)
+        if is_global(parameter):
+            kind = self._parameters[id(parameter)][1]
+        self._parameters[id(parameter)] = weakref.ref(parameter), kind, info
+        if not self._depth:
+            self._show_one(parameter, info)
+
+    def keep(self, tensor: Any, whole: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The whole of ``tensor``, made once and held until the next step: somebody has its address."""
+        kept = self._kept.get(id(tensor))
+        if kept is None or kept[2] != self.writes:
+            kept = self._kept[id(tensor)] = tensor, whole(), self.writes
+        return kept[1]
+
+    @property
+    def is_script(self) -> bool:
+        """Whether this process is in the script's region."""
+        return not self._depth
+
+    def enter(self) -> None:
+        """A step begins, maybe within another."""
+        if not self._depth:
+            self.steps += 1
+            self._kept.clear()
+            self._hide()
+        self._depth += 1
+
+    def leave(self) -> None:
+        """The innermost step ends."""
+        self._depth = max(0, self._depth - 1)
+        if not self._depth:
+            self._show()
+
+    def enter_optimizer(self, optimizer: object, has_closure: bool) -> None:
+        """An optimizer's step begins; a step of its that raised has not told, and is over."""
+        if id(optimizer) in self._stepping:
+            self._depth = self._stepping.pop(id(optimizer))[0]
+        self._stepping[id(optimizer)] = self._depth, has_closure
+        self.enter()
+
+    def leave_optimizer(self, optimizer: object) -> None:
+        """An optimizer's step ends."""
+        if self._stepping.pop(id(optimizer), None) is not None:
+            self.leave()
+
+    def enter_forward(self) -> None:
+        """A model's forward begins, which is in no optimizer's step that has no closure: such a one has raised."""
+        if self._stepping and not any(has_closure for _, has_closure in self._stepping.values()):
+            self._depth = min(depth for depth, _ in self._stepping.values())
+            self._stepping.clear()
+        self.enter()
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Inside, parameters are ordinary tensors of this rank's shards."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    @contextlib.contextmanager
+    def script(self) -> Iterator[None]:
+        """Inside a step, code of the script's: parameters look whole."""
+        depth, self._depth = self._depth, 0
+        if depth:
+            self._show()
+        try:
+            yield
+        finally:
+            if depth:
+                self._hide()
+            self._depth = depth
+
+    def _show(self) -> None:
+        gone = False
+        for reference, _, info in self._parameters.values():
+            parameter = reference()
+            if parameter is None:
+                gone = True
+            else:
+                self._show_one(parameter, info)
+        if gone:
+            self._parameters = {key: row for key, row in self._parameters.items() if row[0]() is not None}
+
+    def _show_one(self, parameter: Any, info: GlobalInfo) -> None:
+        # what ZeRO-3 has partitioned is empty; inside of full_parameters it is whole already
+        if not (hasattr(parameter, "ds_id") or hasattr(parameter, "tp_is_full")):
+            as_global(parameter, info)
+
+    def _hide(self) -> None:
+        for reference, kind, _ in self._parameters.values():
+            parameter = reference()
+            if parameter is not None and type(parameter) is not kind:
+                parameter.__class__ = kind
+
+
+class DirectCall:
+    """Hooks of a part of a model that computes on shards, also where the script calls it without the model."""
+
+    def __init__(self, region: ScriptRegion):
+        self.region = region
+        self._entered = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DirectCall:
+        return DirectCall(self.region)
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook."""
+        if not torch.compiler.is_compiling() and self.region.is_script:
+            self.region.enter()
+            self._entered += 1
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook, always called."""
+        if not torch.compiler.is_compiling() and self._entered:
+            self._entered -= 1
+            self.region.leave()
