@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import traceback
 from typing import Any
 
 import pytest
@@ -76,9 +77,7 @@ def habits_case(
             try:
                 result = _numbers(HABITS[name](model))
                 results.append([result, *everything(model)])
-            except Exception as error:
-                import traceback
-
+            except Exception:
                 results.append(traceback.format_exc()[-1500:])
         plain, here = results
         if isinstance(plain, str) or isinstance(here, str):

@@ -36,7 +36,7 @@ class WrappedForward:
         module.forward = cls(module, module.forward, *args)
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Called in a step: :meth:`run`. Called by the script itself, of the module alone: its own, on whole weights."""
+        """:meth:`run` in a step. Where the script calls the module by itself: the module's own, on whole weights."""
         called_by_script = any(is_global(parameter) for parameter in self.module._parameters.values())
         return self.own(*args, **kwargs) if called_by_script else self.run(*args, **kwargs)
 

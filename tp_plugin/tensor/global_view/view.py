@@ -1,4 +1,4 @@
-"""Views of whole tensors: a row, a slice, a transpose that the script holds. What it writes there reaches the shards."""
+"""Views of whole tensors that the script holds: a row, a slice. What it writes there reaches the shards."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def plain_of(view: Any) -> torch.Tensor:
             view.data = fresh.detach()
         return fresh
     with torch._C.DisableTorchFunctionSubclass():
-        return view.view_as(view) if view.requires_grad and torch.is_grad_enabled() else view.detach()
+        same: torch.Tensor = view.view_as(view) if view.requires_grad and torch.is_grad_enabled() else view.detach()
+        return same
 
 
 def write_through(view: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.dtensor_utils import all_rows, held_rows, is_split, split_like
+from tp_plugin.mesh.dtensor_utils import all_rows, is_split, split_like
 from tp_plugin.tensor.first_order import first_order
 from tp_plugin.tensor.global_view.info import GlobalInfo, local_of
 from tp_plugin.tensor.grad_norm import extreme, owned_part
