@@ -12,7 +12,7 @@ import pytest
 import torch
 from habits import HABITS
 from models import batch, build, config_for
-from workers import run
+from workers import run, sees_whole
 
 from tp_plugin.config.keys import ENV_OPTIONS
 
@@ -48,6 +48,7 @@ def everything(model: Any) -> list[Any]:
     return [_numbers(weights), _numbers(grads)]
 
 
+@sees_whole
 def habits_case(
     model_type: str, overrides: dict[str, Any], options: dict[str, Any], names: list[str]
 ) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from tp_plugin.cli.policy_hints import hint_for_block, hint_for_gradient
 from tp_plugin.cli.random_batch import loss_of
 from tp_plugin.policy import Plan, Policy
 from tp_plugin.runtime.runtime import require
+from tp_plugin.tensor.global_view import local_of
 
 STEPS = 3
 
@@ -92,10 +93,10 @@ def _compare_shares(
         far = 0.0
         if grad is not None:
             share = layout.shard(grad, rank)
-            far = ((grads[name] - share) if name in grads else share).norm().item()
+            far = ((local_of(grads[name]) - share) if name in grads else share).norm().item()
         elif name in grads:
             far = float("inf")
-        local = sharded.get_parameter(name).detach()
+        local = local_of(sharded.get_parameter(name)).detach()
         apart[name] = far, (local - layout.shard(weight, rank)).abs().max().item() if local.numel() else 0.0
     everyone = mesh.unit_cpu.gather_objects(apart)
     size = torch.stack([grad.norm() for grad in expected["grads"].values()]).norm().item()

@@ -18,6 +18,7 @@ from tp_plugin.runtime.sync_points import BARRIER
 from tp_plugin.shard.full_tensor import gather_shards
 from tp_plugin.shard.params import plain_name
 from tp_plugin.shard.replicas import agree_on
+from tp_plugin.tensor.global_view import ScriptRegion
 from tp_plugin.tensor.param_entry import bind, entry_of, layout_of
 
 
@@ -42,7 +43,7 @@ def full_parameters(module: nn.Module, write: bool = False) -> Iterator[None]:
     parameters = {plain_name(name): parameter for name, parameter in module.named_parameters()}
     if runtime is not None:
         runtime.sync_points.rendezvous(BARRIER)
-    with _gathered_by_deepspeed(list(parameters.values()), write):
+    with _gathered_by_deepspeed(list(parameters.values()), write, runtime):
         if runtime is None:
             yield
             return
@@ -70,12 +71,14 @@ def full_parameters(module: nn.Module, write: bool = False) -> Iterator[None]:
             runtime.progress.registered += 1
 
 
-def _gathered_by_deepspeed(parameters: list[Any], write: bool) -> contextlib.AbstractContextManager[None]:
+def _gathered_by_deepspeed(
+    parameters: list[Any], write: bool, runtime: Runtime | None
+) -> contextlib.AbstractContextManager[None]:
     if not any(hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping") for parameter in parameters):
         return contextlib.nullcontext()
     from tp_plugin.engines.deepspeed.full_parameters import gathered
 
-    return gathered(parameters, write)
+    return gathered(parameters, write, ScriptRegion() if runtime is None else runtime.region)
 
 
 @dataclass

@@ -61,6 +61,10 @@ class ModelPeers:
         """The whole of ``tensor``, held until the next step."""
         return self.runtime.region.keep(tensor, whole)
 
+    def step(self) -> contextlib.AbstractContextManager[None]:
+        """Code that means what this rank holds."""
+        return self.runtime.region.step()
+
     def script(self) -> contextlib.AbstractContextManager[None]:
         """A hook of the script's, in the middle of a step."""
         return self.runtime.region.script()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from tp_plugin.engines.deepspeed.zero3_share_warning import ShardWarning
+from tp_plugin.tensor.global_view import ScriptRegion
 
 
 def is_held(parameter: Any) -> bool:
@@ -18,7 +17,7 @@ def is_held(parameter: Any) -> bool:
 
 
 @contextlib.contextmanager
-def gathered(parameters: Sequence[Any], write: bool) -> Iterator[None]:
+def gathered(parameters: Sequence[Any], write: bool, region: ScriptRegion) -> Iterator[None]:
     """Inside, each parameter is all that this TP rank has of it, and what is written into it lasts.
 
     Collective over the data group. An element that was written to is written to in the fp32 copy, too; of the others
@@ -28,12 +27,13 @@ def gathered(parameters: Sequence[Any], write: bool) -> Iterator[None]:
     if not held:
         yield
         return
-    before = [_lasting(parameter).clone() for parameter in held] if write else []
-    with _partitions_gathered([p for p in held if hasattr(p, "ds_id")], write):
-        yield
-    for parameter, old in zip(held, before, strict=write):
-        if parameter.requires_grad:
-            _write_copy(parameter, old)
+    with region.step():
+        before = [_lasting(parameter).clone() for parameter in held] if write else []
+        with _partitions_gathered([p for p in held if hasattr(p, "ds_id")], write), region.script():
+            yield
+        for parameter, old in zip(held, before, strict=write):
+            if parameter.requires_grad:
+                _write_copy(parameter, old)
 
 
 @contextlib.contextmanager
@@ -43,10 +43,7 @@ def _partitions_gathered(partitioned: list[Any], write: bool) -> Iterator[None]:
         return
     import deepspeed
 
-    with contextlib.ExitStack() as stack:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ShardWarning)
-            stack.enter_context(deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None))
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
         yield
 
 

@@ -15,7 +15,7 @@ from tp_plugin.config.deepspeed import as_mapping, read, without_our_keys
 from tp_plugin.config.resolve import current_config, resolve
 from tp_plugin.config.run_config import RunConfig
 from tp_plugin.engines import torch_utils
-from tp_plugin.engines.deepspeed import checkpoint, norms, zero3_share_warning
+from tp_plugin.engines.deepspeed import checkpoint, norms, script_access
 from tp_plugin.engines.deepspeed.config import check_batch_sizes, refuse
 from tp_plugin.engines.deepspeed.groups import Mpu
 from tp_plugin.engines.patching import wrap
@@ -56,7 +56,7 @@ def install_hf_config(hf_config: Any) -> None:
 def install_zero_init(partition_parameters: Any) -> None:
     """Patch ``zero``: a model is built whole, sharded, and only then partitioned; who reads its weights is told."""
     wrap(partition_parameters.Init, "__init__", _zero_init)
-    zero3_share_warning.install(partition_parameters)
+    script_access.install_gathering(partition_parameters)
 
 
 def _config(original: Any, self: Any, config: Any, mpu: Any = None, *args: Any, **kwargs: Any) -> None:

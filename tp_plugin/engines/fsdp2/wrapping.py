@@ -28,6 +28,7 @@ from tp_plugin.errors import TPError
 from tp_plugin.mesh.groups import Group
 from tp_plugin.runtime.runtime import current, current_mesh
 from tp_plugin.shard.params import hook_replica_sum, rebind
+from tp_plugin.tensor.global_view import as_global, info_of, local_of
 from tp_plugin.tensor.param_entry import layout_of
 
 
@@ -111,9 +112,12 @@ def _init_unsharded_param(original: Any, self: Any) -> None:
 
 def _full_tensor(original: Any, self: Any, **kwargs: Any) -> torch.Tensor:
     """What FSDP2 has split is gathered; it still is this TP rank's shard, and says so (TRL's head asks)."""
-    tensor: torch.Tensor = original(self, **kwargs)
-    rebind(self, tensor)
-    return tensor
+    info = info_of(self)
+    if info is None:
+        tensor: torch.Tensor = original(self, **kwargs)
+        rebind(self, tensor)
+        return tensor
+    return as_global(original(local_of(self), **kwargs), info)
 
 
 def _counting(kind: str, data: Group) -> Any:

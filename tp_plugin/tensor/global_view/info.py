@@ -43,6 +43,9 @@ class Peers(Protocol):
     def keep(self, tensor: Any, whole: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The whole of ``tensor``, made once and held until the next step: somebody has its address."""
 
+    def step(self) -> AbstractContextManager[None]:
+        """Inside, parameters are what this rank holds."""
+
     def script(self) -> AbstractContextManager[None]:
         """Inside, a hook of the script's runs, in the middle of a step."""
 

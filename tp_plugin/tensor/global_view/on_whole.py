@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from tp_plugin.errors import TPError
-from tp_plugin.tensor.global_view import tables
 from tp_plugin.tensor.global_view.elementwise import is_in_place
 from tp_plugin.tensor.global_view.info import GlobalInfo, info_of
 from tp_plugin.tensor.global_view.operands import replaced, tensors_in, wholes_in
@@ -36,17 +35,17 @@ def call(function: Any, name: str, args: Any, kwargs: Any) -> Any:
         return target
     info = info_of(target)
     if is_in_place(name) and info is not None:
-        return _in_place(function, name, target, info, args, kwargs)
+        return _in_place(function, target, info, args, kwargs)
     wholes: dict[int, torch.Tensor] = {}
     result = function(*wholes_in(args, wholes), **wholes_in(kwargs, wholes))
     return _views(result, function, args, kwargs, wholes)
 
 
-def _in_place(function: Any, name: str, target: Any, info: GlobalInfo, args: Any, kwargs: Any) -> Any:
+def _in_place(function: Any, target: Any, info: GlobalInfo, args: Any, kwargs: Any) -> Any:
     if getattr(function, "__module__", "") != "torch.nn.init":  # which writes under no_grad
         refuse_recorded(target, info)
     with torch.no_grad():
-        whole = empty(target, info) if name in tables.RANDOM_FILLS else whole_of(target, info)
+        whole = whole_of(target, info, to_write=True)
     wholes = {id(target): whole}
     result = function(*wholes_in(args, wholes), **wholes_in(kwargs, wholes))
     write(target, whole.detach(), info)

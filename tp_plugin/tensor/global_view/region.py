@@ -116,8 +116,8 @@ class ScriptRegion:
             self._parameters = {key: row for key, row in self._parameters.items() if row[0]() is not None}
 
     def _show_one(self, parameter: Any, info: GlobalInfo) -> None:
-        # what ZeRO-3 has partitioned is empty; inside of full_parameters it is whole already
-        if not (hasattr(parameter, "ds_id") or hasattr(parameter, "tp_is_full")):
+        partitioned = hasattr(parameter, "ds_id") and not hasattr(parameter, "tp_is_gathered")  # by ZeRO-3: empty
+        if not (partitioned or hasattr(parameter, "tp_is_full")):  # in full_parameters it is whole already
             as_global(parameter, info)
 
     def _hide(self) -> None:

@@ -42,9 +42,6 @@ IN_PLACE_OPERATORS = _names(
 RANDOM = _names("rand_like randn_like randint_like")
 """New tensors of a whole one's shape, drawn whole: every rank of the unit draws the same, and keeps its part."""
 
-RANDOM_FILLS = _names("normal_ uniform_ exponential_ log_normal_ cauchy_ geometric_ random_")
-"""Methods that overwrite all elements with draws, in place."""
-
 REDUCTIONS = _names("sum mean norm linalg_vector_norm max min amax amin any all count_nonzero")
 """Called without a dimension, they make one number of all elements."""
 

@@ -9,7 +9,7 @@ import torch
 
 from tp_plugin.errors import TPError
 from tp_plugin.tensor.global_view.info import GlobalInfo
-from tp_plugin.tensor.global_view.whole import whole_of, write
+from tp_plugin.tensor.global_view.whole import read_alone, whole_of, write
 
 
 class GlobalView(torch.Tensor):
@@ -67,6 +67,8 @@ def write_through(view: Any, function: Callable[..., Any], *args: Any, **kwargs:
         TPError: gradients are recorded, and would have to flow through what is overwritten.
     """
     refuse_recorded(view.base, view.info)
+    if not view.info.peers.meet(view.info.name):
+        read_alone(view.base, view.info, to_write=True)  # which raises
     target = plain_of(view).detach()
     function(target, *args, **kwargs)
     write(view.base, view.whole.detach(), view.info)

@@ -16,13 +16,13 @@ from tp_plugin.tensor.grad_norm import extreme, owned_part
 from tp_plugin.tensor.regions import reduce_from_tp
 
 
-def whole_of(tensor: Any, info: GlobalInfo) -> torch.Tensor:
+def whole_of(tensor: Any, info: GlobalInfo, to_write: bool = False) -> torch.Tensor:
     """The whole tensor, on the device; with gradients recorded, one that sends them to the shards. Collective.
 
     FSDP2's rows are gathered over the data group first.
     """
     if not info.peers.meet(info.name):
-        return read_alone(tensor, info)
+        return read_alone(tensor, info, to_write)
     local = local_of(tensor)
     if local.requires_grad and torch.is_grad_enabled():
         if is_split(local):
@@ -50,14 +50,14 @@ def _gathered(local: torch.Tensor, info: GlobalInfo) -> torch.Tensor:
     return info.layout.gather(shards)
 
 
-def read_alone(tensor: Any, info: GlobalInfo) -> torch.Tensor:
+def read_alone(tensor: Any, info: GlobalInfo, to_write: bool = False) -> torch.Tensor:
     """The whole tensor for the leader, which has found itself alone.
 
     Raises:
         TPError: the other ranks have none by whose name they could give it.
     """
     stale = info.made is not None and info.made != info.peers.stamp()
-    if info.applied is None or stale or is_split(tensor):
+    if info.applied is None or stale or to_write or is_split(tensor):
         raise TPError(
             f"{info.peers.line()}: {info.describe()}, and the others are not at this line. On the main process alone "
             "parameters can be read, but neither gradients, nor what was computed of them or of several tensors, nor "
