@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import adapted, batch, build, config_for
-from workers import run
+from workers import run, sees_whole
 
 from tp_plugin.config.keys import ENV_OPTIONS
 
@@ -298,43 +299,70 @@ def test_generate(stage: int) -> None:
     assert expected[0] != expected[1]
 
 
-def gathered_case() -> list[str]:
-    """A script that reads weights under ZeRO-3 one by one, as DeepSpeed-Chat does to save them."""
-    import warnings
-
+@sees_whole
+def gathered_case(stage: int) -> dict[str, Any]:
+    """A script that reads and writes weights under ZeRO, as DeepSpeed's documentation says; the plain model beside."""
     import deepspeed
+    from deepspeed import utils
     from deepspeed.runtime.zero import partition_parameters
 
     import tp_plugin
     from tp_plugin.engines import patching
-    from tp_plugin.engines.deepspeed import zero3_share_warning
+    from tp_plugin.engines.deepspeed import script_access
+    from tp_plugin.errors import TPError
 
     plain_again()
     before = len(patching._originals)
-    zero3_share_warning.install(partition_parameters)
+    script_access.install_gathering(partition_parameters)
+    script_access.install_utils(utils)
+    name = "model.layers.0.self_attn.k_proj.weight"  # one head, which both ranks hold
+    found: dict[str, Any] = {}
     try:
-        model = tp_plugin.parallelize(build(config_for(LLAMA[0], **LLAMA[1])), tp_size=2)
+        plain = build(config_for(LLAMA[0], **LLAMA[1]))
+        model = tp_plugin.parallelize(copy.deepcopy(plain), tp_size=2)
         optimizer = torch.optim.AdamW(model.parameters())
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(3))
-        found = []
-        for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight"):
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                with deepspeed.zero.GatheredParameters([model.get_parameter(name)]):
-                    pass
-            found.append(" ".join(str(warning.message) for warning in caught))
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(stage))
+        weight, whole = model.get_parameter(name), plain.get_parameter(name)
+        embedding, its_whole = model.get_input_embeddings().weight, plain.get_input_embeddings().weight
+        with deepspeed.zero.GatheredParameters([weight, embedding], modifier_rank=0), torch.no_grad():
+            found["shape"] = tuple(weight.shape), tuple(whole.shape)
+            found["norm"] = weight.norm().item(), whole.norm().item()
+            for one in (embedding, its_whole):
+                one[-3:] = one[:-3].mean(0)
+                one.mul_(2)
+            if torch.distributed.get_rank() == 0:
+                with pytest.raises(TPError, match="On the main process alone"):
+                    embedding[3] = 0
+        with deepspeed.zero.GatheredParameters([embedding]):
+            found["written"] = torch.equal(embedding.data, its_whole.data)
+        plain(**batch(97, 0)).loss.backward()
+        with torch.no_grad():
+            embedding_of_plain = its_whole.detach().clone()
+        loss = engine(**batch(97, 0)).loss
+        engine.backward(loss)
+        grad = utils.safe_get_full_grad(weight)
+        found["gradient"] = grad.norm().item(), whole.grad.norm().item(), tuple(grad.shape)
+        master = utils.safe_get_full_fp32_param(weight)
+        found["master"] = master.norm().item()
+        utils.safe_set_full_fp32_param(weight, torch.ones(whole.shape))
+        found["set"] = utils.safe_get_full_fp32_param(weight).sum().item(), whole.numel()
+        assert embedding_of_plain.isfinite().all()
         engine.destroy()
         return found
     finally:
-        for owner, name, original in reversed(patching._originals[before:]):
-            setattr(owner, name, original)
+        for owner, attribute, original in reversed(patching._originals[before:]):
+            setattr(owner, attribute, original)
         del patching._originals[before:]
 
 
-def test_a_script_that_gathers_shares_is_warned() -> None:
-    for whole, shared in run(2, gathered_case):
-        assert not whole
-        assert "a weight is this rank's shard, (24, 48) of (48, 48)" in shared
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_script_that_gathers_sees_whole_weights(stage: int) -> None:
+    for found in run(2, gathered_case, stage):
+        assert found["written"]
+        assert found["shape"][0] == found["shape"][1] == found["gradient"][2]
+        assert found["norm"][0] == pytest.approx(found["norm"][1], rel=1e-6)
+        assert found["gradient"][0] == pytest.approx(found["gradient"][1], rel=1e-5)
+        assert found["set"][0] == found["set"][1]
 
 
 def flattened_norm(tp: int) -> tuple[float, float, float]:

@@ -225,12 +225,12 @@ LATE = {
     ),
     "initialize": (
         "import sys; sys.path.insert(0, TESTS)\nimport torch, deepspeed\nfrom models import build, config_for\n"
-        "model = build(config_for('llama'))\nwhole = model.lm_head.weight.shape[0]\n"
+        "model = build(config_for('llama'))\n"
         "optimizer = torch.optim.AdamW(model.parameters())\n"
         "import os\nCONFIG['train_batch_size'] = 4 * (int(os.environ['WORLD_SIZE']) // 2)  # 4 steps of 1 x dp\n"
         "engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)\n"
         "assert (engine.train_batch_size(), engine.gradient_accumulation_steps()) == (4, 4)\n"
-        "say(engine.dp_world_size, 0, model.lm_head.weight.shape[0] < whole and not engine.global_rank)\n"
+        "say(engine.dp_world_size, 0, model.lm_head.weight.tensor_model_parallel and not engine.global_rank)\n"
     ),
 }
 LATE["parallelize"] = LATE["initialize"].replace(

@@ -30,6 +30,7 @@ _PATCHES = {
     "deepspeed.runtime.config": ("tp_plugin.engines.deepspeed.initialize", "install_config"),
     "deepspeed.runtime.dataloader": ("tp_plugin.engines.deepspeed.data", "install"),
     "deepspeed.runtime.engine": ("tp_plugin.engines.deepspeed.initialize", "install_engine"),
+    "deepspeed.utils": ("tp_plugin.engines.deepspeed.script_access", "install_utils"),
     "deepspeed.utils.zero_to_fp32": ("tp_plugin.engines.deepspeed.checkpoint", "install_recovery"),
     "deepspeed.runtime.zero.partition_parameters": ("tp_plugin.engines.deepspeed.initialize", "install_zero_init"),
     "deepspeed.runtime.zero.stage_1_and_2": ("tp_plugin.engines.deepspeed.norms", "install_zero12"),

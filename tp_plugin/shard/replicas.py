@@ -11,7 +11,6 @@ from torch import nn
 from tp_plugin.mesh.roles import Mesh
 from tp_plugin.shard.lazy_load import identity
 from tp_plugin.shard.model_state import checksum
-from tp_plugin.tensor.on_shards import on_shards
 
 
 def agree_on_weights(model: nn.Module, mesh: Mesh, settled: Set[int] = frozenset()) -> list[str]:
@@ -25,7 +24,6 @@ def agree_on_weights(model: nn.Module, mesh: Mesh, settled: Set[int] = frozenset
     return agree_on({name: tensor for name, tensor in tensors.items() if id(tensor) not in settled}, mesh)
 
 
-@on_shards
 def agree_on(tensors: Mapping[str, torch.Tensor], mesh: Mesh) -> list[str]:
     """The same for some tensors by name; collective over the unit."""
     tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}

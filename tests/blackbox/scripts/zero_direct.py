@@ -14,6 +14,16 @@ from transformers import AutoModelForCausalLM
 EPOCHS = 2
 
 
+def held_elements(model):
+    """What this rank has in memory; parameters look whole to a script."""
+    if hasattr(next(model.parameters()), "ds_numel"):
+        return sum(p.ds_numel for p in model.parameters())
+    memory = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() // p.element_size() for p in model.parameters()
+    }
+    return sum(memory.values())
+
+
 def main():
     parser = arguments()
     parser.add_argument("--local_rank", type=int, default=-1)
@@ -52,7 +62,7 @@ def main():
         "lrs": [],
     }
     report["optimizer"].pop("params")
-    own = {"ids": [], "losses": [], "elements": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())}
+    own = {"ids": [], "losses": [], "elements": held_elements(model)}
     for _ in range(EPOCHS):
         for batch in loader:
             own["ids"].append(batch.pop("ids").tolist())

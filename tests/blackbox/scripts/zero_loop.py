@@ -14,6 +14,16 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 EPOCHS, BATCH, ACCUMULATION, MAX_NORM = 2, 2, 2, 0.5
 
 
+def held_elements(model):
+    """What this rank has in memory; parameters look whole to a script."""
+    if hasattr(next(model.parameters()), "ds_numel"):
+        return sum(p.ds_numel for p in model.parameters())
+    memory = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() // p.element_size() for p in model.parameters()
+    }
+    return sum(memory.values())
+
+
 def parser():
     parser = arguments()
     parser.add_argument("--plugin", help="DeepSpeed config that the script itself gives to Accelerator")
@@ -82,7 +92,7 @@ def main():
     }
     own = {"process_index": accelerator.process_index, "is_main": accelerator.is_main_process}
     own |= {"losses": [], "norms": [], "ids": []}
-    own["elements"] = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    own["elements"] = held_elements(model)
     model.train()
     for _ in range(1 if args.resume else EPOCHS):
         for batch in train_loader:

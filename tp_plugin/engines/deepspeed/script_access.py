@@ -1,4 +1,4 @@
-"""What a script reads and writes of what ZeRO keeps elsewhere looks whole, too: gathered weights, fp32 copies, gradients.
+"""What a script reads and writes of what ZeRO keeps looks whole, too: gathered weights, fp32 copies, gradients.
 
 DeepSpeed undoes what it partitioned over the data group; what is left is the shard of a TP rank, which looks whole.
 """

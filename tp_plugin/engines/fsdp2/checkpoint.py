@@ -15,6 +15,7 @@ from torch import nn
 
 from tp_plugin.checkpoint.dcp_chunks import DCPShardView
 from tp_plugin.engines.patching import wrap
+from tp_plugin.engines.torch_utils import in_step
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.dtensor_utils import is_split, split_like
 from tp_plugin.mesh.roles import Mesh
@@ -38,6 +39,9 @@ def install(state_dict: Any) -> None:
     wrap(state_dict, "set_optimizer_state_dict", _set_optimizer)
     wrap(state_dict, "get_state_dict", _get_both(state_dict))
     wrap(state_dict, "set_state_dict", _set_both(state_dict))
+    for what in ("model_state_dict", "optimizer_state_dict", "state_dict"):
+        for name in (f"get_{what}", f"set_{what}"):
+            wrap(state_dict, name, in_step)
 
 
 class _Names:

@@ -74,6 +74,10 @@ def _assign(function: Any, name: str, tensor: Any, value: Any, info: GlobalInfo)
                 f"{tuple(info.shape)} ({info.describe()})"
             )
         value = to_local(value, info, local_of(tensor))
+    if name == "data" and is_split(tensor):  # whose memory is FSDP2's
+        with torch.no_grad():
+            locally(torch.Tensor.copy_, (tensor, value), {})
+        return info.peers.written()
     grad = getattr(tensor, "tp_alias_of", None)
     for one in (tensor,) if grad is None or name == "grad" else (grad, tensor):
         locally(function, (one, value), {})

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_plugin.errors import TPError
 from tp_plugin.tensor.global_view.dispatch import run
 from tp_plugin.tensor.global_view.info import as_global, info_of, local_of, register
 from tp_plugin.tensor.global_view.view import GlobalView
@@ -60,6 +61,23 @@ def _dtensor() -> type:
         """A parameter or gradient of which FSDP2 has left this rank some rows."""
 
         __slots__ = ()
+
+        def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+            info = info_of(self)
+            with torch.no_grad():
+                return super().__repr__() if info is None else repr(whole_of(self, info))
+
+        def to_local(self, **kwargs: Any) -> Any:
+            """Refused: it would be less than the script expects.
+
+            Raises:
+                TPError: always.
+            """
+            info = self.tp_global  # type: ignore[attr-defined]
+            raise TPError(
+                f"{info.peers.line()}: to_local() of {info.name!r}: {info.describe()}, and FSDP2 has split those again; "
+                "take full_tensor()"
+            )
 
         @classmethod
         def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tp_plugin.mesh.dtensor_utils import is_split
+from tp_plugin.mesh.dtensor_utils import held, is_split
 from tp_plugin.tensor.global_view import attributes, elementwise, on_whole, tables
 from tp_plugin.tensor.global_view.info import as_global, info_of, local_of
 from tp_plugin.tensor.global_view.operands import locally, made, tensors_in
@@ -28,6 +28,8 @@ def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return attributes.access(function, name, getattr(function.__self__, "__name__", ""), args)
     given = list(tensors_in((args, kwargs)))
     has_shards = any(info_of(value) is not None for value in given)
+    if name.startswith("new_") and is_split(args[0]):  # of another shape: on this rank, like any new tensor
+        return locally(function, (held(args[0]), *args[1:]), kwargs)
     if name in tables.LOCAL or not (has_shards or any(isinstance(value, GlobalView) for value in given)):
         return locally(function, args, kwargs)
     if name == "grad" and getattr(function, "__module__", "") == "torch.autograd":

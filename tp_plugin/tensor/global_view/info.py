@@ -73,7 +73,7 @@ class GlobalInfo:
 
     @property
     def is_whole(self) -> bool:
-        """Whether this rank has all there is: a replicated parameter with its full gradient."""
+        """Whether each TP rank has all there is: a replicated parameter with its full gradient."""
         return self.layout.dim is None and not self.summed
 
     @property
@@ -108,12 +108,12 @@ CLASSES: dict[str, Callable[[], type]] = {}
 """The class that an ordinary one becomes, by its name (classes.py)."""
 
 
-def info_of(value: object) -> GlobalInfo | None:
+def info_of(value: Any) -> GlobalInfo | None:
     """What is known of ``value``, if that looks like more than this rank holds; else None."""
     if type(value) not in _GLOBAL:
         return None
     info: GlobalInfo | None = getattr(value, "tp_global", None)
-    return None if info is None or info.is_whole else info
+    return None if info is None or (info.is_whole and not is_split(value)) else info
 
 
 def is_global(value: object) -> bool:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from tp_plugin.errors import TPError
+from tp_plugin.mesh.dtensor_utils import is_split
 from tp_plugin.tensor.global_view.elementwise import is_in_place
 from tp_plugin.tensor.global_view.info import GlobalInfo, info_of
 from tp_plugin.tensor.global_view.operands import replaced, tensors_in, wholes_in
-from tp_plugin.tensor.global_view.view import GlobalView, make_view, refuse_recorded, write_through
+from tp_plugin.tensor.global_view.view import GlobalView, as_fsdp2_gives, make_view, refuse_recorded, write_through
 from tp_plugin.tensor.global_view.whole import whole_of, write
 
 
@@ -38,7 +39,10 @@ def call(function: Any, name: str, args: Any, kwargs: Any) -> Any:
         return _in_place(function, target, info, args, kwargs)
     wholes: dict[int, torch.Tensor] = {}
     result = function(*wholes_in(args, wholes), **wholes_in(kwargs, wholes))
-    return _views(result, function, args, kwargs, wholes)
+    result = _views(result, function, args, kwargs, wholes)
+    if any(is_split(value) for value in tensors_in((args, kwargs)) if info_of(value) is not None):
+        return replaced(result, as_fsdp2_gives)
+    return result
 
 
 def _in_place(function: Any, target: Any, info: GlobalInfo, args: Any, kwargs: Any) -> Any:

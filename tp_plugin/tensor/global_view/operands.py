@@ -76,7 +76,7 @@ def operand(value: Any, info: GlobalInfo, like: Any) -> Any:
     """
     other = info_of(value)
     if other is not None:
-        if other.layout is not info.layout and other.layout != info.layout:
+        if (other.layout is not info.layout and other.layout != info.layout) or is_split(value) != is_split(like):
             raise Misfit
         return value
     return _part(plain_of(value) if isinstance(value, GlobalView) else local_of(value), info, like)

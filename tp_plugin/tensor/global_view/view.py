@@ -12,6 +12,21 @@ from tp_plugin.tensor.global_view.info import GlobalInfo
 from tp_plugin.tensor.global_view.whole import read_alone, whole_of, write
 
 
+class Replicated(torch.Tensor):
+    """What was computed of FSDP2's parameters. FSDP2 alone gives a DTensor there, which scripts ask for all of it."""
+
+    def full_tensor(self) -> torch.Tensor:
+        """Itself: every rank has all of it."""
+        return self.as_subclass(torch.Tensor)
+
+    to_local = full_tensor
+
+
+def as_fsdp2_gives(value: Any) -> Any:
+    """An ordinary tensor with the methods of a DTensor that scripts call."""
+    return value.as_subclass(Replicated) if type(value) is torch.Tensor else value
+
+
 class GlobalView(torch.Tensor):
     """A part of a gathered tensor. It is gathered anew where the parameters may have changed since.
 
@@ -28,6 +43,10 @@ class GlobalView(torch.Tensor):
     path: Callable[[torch.Tensor], torch.Tensor]
     whole: torch.Tensor
     made: object
+
+    def full_tensor(self) -> torch.Tensor:
+        """What a DTensor, which this would be under FSDP2 alone, has."""
+        return plain_of(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return memo.setdefault(id(self), plain_of(self).clone())
@@ -67,7 +86,7 @@ def write_through(view: Any, function: Callable[..., Any], *args: Any, **kwargs:
         TPError: gradients are recorded, and would have to flow through what is overwritten.
     """
     refuse_recorded(view.base, view.info)
-    if not view.info.peers.meet(view.info.name):
+    if not view.info.peers.meet(f"{view.info.name} to write"):
         read_alone(view.base, view.info, to_write=True)  # which raises
     target = plain_of(view).detach()
     function(target, *args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,12 +22,12 @@ def whole_of(tensor: Any, info: GlobalInfo, to_write: bool = False) -> torch.Ten
 
     FSDP2's rows are gathered over the data group first.
     """
-    if not info.peers.meet(info.name):
+    if not info.peers.meet(f"{info.name} to write" if to_write else info.name):
         return read_alone(tensor, info, to_write)
     local = local_of(tensor)
     if local.requires_grad and torch.is_grad_enabled():
-        if is_split(local):
-            local = local.full_tensor() if info.layout.dim is None else _rows_with_gradient(local)
+        if is_split(local):  # the hook that sums is on the parameter that FSDP2 gathers for the forward
+            local, info = _rows_with_gradient(local), replace(info, summed=False)
         return _Whole.apply(local, info)  # type: ignore[no-any-return]
     return _gathered(all_rows(local), info)
 

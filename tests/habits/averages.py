@@ -1,0 +1,87 @@
+"""Averages, masks and optimizers of a script's own, which read gradients and write weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from habits.base import Model, bare, gradient_habit, weights
+
+
+@gradient_habit
+def masks(model: Model) -> Any:
+    mask = {p: (torch.rand(p.shape, generator=torch.Generator().manual_seed(1)) > 0.3) for p in weights(model)}
+    with torch.no_grad():
+        for p in weights(model):
+            p.masked_fill_(~mask[p], 0.0)
+            p.grad *= mask[p]
+    return torch.tensor([(p != 0).float().mean() for p in weights(model)])
+
+
+@gradient_habit
+def average(model: Model) -> Any:
+    ema = [p.detach().clone() for p in weights(model)]
+    with torch.no_grad():
+        for p in weights(model):
+            p.add_(p.grad, alpha=-0.1)
+        for e, p in zip(ema, weights(model), strict=True):
+            e.mul_(0.9).add_(p, alpha=0.1)
+        for e, p in zip(ema, weights(model), strict=True):
+            p.copy_(e)
+    return torch.stack([e.norm() for e in ema])
+
+
+@gradient_habit
+def average_foreach(model: Model) -> None:
+    ema = [p.detach().clone() for p in weights(model)]
+    with torch.no_grad():
+        torch._foreach_add_(weights(model), [p.grad for p in weights(model)], alpha=-0.1)
+        torch._foreach_lerp_(ema, weights(model), 0.3)
+        torch._foreach_copy_(weights(model), ema)
+
+
+@gradient_habit
+def average_of_a_copy(model: Model) -> Any:
+    ema = copy.deepcopy(bare(model))
+    for p in ema.parameters():
+        p.requires_grad_(False)
+    with torch.no_grad():
+        for p in weights(model):
+            p.add_(p.grad, alpha=-0.1)
+        for e, p in zip(ema.parameters(), model.parameters(), strict=True):
+            e.data.mul_(0.9).add_(p.data, alpha=0.1)
+    return torch.stack([e.norm() for e in ema.parameters()]), ema(**model.batch).loss
+
+
+@gradient_habit
+def swa(model: Model) -> Any:
+    averaged = torch.optim.swa_utils.AveragedModel(bare(model))
+    with torch.no_grad():
+        for p in weights(model):
+            p.add_(p.grad, alpha=-0.1)
+    averaged.update_parameters(bare(model))
+    averaged.update_parameters(bare(model))
+    return torch.stack([p.detach().norm() for p in averaged.parameters()])
+
+
+@gradient_habit
+def own_optimizer(model: Model) -> None:
+    """A step of one that the script wrote, with momentum of its own."""
+    momentum = {p: torch.zeros_like(p) for p in weights(model)}
+    with torch.no_grad():
+        for _ in range(3):
+            for p in weights(model):
+                momentum[p].mul_(0.9).add_(p.grad)
+                p.sub_(momentum[p], alpha=0.01)
+
+
+@gradient_habit
+def lion(model: Model) -> None:
+    state = {p: torch.zeros_like(p) for p in weights(model)}
+    with torch.no_grad():
+        for p in weights(model):
+            update = state[p].clone().mul_(0.9).add(p.grad, alpha=0.1).sign_()
+            p.add_(update, alpha=-1e-3)
+            state[p].lerp_(p.grad, 0.01)
