@@ -146,6 +146,8 @@ NO_HABITS_UNDER_FSDP2 = {
     "hook_that_scales": "FSDP2 calls no hooks of the parameters that a script sees",
     "swapped": "the memory of FSDP2's parameters stays where it is; FSDP2 alone ignores the assignment",
     "average_foreach": "DTensor has no torch._foreach_copy_",
+    "a_layer_by_itself": "FSDP2 leaves gathered what was called without the rest of its group",
+    "printing": "FSDP2 alone prints DTensors",
     "gradients_by_autograd_grad": "FSDP2 computes with other parameters than a script sees",
 }
 

@@ -89,3 +89,9 @@ def cosine_of_gradient_and_weight(model: Model) -> Any:
 @gradient_habit
 def products_of_gradient_and_weight(model: Model) -> Any:
     return torch.stack([(p.grad * p.detach()).sum() for p in weights(model)])
+
+
+@gradient_habit
+def shapes_of_gradients(model: Model) -> Any:
+    assert all(p.grad.shape == p.shape and p.grad.numel() == p.numel() for p in weights(model))
+    return torch.tensor([size for p in weights(model) for size in p.grad.shape])

@@ -75,8 +75,11 @@ def after(model, with_gradients):
         if hasattr(module, "reshard"):
             module.reshard()
     weights = [both(parameter) for parameter in model.parameters()]
-    grads = [both(parameter.grad) for parameter in model.parameters() if with_gradients and parameter.grad is not None]
-    return {"weights": sum(weights, []), "grads": sum(grads, [])}
+    found = {"weights": sum(weights, [])}
+    if with_gradients:
+        grads = [both(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+        found["grads"] = sum(grads, [])
+    return found
 
 
 def main():

@@ -79,6 +79,8 @@ def operand(value: Any, info: GlobalInfo, like: Any) -> Any:
         if (other.layout is not info.layout and other.layout != info.layout) or is_split(value) != is_split(like):
             raise Misfit
         return value
+    if is_split(like) and not is_split(value) and value.requires_grad and torch.is_grad_enabled():
+        raise Misfit  # each data rank would give the gradient of its rows only
     return _part(plain_of(value) if isinstance(value, GlobalView) else local_of(value), info, like)
 
 
