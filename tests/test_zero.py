@@ -304,55 +304,46 @@ def gathered_case(stage: int) -> dict[str, Any]:
     """A script that reads and writes weights under ZeRO, as DeepSpeed's documentation says; the plain model beside."""
     import deepspeed
     from deepspeed import utils
-    from deepspeed.runtime.zero import partition_parameters
 
     import tp_plugin
-    from tp_plugin.engines import patching
-    from tp_plugin.engines.deepspeed import script_access
     from tp_plugin.errors import TPError
 
     plain_again()
-    before = len(patching._originals)
-    script_access.install_gathering(partition_parameters)
-    script_access.install_utils(utils)
     name = "model.layers.0.self_attn.k_proj.weight"  # one head, which both ranks hold
     found: dict[str, Any] = {}
-    try:
-        plain = build(config_for(LLAMA[0], **LLAMA[1]))
-        model = tp_plugin.parallelize(copy.deepcopy(plain), tp_size=2)
-        optimizer = torch.optim.AdamW(model.parameters())
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(stage))
-        weight, whole = model.get_parameter(name), plain.get_parameter(name)
-        embedding, its_whole = model.get_input_embeddings().weight, plain.get_input_embeddings().weight
-        with deepspeed.zero.GatheredParameters([weight, embedding], modifier_rank=0), torch.no_grad():
-            found["shape"] = tuple(weight.shape), tuple(whole.shape)
-            found["norm"] = weight.norm().item(), whole.norm().item()
-            for one in (embedding, its_whole):
-                one[-3:] = one[:-3].mean(0)
-                one.mul_(2)
-            if torch.distributed.get_rank() == 0:
-                with pytest.raises(TPError, match="On the main process alone"):
-                    embedding[3] = 0
-        with deepspeed.zero.GatheredParameters([embedding]):
-            found["written"] = torch.equal(embedding.data, its_whole.data)
-        plain(**batch(97, 0)).loss.backward()
-        with torch.no_grad():
-            embedding_of_plain = its_whole.detach().clone()
-        loss = engine(**batch(97, 0)).loss
-        engine.backward(loss)
-        grad = utils.safe_get_full_grad(weight)
-        found["gradient"] = grad.norm().item(), whole.grad.norm().item(), tuple(grad.shape)
-        master = utils.safe_get_full_fp32_param(weight)
-        found["master"] = master.norm().item()
-        utils.safe_set_full_fp32_param(weight, torch.ones(whole.shape))
-        found["set"] = utils.safe_get_full_fp32_param(weight).sum().item(), whole.numel()
-        assert embedding_of_plain.isfinite().all()
-        engine.destroy()
-        return found
-    finally:
-        for owner, attribute, original in reversed(patching._originals[before:]):
-            setattr(owner, attribute, original)
-        del patching._originals[before:]
+    plain = build(config_for(LLAMA[0], **LLAMA[1]))
+    model = tp_plugin.parallelize(copy.deepcopy(plain), tp_size=2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=ds_config(stage, gradient_accumulation_steps=1)
+    )
+    weight, whole = model.get_parameter(name), plain.get_parameter(name)
+    embedding, its_whole = model.get_input_embeddings().weight, plain.get_input_embeddings().weight
+    with deepspeed.zero.GatheredParameters([weight, embedding], modifier_rank=0), torch.no_grad():
+        found["shape"] = tuple(weight.shape), tuple(whole.shape)
+        found["norm"] = weight.norm().item(), whole.norm().item()
+        for one in (embedding, its_whole):
+            one[-3:] = one[:-3].mean(0)
+            one.mul_(2)
+        if torch.distributed.get_rank() == 0:
+            with pytest.raises(TPError, match="On the main process alone"):
+                embedding[3] = 0
+    with deepspeed.zero.GatheredParameters([embedding]):
+        found["written"] = torch.equal(embedding.data, its_whole.data)
+    plain(**batch(97, 0)).loss.backward()
+    with torch.no_grad():
+        embedding_of_plain = its_whole.detach().clone()
+    loss = engine(**batch(97, 0)).loss
+    engine.backward(loss)
+    grad = utils.safe_get_full_grad(weight)
+    found["gradient"] = grad.norm().item(), whole.grad.norm().item(), tuple(grad.shape)
+    master = utils.safe_get_full_fp32_param(weight)
+    found["master"] = master.norm().item()
+    utils.safe_set_full_fp32_param(weight, torch.ones(whole.shape))
+    found["set"] = utils.safe_get_full_fp32_param(weight).sum().item(), whole.numel()
+    assert embedding_of_plain.isfinite().all()
+    engine.destroy()
+    return found
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

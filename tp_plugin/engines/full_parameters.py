@@ -53,6 +53,7 @@ def full_parameters(module: nn.Module, write: bool = False) -> Iterator[None]:
             with runtime.region.step():
                 for name, parameter in parameters.items():  # in the ``try``: memory may not suffice for all
                     whole.append(_Whole.of(name, parameter, module, runtime.mesh))
+                    whole[-1].looked_whole = runtime.region.exempt(whole[-1].seen)
             yield
             if write:
                 agree_on({one.name: one.seen.detach() for one in whole}, runtime.mesh)
@@ -92,6 +93,7 @@ class _Whole:
         seen: what the script sees in its place: ``kept`` itself, except where that is FSDP2's.
         places: modules and attributes that have ``seen`` instead of ``kept``.
         version: of ``seen``, before the script had it.
+        looked_whole: whether the script's region showed it whole before; now it is.
     """
 
     name: str
@@ -100,6 +102,7 @@ class _Whole:
     seen: Any
     places: list[tuple[nn.Module, str]]
     version: int
+    looked_whole: bool = False
 
     @staticmethod
     def of(name: str, parameter: Any, module: nn.Module, mesh: Mesh) -> _Whole:
@@ -113,12 +116,10 @@ class _Whole:
             if layout is not None and sharded:
                 full = gather_shards(local, layout, mesh.unit_for(local)).to(local.device)
         if not split:
-            parameter.tp_is_full = True  # to the script it is what it is
             if sharded:
                 parameter.data = full
             return _Whole(name, parameter, local if sharded else None, parameter, [], parameter._version)
         seen = nn.Parameter(full.clone() if full is parameter._local_tensor else full, parameter.requires_grad)
-        seen.tp_is_full = True  # type: ignore[attr-defined]
         entry = entry_of(parameter)
         if entry is not None:
             bind(seen, entry)
@@ -135,8 +136,8 @@ class _Whole:
     def restore(self, write: bool, runtime: Runtime) -> None:
         """Give the model its own object and memory back, with what was written if ``write``; communicates nothing."""
         layout, full = layout_of(self.kept), self.seen.detach()
-        if not self.places:
-            del self.kept.tp_is_full
+        if self.looked_whole:
+            runtime.region.include(self.seen)
         for owner, attribute in self.places:
             owner._parameters[attribute] = self.kept
         if self.local is not None:

@@ -1,4 +1,4 @@
-"""Every habit of tests/habits on a prepared model: what it returns, and two numbers of each weight and gradient after it.
+"""Every habit of tests/habits on a prepared model: its result, and two numbers of each weight and gradient after it.
 
 Under an engine that keeps gradients elsewhere (ZeRO) those that need none; under ZeRO-3 inside GatheredParameters.
 """
@@ -75,10 +75,10 @@ def after(model, with_gradients):
         if hasattr(module, "reshard"):
             module.reshard()
     weights = [both(parameter) for parameter in model.parameters()]
-    found = {"weights": sum(weights, [])}
+    found = {"weights": [number for two in weights for number in two]}
     if with_gradients:
         grads = [both(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
-        found["grads"] = sum(grads, [])
+        found["grads"] = [number for two in grads for number in two]
     return found
 
 

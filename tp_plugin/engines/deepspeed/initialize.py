@@ -113,6 +113,9 @@ def _initialize_sharded(original: Any, call: Any, config: dict[str, Any], option
     given["mpu"] = Mpu(runtime.mesh)
     _use_torch_adam_on_cpu(config)
     engine, *rest = original(*call.args, **call.kwargs)
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id"):
+            runtime.region.exempt(parameter)  # ZeRO-3 leaves it empty outside of GatheredParameters
     checkpoint.link(engine, options, [root.tp_record for _, root in models_in(model) if is_sharded(root)])
     return (engine, *rest)
 

@@ -66,8 +66,7 @@ def _enter(original: Any, self: Any) -> Any:
     with runtime.region.step():
         entered = original(self)
         for parameter in self.params:
-            if entry_of(parameter) is not None:
-                parameter.tp_is_gathered = True
+            runtime.region.include(parameter)
     return entered
 
 
@@ -77,5 +76,5 @@ def _exit(original: Any, self: Any, *error: Any) -> Any:
         return original(self, *error)
     with runtime.region.step():
         for parameter in self.params if self.enabled else ():
-            vars(parameter).pop("tp_is_gathered", None)
+            runtime.region.exempt(parameter)
         return original(self, *error)

@@ -75,8 +75,8 @@ def _dtensor() -> type:
             """
             info = self.tp_global  # type: ignore[attr-defined]
             raise TPError(
-                f"{info.peers.line()}: to_local() of {info.name!r}: {info.describe()}, and FSDP2 has split those again; "
-                "take full_tensor()"
+                f"{info.peers.line()}: to_local() of {info.name!r}: {info.describe()}, and FSDP2 has split these, "
+                "too; take full_tensor()"
             )
 
         @classmethod

@@ -135,9 +135,14 @@ def register(name: str, make: Callable[[], type]) -> None:
     CLASSES[name] = made
 
 
+def shown_class(tensor: Any, kind: type) -> type:
+    """The class in which ``tensor``, of class ``kind``, looks whole."""
+    return CLASSES["DTensor" if is_split(tensor) else kind.__name__]()
+
+
 def as_global(tensor: Any, info: GlobalInfo) -> Any:
     """``tensor``, this rank's memory, as one that looks whole: the same object of another class."""
-    tensor.__class__ = CLASSES["DTensor" if is_split(tensor) else type(tensor).__name__]()
+    tensor.__class__ = shown_class(tensor, type(tensor))
     tensor.tp_global = info
     return tensor
 

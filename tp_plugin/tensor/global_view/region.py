@@ -5,12 +5,20 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from tp_plugin.tensor.global_view.info import GlobalInfo, as_global, is_global
+from tp_plugin.tensor.global_view.info import GlobalInfo, shown_class
+
+
+class _Row(NamedTuple):
+    """A parameter, its class in steps, and the class that looks whole."""
+
+    reference: weakref.ref[Any]
+    kind: type
+    shown: type
 
 
 class ScriptRegion:
@@ -26,16 +34,37 @@ class ScriptRegion:
         self._depth = 0
         self._stepping: dict[int, tuple[int, bool]] = {}
         self._kept: dict[int, tuple[Any, torch.Tensor, int]] = {}
-        self._parameters: dict[int, tuple[weakref.ref[Any], type, GlobalInfo]] = {}
+        self._parameters: dict[int, _Row] = {}
+        self._exempt: dict[int, _Row] = {}
 
     def add(self, parameter: Any, info: GlobalInfo) -> None:
-        """From the next return to the script's region on, ``parameter`` looks whole there."""
-        kind = type(parameter)
-        if is_global(parameter):
-            kind = self._parameters[id(parameter)][1]
-        self._parameters[id(parameter)] = weakref.ref(parameter), kind, info
+        """From now on ``parameter`` looks whole in the script's region."""
+        known = self._parameters.get(id(parameter))
+        parameter.tp_global = info
+        kind = type(parameter) if known is None or known.reference() is not parameter else known.kind
+        self._parameters[id(parameter)] = _Row(weakref.ref(parameter), kind, shown_class(parameter, kind))
         if not self._depth:
-            self._show_one(parameter, info)
+            self._show()
+
+    def exempt(self, parameter: Any) -> bool:
+        """``parameter`` is what it is until :meth:`include`: made whole by other means, or empty (ZeRO-3).
+
+        Returns:
+            Whether it looked whole before.
+        """
+        row = self._parameters.pop(id(parameter), None)
+        if row is not None:
+            parameter.__class__ = row.kind
+            self._exempt[id(parameter)] = row
+        return row is not None
+
+    def include(self, parameter: Any) -> None:
+        """``parameter`` looks whole again."""
+        row = self._exempt.pop(id(parameter), None)
+        if row is not None:
+            self._parameters[id(parameter)] = row
+            if not self._depth:
+                self._show()
 
     def keep(self, tensor: Any, whole: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The whole of ``tensor``, made once and held until the next step: somebody has its address."""
@@ -106,24 +135,19 @@ class ScriptRegion:
 
     def _show(self) -> None:
         gone = False
-        for reference, _, info in self._parameters.values():
+        for reference, _, shown in self._parameters.values():
             parameter = reference()
             if parameter is None:
                 gone = True
             else:
-                self._show_one(parameter, info)
+                parameter.__class__ = shown
         if gone:
-            self._parameters = {key: row for key, row in self._parameters.items() if row[0]() is not None}
-
-    def _show_one(self, parameter: Any, info: GlobalInfo) -> None:
-        partitioned = hasattr(parameter, "ds_id") and not hasattr(parameter, "tp_is_gathered")  # by ZeRO-3: empty
-        if not (partitioned or hasattr(parameter, "tp_is_full")):  # in full_parameters it is whole already
-            as_global(parameter, info)
+            self._parameters = {key: row for key, row in self._parameters.items() if row.reference() is not None}
 
     def _hide(self) -> None:
         for reference, kind, _ in self._parameters.values():
             parameter = reference()
-            if parameter is not None and type(parameter) is not kind:
+            if parameter is not None:
                 parameter.__class__ = kind
 
 
