@@ -21,7 +21,7 @@ def _install() -> None:
     """Patch what a worker with a ``tp_size`` patches, once; without a mesh the patches do nothing."""
     import torch.distributed.checkpoint.state_dict
     import torch.distributed.fsdp
-    from torch.distributed.fsdp._fully_shard import _fsdp_param
+    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_state
 
     from tp_plugin.engines import torch_utils
     from tp_plugin.engines.fsdp2 import checkpoint, wrapping
@@ -30,6 +30,7 @@ def _install() -> None:
     if not hasattr(torch.distributed.fsdp.fully_shard, "tp_patched"):
         wrapping.install(torch.distributed.fsdp)
         wrapping.install_param(_fsdp_param)
+        wrapping.install_state(_fsdp_state)
         checkpoint.install(torch.distributed.checkpoint.state_dict)
 
 

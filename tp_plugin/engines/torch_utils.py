@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tp_plugin.config.resolve import current_config
+from tp_plugin.engines import functional_call
 from tp_plugin.engines.patching import patch, remember, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.dtensor_utils import held, is_split
@@ -59,6 +60,7 @@ def install() -> None:
     wrap(torch.autograd, "_engine_run_backward", in_step)
     wrap(torch.optim.Optimizer, "zero_grad", in_step)
     wrap(torch.nn.Module, "zero_grad", in_step)
+    functional_call.install()
     for name in ("clip_grad_norm_", "clip_grad_value_"):
         wrap(clip_grad, name, in_step)
         patch(torch.nn.utils, name, getattr(clip_grad, name))
@@ -129,7 +131,8 @@ def _steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Pre-hook of every optimizer's step; one that raised before has not left its step."""
     runtime = current()
     if runtime is not None:
-        runtime.region.enter_optimizer(optimizer, has_closure=bool(args or kwargs))
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        runtime.region.enter_optimizer(optimizer, has_closure=closure is not None)
 
 
 def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -137,12 +140,12 @@ def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     runtime = current()
     if runtime is None:
         return
-    runtime.region.leave_optimizer(optimizer)
     stepped = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
     sharded = (tensor for model in runtime.models for tensor in model.index.tensors().values())
     own = next((tensor for tensor in sharded if id(tensor) in stepped), None)
     if own is not None:  # another model's optimizer may step on one rank alone
         runtime.progress.stepped(own.device)
+    runtime.region.leave_optimizer(optimizer)
 
 
 def _like(norm: torch.Tensor, tensors: list[Any]) -> torch.Tensor:

@@ -43,6 +43,7 @@ _PATCHES = {
     "accelerate.utils.dataclasses": ("tp_plugin.engines.fsdp2.config", "install"),
     "torch.distributed.checkpoint.state_dict": ("tp_plugin.engines.fsdp2.checkpoint", "install"),
     "torch.distributed.fsdp": ("tp_plugin.engines.fsdp2.wrapping", "install"),
+    "torch.distributed.fsdp._fully_shard._fsdp_state": ("tp_plugin.engines.fsdp2.wrapping", "install_state"),
     "torch.distributed.fsdp._fully_shard._fsdp_param": ("tp_plugin.engines.fsdp2.wrapping", "install_param"),
     "peft.peft_model": ("tp_plugin.engines.peft", "install"),
     "peft.tuners.tuners_utils": ("tp_plugin.engines.peft", "install_tuners"),

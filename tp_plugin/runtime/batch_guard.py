@@ -157,9 +157,9 @@ class BatchGuard:
         seen = ", ".join(f"rank {rank}: {loss:.9g}" for rank, loss in zip(self.mesh.unit.ranks, losses, strict=True))
         raise DivergenceError(
             f"the ranks of a TP group called backward() on different losses ({seen}), which must be one number. "
-            "Something in the loss comes from one rank's share (a sum over model.parameters(), the weight of lm_head) "
-            "or is drawn or looked up by each rank for itself. Penalties on weights belong into the optimizer "
-            "(weight_decay); use outputs.logits, and values that accelerator.gather or broadcast has made equal"
+            "Something in the loss is drawn or looked up by each rank for itself, or comes from weights inside of a "
+            "forward, where a rank has its shard (a penalty that a module of the model computes). Compute penalties in "
+            "the script, where weights look whole, and use values that accelerator.gather or broadcast has made equal"
         )
 
     def _looks(self, module: nn.Module) -> bool:

@@ -41,6 +41,12 @@ def install(fsdp: Any) -> None:
     wrap(DTensor, "full_tensor", _full_tensor)
 
 
+def install_state(fsdp_state: Any) -> None:
+    """Patch ``FSDPState``: gathering before a forward, and what follows it, are no code of the script's."""
+    for name in ("_pre_forward", "_post_forward"):
+        wrap(fsdp_state.FSDPState, name, in_step)
+
+
 def install_param(fsdp_param: Any) -> None:
     """Patch ``FSDPParam``: the gathered parameter is hooked when it is made."""
     wrap(fsdp_param.FSDPParam, "init_unsharded_param", _init_unsharded_param)

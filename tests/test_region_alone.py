@@ -1,0 +1,220 @@
+"""What the main process does alone, what is refused, and what a script that goes on after an error finds."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import batch, build, config_for
+from torch import nn
+from workers import run, sees_whole
+
+
+def _models(**overrides: Any) -> tuple[Any, Any]:
+    import tp_plugin
+    from tp_plugin.engines import torch_utils
+    from tp_plugin.runtime.start import stop
+
+    stop()
+    torch_utils.install()
+    whole = build(config_for("llama", **overrides)).train()
+    return whole, tp_plugin.parallelize(copy.deepcopy(whole), tp_size=2)
+
+
+@sees_whole
+def main_process_reads() -> dict[str, Any]:
+    from tp_plugin.errors import TPError
+
+    whole, model = _models(num_key_value_heads=1)
+    main = torch.distributed.get_rank() == 0
+    model(**batch(97, 0)).loss.backward()
+    found: dict[str, Any] = {}
+    if main:
+        for name, p in model.named_parameters():
+            want = whole.get_parameter(name)
+            assert p.norm().item() == pytest.approx(want.norm().item(), rel=1e-6), name
+            assert torch.equal(torch.from_numpy(p.detach().cpu().numpy()), want.data), name
+            assert torch.equal(p.detach().float().clone()[:2], want.data[:2]), name
+        found["printed"] = str(model.lm_head.weight)[:40]
+        with pytest.raises(TPError) as raised:
+            model.lm_head.weight.grad.norm()
+        found["gradient"] = str(raised.value)
+        with pytest.raises(TPError) as raised, torch.no_grad():
+            model.lm_head.weight[3] = 0
+        found["write"] = str(raised.value)
+        with pytest.raises(TPError) as raised:
+            (model.lm_head.weight.detach() * model.get_input_embeddings().weight.detach()).sum()
+        found["two"] = str(raised.value)
+    found["loss"] = model(**batch(97, 1)).loss.item(), whole(**batch(97, 1)).loss.item()
+    return found
+
+
+def test_the_main_process_reads_alone() -> None:
+    main, peer = run(2, main_process_reads)
+    for found in (main, peer):
+        assert found["loss"][0] == pytest.approx(found["loss"][1], rel=1e-6)
+    assert main["printed"].startswith("Parameter containing:")
+    for what in ("gradient", "write", "two"):
+        assert "test_region_alone.py:" in main[what] and "on the main one" in main[what], main[what]
+    assert "this rank holds 49 of 97 rows of 'lm_head.weight.grad'" in main["gradient"]
+
+
+@sees_whole
+def different_reads() -> str:
+    from tp_plugin.errors import DivergenceError
+
+    _, model = _models()
+    weights = [model.lm_head.weight, model.get_input_embeddings().weight]
+    me = torch.distributed.get_rank()
+    if me == 0:
+        model.lm_head.weight.sum()  # alone: read by itself
+    with pytest.raises(DivergenceError) as raised:
+        model(**batch(97, 0)) if me == 0 else weights[1].sum()
+    return str(raised.value)
+
+
+def test_ranks_at_different_places() -> None:
+    for message in run(2, different_reads):
+        assert "a read of a whole parameter or gradient" in message and "a forward" in message
+
+
+@sees_whole
+def refusals() -> dict[str, str]:
+    from tp_plugin.errors import TPError
+
+    _, model = _models()
+    weight = model.lm_head.weight
+    model(**batch(97, 0)).loss.backward()
+    found = {}
+
+    def refused(what: str, kind: type[Exception], function: Any) -> None:
+        with pytest.raises(kind) as raised:
+            function()
+        found[what] = str(raised.value)
+
+    refused("data", TPError, lambda: setattr(weight, "data", torch.zeros(49, 48)))
+    refused("grad", TPError, lambda: setattr(weight, "grad", torch.zeros(49, 48)))
+    refused("leaf", RuntimeError, lambda: weight.__setitem__(3, 0.0))
+    refused("row of a leaf", RuntimeError, lambda: weight[3].zero_())
+    refused("in a graph", TPError, lambda: (weight * 2).__setitem__(3, 0.0))
+    refused("out", TPError, lambda: torch.sort(weight.detach(), out=(weight.data, torch.empty(0, dtype=torch.long))))
+    refused("numpy", ValueError, lambda: weight.detach().numpy().__setitem__(3, 0.0))
+    refused("other shape", RuntimeError, lambda: weight.data.copy_(torch.zeros(49, 48)))
+    refused("matmul", RuntimeError, lambda: torch.ones(2, 24) @ weight.T)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    call = torch.func.functional_call
+    state["lm_head.weight"] = state["lm_head.weight"][:49]
+    refused("functional_call", TPError, lambda: call(model, state, (), batch(97, 0)))
+    state = {"lm_head.weight": torch.zeros(97, 48, requires_grad=True)}
+    refused("functional_call with gradients", TPError, lambda: call(model, state, (), batch(97, 0)))
+    return found
+
+
+def test_refusals() -> None:
+    for found in run(2, refusals):
+        assert "lm_head.weight.data was given a tensor of shape (49, 48), but has (97, 48)" in found["data"]
+        assert "test_region_alone.py:" in found["data"] and " of 97 rows of " in found["data"]
+        assert "lm_head.weight.grad was given" in found["grad"]
+        assert "leaf" in found["leaf"] and "leaf" in found["row of a leaf"]
+        assert "torch.no_grad()" in found["in a graph"] and "out=" in found["out"]
+        assert "97" in found["other shape"] and "97" in found["matmul"]
+        assert "(49, 48) for 'lm_head.weight', which has (97, 48)" in found["functional_call"]
+        assert "requires a gradient" in found["functional_call with gradients"]
+
+
+@sees_whole
+def functional_calls() -> dict[str, Any]:
+    """Whole weights, and those of a step by hand, as meta-learning takes it."""
+    whole, model = _models()
+    found: dict[str, Any] = {"losses": []}
+    for one in (whole, model):
+        halves = {name: value.clone() * 0.5 for name, value in one.state_dict().items()}
+        first = torch.func.functional_call(one, halves, (), batch(97, 0)).loss.item()
+        names = [name for name, _ in one.named_parameters()]
+        grads = torch.autograd.grad(one(**batch(97, 0)).loss, list(one.parameters()))
+        fast = {name: (p - 0.1 * g).detach() for name, p, g in zip(names, one.parameters(), grads, strict=True)}
+        found["losses"].append([first, torch.func.functional_call(one, fast, (), batch(97, 1)).loss.item()])
+    return found
+
+
+def test_functional_call() -> None:
+    for found in run(2, functional_calls):
+        plain, here = found["losses"]
+        assert here == pytest.approx(plain, rel=1e-6)
+
+
+@sees_whole
+def after_errors() -> dict[str, Any]:
+    """A forward, a backward and an optimizer's step that raise leave parameters whole."""
+    _, model = _models()
+    weight = model.lm_head.weight
+    found = {}
+
+    class Failing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise ZeroDivisionError
+
+    def fails(*args: Any) -> Any:
+        raise ZeroDivisionError
+
+    handle = model.model.layers[1].register_forward_hook(fails)
+    with pytest.raises(ZeroDivisionError):
+        model(**batch(97, 0))
+    handle.remove()
+    found["forward"] = tuple(weight.shape)
+    loss = model(**batch(97, 0)).loss
+    handle = model.model.norm.weight.register_hook(fails)
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+    handle.remove()
+    found["backward"] = tuple(weight.shape)
+    optimizer = Failing(model.parameters(), lr=0.1)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+    model(**batch(97, 0)).loss.backward()
+    found["step"] = tuple(weight.shape)
+    found["type in a step"] = ""
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, args: found.update({"type in a step": type(module.mlp.gate_proj.weight).__name__})
+    )
+    model(**batch(97, 0))
+    found["same object"] = weight is model.lm_head.weight and isinstance(weight, nn.Parameter)
+    return found
+
+
+def test_after_errors_parameters_look_whole_again() -> None:
+    for found in run(2, after_errors):
+        assert found["forward"] == found["backward"] == found["step"] == (97, 48)
+        assert found["type in a step"] == "Parameter" and found["same object"]
+
+
+@sees_whole
+def saved_by_libraries(folder: str) -> dict[str, Any]:
+    """Libraries that read memory, pickle and copy get whole tensors."""
+    import io
+
+    from safetensors.torch import load_file, save_file
+
+    whole, model = _models()
+    found: dict[str, Any] = {}
+    path = f"{folder}/{torch.distributed.get_rank()}.safetensors"
+    save_file({name: p.detach() for name, p in model.named_parameters()}, path)
+    loaded = load_file(path)
+    found["safetensors"] = all(torch.equal(loaded[name], p) for name, p in whole.named_parameters())
+    buffer = io.BytesIO()
+    torch.save({name: p for name, p in model.named_parameters()}, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer)
+    found["pickle"] = all(torch.equal(loaded[name], p) for name, p in whole.named_parameters())
+    copied = [copy.deepcopy(p) for p in model.parameters()]
+    found["copies"] = [tuple(p.shape) for p in copied] == [tuple(p.shape) for p in whole.parameters()]
+    found["kinds"] = {type(value) for value in loaded.values()} <= {nn.Parameter}
+    return found
+
+
+def test_libraries_get_whole_tensors(tmp_path: Any) -> None:
+    for found in run(2, saved_by_libraries, str(tmp_path)):
+        assert found == {"safetensors": True, "pickle": True, "copies": True, "kinds": True}
