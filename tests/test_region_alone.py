@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -153,6 +154,8 @@ def after_errors() -> dict[str, Any]:
     found = {}
 
     class Failing(torch.optim.SGD):
+        tp_elementwise = True
+
         def step(self, closure: Any = None) -> Any:
             raise ZeroDivisionError
 
@@ -218,3 +221,113 @@ def saved_by_libraries(folder: str) -> dict[str, Any]:
 def test_libraries_get_whole_tensors(tmp_path: Any) -> None:
     for found in run(2, saved_by_libraries, str(tmp_path)):
         assert found == {"safetensors": True, "pickle": True, "copies": True, "kinds": True}
+
+
+class ByRows(torch.optim.SGD):
+    """Each weight's step is as long as the weight: LARS."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.add_(p.grad, alpha=-float(p.norm() / (p.grad.norm() + 1e-8)) * group["lr"])
+
+
+@sees_whole
+def unprepared_optimizers() -> dict[str, str]:
+    from transformers import Adafactor
+
+    from tp_plugin.errors import TPError
+
+    _, model = _models()
+    found = {}
+    for kind in (ByRows, Adafactor, torch.optim.AdamW):
+        optimizer = kind(model.parameters(), **({} if kind is Adafactor else {"lr": 1e-3}))
+        model(**batch(97, 0)).loss.backward()
+        try:
+            optimizer.step()
+            found[kind.__name__] = ""
+        except TPError as error:
+            found[kind.__name__] = str(error)
+    return found
+
+
+def test_an_optimizer_that_nobody_prepared() -> None:
+    for found in run(2, unprepared_optimizers):
+        assert "ByRows gave other numbers for a matrix in two parts" in found["ByRows"]
+        assert "accelerator.prepare" in found["Adafactor"]
+        assert found["AdamW"] == ""
+
+
+def _hooked(model: Any) -> dict[str, float]:
+    """What hooks of the gradients see, which also change them; some have been taken off again."""
+    seen: dict[str, float] = {}
+
+    def halve(name: str, grad: Any) -> Any:
+        seen[name] = grad.norm().item()
+        grad = grad.clone()
+        grad[1] = 0
+        return grad
+
+    def look(name: str, p: Any) -> None:
+        seen[f"{name} after"] = p.grad.sum().item()
+
+    for name, p in model.named_parameters():
+        handle = p.register_hook(functools.partial(halve, name))
+        if "norm" in name:
+            handle.remove()
+        p.register_post_accumulate_grad_hook(functools.partial(look, name))
+    return seen
+
+
+@sees_whole
+def hooks_from_before() -> dict[str, Any]:
+    """Hooks of gradients that a script registered before ``prepare``, on a head that both ranks hold among others."""
+    import tp_plugin
+    from tp_plugin.engines import torch_utils
+    from tp_plugin.runtime.start import stop
+
+    stop()
+    torch_utils.install()
+    found: dict[str, Any] = {"seen": [], "grads": []}
+    for sharded in (False, True):
+        model = build(config_for("llama", num_key_value_heads=1)).train()
+        seen = _hooked(model)
+        if sharded:
+            tp_plugin.parallelize(model, tp_size=2)
+        model(**batch(97, 0)).loss.backward()
+        found["seen"].append(seen)
+        found["grads"].append([p.grad.norm().item() for p in model.parameters()])
+    return found
+
+
+def test_hooks_from_before_prepare_see_whole_gradients() -> None:
+    for found in run(2, hooks_from_before):
+        plain, here = found["seen"]
+        assert here == pytest.approx(plain, rel=1e-4, abs=1e-6) and len(plain) > 20
+        assert found["grads"][1] == pytest.approx(found["grads"][0], rel=1e-5)
+
+
+@sees_whole
+def learned_factors() -> dict[str, Any]:
+    """Weights times something learned that is beside the model: it gets the gradient of all elements."""
+    whole, model = _models(num_key_value_heads=1)
+    found: dict[str, Any] = {"grads": [], "weights": []}
+    for one in (whole, model):
+        one.zero_grad()
+        factor = nn.Parameter(torch.ones(1))
+        rows = nn.Parameter(torch.linspace(0.5, 1.5, 48))
+        key = one.model.layers[0].self_attn.k_proj.weight
+        head = one.lm_head.weight
+        (
+            one(**batch(97, 0)).loss + (head * factor).pow(2).sum() + (key * rows).abs().sum() + (factor * key).sum()
+        ).backward()
+        found["grads"].append([factor.grad.item(), *rows.grad.tolist()])
+        found["weights"].append([key.grad.norm().item(), head.grad.norm().item(), key.grad.sum().item()])
+    return found
+
+
+def test_what_is_learned_beside_the_model_gets_whole_gradients() -> None:
+    for found in run(2, learned_factors):
+        for what in ("grads", "weights"):
+            assert found[what][1] == pytest.approx(found[what][0], rel=1e-5)

@@ -130,7 +130,12 @@ def _registered(module: torch.nn.Module, name: str, value: Any) -> None:
 def _steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Pre-hook of every optimizer's step; one that raised before has not left its step."""
     runtime = current()
-    if runtime is not None:
+    if runtime is not None and runtime.models:
+        if not getattr(optimizer, "tp_checked", False):
+            from tp_plugin.shard.optimizer import check_unprepared
+
+            optimizer.tp_checked = True  # type: ignore[attr-defined]
+            check_unprepared(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         runtime.region.enter_optimizer(optimizer, has_closure=closure is not None)
 

@@ -22,7 +22,6 @@ from tp_plugin.shard.copies import Copies
 from tp_plugin.shard.lazy_full_tensor import LazyFullTensor
 from tp_plugin.shard.model_peers import ModelPeers
 from tp_plugin.shard.params import ParamIndex
-from tp_plugin.tensor.global_view import local_of
 from tp_plugin.tensor.on_shards import on_shards
 
 _numbers = itertools.count()
@@ -191,10 +190,11 @@ class ModelState:
         """A number of some elements of replicated parameters, each with a weight of its own."""
         return math.fsum(value * (1 + at % 7) for at, value in enumerate(self._sample()))
 
+    @on_shards
     def local(self, key: str) -> torch.Tensor:
         """This rank's tensor named ``key`` (a parameter's first name in the model)."""
-        found: torch.Tensor = local_of(self.index.tensors()[key])
-        return found
+        # an alias: another thread asks, and this one may leave a step meanwhile, in which the parameter looks whole
+        return self.index.tensors()[key].detach()
 
     @on_shards
     def read_whole(self, name: str) -> torch.Tensor:

@@ -51,6 +51,40 @@ def _shard_optimizer(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None
         full_matrix_step.install(optimizer, runtime.mesh.tp)
         optimizer.tp_full_matrices = True  # type: ignore[attr-defined]
         return
+    _refuse_unfit(optimizer)
+    rank = runtime.mesh.tp.rank
+    for parameter in parameters:
+        layout = layout_of(parameter)
+        if layout is None or not layout.is_sharded:
+            continue
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and tuple(value.shape) == layout.shape:
+                state[key] = layout.shard(value, rank)
+    optimizer.tp_states = OptimizerStates(optimizer, runtime)  # type: ignore[attr-defined]
+    optimizer.register_state_dict_post_hook(_give_full)
+    optimizer.register_load_state_dict_pre_hook(_take_shards)
+
+
+def check_unprepared(optimizer: torch.optim.Optimizer) -> None:
+    """At the first step of an optimizer that was prepared by nobody: shards must train as the whole does.
+
+    Raises:
+        TPError: they would not.
+    """
+    if hasattr(optimizer, "tp_states") or hasattr(optimizer, "tp_full_matrices"):
+        return
+    if not any((layout := layout_of(p)) is not None and layout.is_sharded for p in _parameters(optimizer)):
+        return
+    if full_matrix_step.needs_full_matrices(optimizer):
+        raise TPError(
+            f"optimizer {type(optimizer).__name__} looks at whole matrices, and steps with shards of them: pass it to "
+            "accelerator.prepare, which gives it whole ones"
+        )
+    _refuse_unfit(optimizer)
+
+
+def _refuse_unfit(optimizer: torch.optim.Optimizer) -> None:
     name = type(optimizer).__name__
     if _is_blockwise(optimizer):
         raise TPError(
@@ -67,18 +101,6 @@ def _shard_optimizer(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None
         )
     if why := fault(optimizer):
         raise TPError(why)
-    rank = runtime.mesh.tp.rank
-    for parameter in parameters:
-        layout = layout_of(parameter)
-        if layout is None or not layout.is_sharded:
-            continue
-        state = optimizer.state.get(parameter, {})
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor) and tuple(value.shape) == layout.shape:
-                state[key] = layout.shard(value, rank)
-    optimizer.tp_states = OptimizerStates(optimizer, runtime)  # type: ignore[attr-defined]
-    optimizer.register_state_dict_post_hook(_give_full)
-    optimizer.register_load_state_dict_pre_hook(_take_shards)
 
 
 def _is_blockwise(optimizer: torch.optim.Optimizer) -> bool:

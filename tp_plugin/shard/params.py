@@ -14,6 +14,7 @@ from tp_plugin.mesh.dtensor_utils import held
 from tp_plugin.mesh.roles import Mesh
 from tp_plugin.policy import ParamLayout, Plan
 from tp_plugin.tensor.global_view import GlobalInfo, Peers
+from tp_plugin.tensor.global_view.attributes import accumulated_hook, gradient_hook
 from tp_plugin.tensor.on_shards import on_shards
 from tp_plugin.tensor.param_entry import ParamEntry, bind, entry_of
 from tp_plugin.tensor.replicas import Piece, ReplicaSum
@@ -40,6 +41,23 @@ def hook_replica_sum(tensor: Any) -> None:
     entry = entry_of(tensor)
     if entry is not None and entry.replica_sum is not None:
         entry.replica_sum.hook(tensor)
+
+
+def _take_hooks(parameter: Any) -> dict[int, Any]:
+    """A script's own hooks of its gradient, which have to come after the sum over replicas; taken off."""
+    own = dict(parameter._backward_hooks or {})
+    if own:
+        parameter._backward_hooks.clear()
+    return own
+
+
+def _give_hooks(parameter: Any, own: dict[int, Any], seen: GlobalInfo) -> None:
+    """Put them back, under the numbers by which their handles know them: they get whole gradients."""
+    for number, hook in own.items():
+        parameter._backward_hooks[number] = gradient_hook(hook, seen)
+    accumulated = parameter._post_accumulate_grad_hooks or {}
+    for number, hook in accumulated.items():
+        accumulated[number] = accumulated_hook(hook, seen)
 
 
 class ParamIndex:
@@ -72,7 +90,9 @@ class ParamIndex:
                 pieces = [(mesh.tp, None, ())]
             seen = GlobalInfo(name, layout, bool(pieces), peers)
             bind(parameter, ParamEntry(name, layout, ReplicaSum(pieces) if pieces else None, seen))
+            own = _take_hooks(parameter)
             hook_replica_sum(parameter)
+            _give_hooks(parameter, own, seen)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """This rank's tensors by name, tied ones once; they outlive the model for as long as a peer may read them."""

@@ -131,28 +131,35 @@ def _repr(tensor: Any, *, tensor_contents: Any = None) -> str:
     return repr(whole.requires_grad_(tensor.requires_grad) if tensor.is_leaf else whole)
 
 
-def _register_hook(tensor: Any, hook: Callable[[Any], Any]) -> Any:
-    """A hook of the script's gets a whole gradient, and may return one."""
-    info = known(tensor)
+def gradient_hook(hook: Callable[[Any], Any], info: GlobalInfo) -> Callable[[Any], Any]:
+    """``hook``, which gets a whole gradient, and may return one, as a hook of what this rank holds."""
 
-    def whole(grad: Any) -> Any:
+    def run(grad: Any) -> Any:
         with info.peers.script():
-            found = hook(gradient(grad, info))
+            found = hook(grad if info.is_whole and not is_split(grad) else gradient(grad, info))
             found = plain_of(found) if isinstance(found, GlobalView) else found
             return None if found is None else to_local(found, info, grad)
 
-    return locally(torch.Tensor.register_hook, (tensor, whole), {})
+    return run
 
 
-def _register_post_accumulate_grad_hook(tensor: Any, hook: Callable[[Any], Any]) -> Any:
-    """A hook of the script's finds the parameter and its gradient whole."""
-    info = known(tensor)
+def accumulated_hook(hook: Callable[[Any], Any], info: GlobalInfo) -> Callable[[Any], Any]:
+    """``hook``, which finds a parameter and its gradient whole, as one that is called in a step."""
 
-    def whole(parameter: Any) -> Any:
+    def run(parameter: Any) -> Any:
         with info.peers.script():
             return hook(parameter)
 
-    return locally(torch.Tensor.register_post_accumulate_grad_hook, (tensor, whole), {})
+    return run
+
+
+def _register_hook(tensor: Any, hook: Callable[[Any], Any]) -> Any:
+    return locally(torch.Tensor.register_hook, (tensor, gradient_hook(hook, known(tensor))), {})
+
+
+def _register_post_accumulate_grad_hook(tensor: Any, hook: Callable[[Any], Any]) -> Any:
+    hook = accumulated_hook(hook, known(tensor))
+    return locally(torch.Tensor.register_post_accumulate_grad_hook, (tensor, hook), {})
 
 
 ABOUT: dict[str, Callable[..., Any]] = {

@@ -72,15 +72,15 @@ def operand(value: Any, info: GlobalInfo, like: Any) -> Any:
     """What of ``value`` meets this rank's elements of a tensor of ``info``; ``like`` is such a tensor.
 
     Raises:
-        Misfit: it lies otherwise on the ranks, or has another shape.
+        Misfit: it lies otherwise on the ranks, has another shape, or is to get a gradient, which is of all elements.
     """
     other = info_of(value)
     if other is not None:
         if (other.layout is not info.layout and other.layout != info.layout) or is_split(value) != is_split(like):
             raise Misfit
         return value
-    if is_split(like) and not is_split(value) and value.requires_grad and torch.is_grad_enabled():
-        raise Misfit  # each data rank would give the gradient of its rows only
+    if value.requires_grad and torch.is_grad_enabled():
+        raise Misfit  # each rank would give it the gradient of its own elements only
     return _part(plain_of(value) if isinstance(value, GlobalView) else local_of(value), info, like)
 
 
