@@ -21,6 +21,12 @@ class _Row(NamedTuple):
     shown: type
 
 
+def _of(parameter: Any, rows: dict[int, _Row]) -> _Row | None:
+    """The row of ``parameter``, not that of a dead one whose number it has."""
+    row = rows.get(id(parameter))
+    return row if row is not None and row.reference() is parameter else None
+
+
 class ScriptRegion:
     """Of one process. Forward, backward, optimizer step and the engines' own code enter steps, and leave them.
 
@@ -39,12 +45,12 @@ class ScriptRegion:
 
     def add(self, parameter: Any, info: GlobalInfo) -> None:
         """From now on ``parameter`` looks whole in the script's region."""
-        known = self._parameters.get(id(parameter))
+        known = _of(parameter, self._parameters)
         parameter.tp_global = info
-        kind = type(parameter) if known is None or known.reference() is not parameter else known.kind
-        self._parameters[id(parameter)] = _Row(weakref.ref(parameter), kind, shown_class(parameter, kind))
+        kind = type(parameter) if known is None else known.kind
+        row = self._parameters[id(parameter)] = _Row(weakref.ref(parameter), kind, shown_class(parameter, kind))
         if not self._depth:
-            self._show()
+            parameter.__class__ = row.shown
 
     def exempt(self, parameter: Any) -> bool:
         """``parameter`` is what it is until :meth:`include`: made whole by other means, or empty (ZeRO-3).
@@ -52,19 +58,19 @@ class ScriptRegion:
         Returns:
             Whether it looked whole before.
         """
-        row = self._parameters.pop(id(parameter), None)
+        row = _of(parameter, self._parameters)
         if row is not None:
             parameter.__class__ = row.kind
-            self._exempt[id(parameter)] = row
+            self._exempt[id(parameter)] = self._parameters.pop(id(parameter))
         return row is not None
 
     def include(self, parameter: Any) -> None:
         """``parameter`` looks whole again."""
-        row = self._exempt.pop(id(parameter), None)
+        row = _of(parameter, self._exempt)
         if row is not None:
-            self._parameters[id(parameter)] = row
+            self._parameters[id(parameter)] = self._exempt.pop(id(parameter))
             if not self._depth:
-                self._show()
+                parameter.__class__ = row.shown
 
     def keep(self, tensor: Any, whole: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The whole of ``tensor``, made once and held until the next step: somebody has its address."""
