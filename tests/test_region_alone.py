@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import pytest
@@ -259,55 +258,6 @@ def test_an_optimizer_that_nobody_prepared() -> None:
         assert found["AdamW"] == ""
 
 
-def _hooked(model: Any) -> dict[str, float]:
-    """What hooks of the gradients see, which also change them; some have been taken off again."""
-    seen: dict[str, float] = {}
-
-    def halve(name: str, grad: Any) -> Any:
-        seen[name] = grad.norm().item()
-        grad = grad.clone()
-        grad[1] = 0
-        return grad
-
-    def look(name: str, p: Any) -> None:
-        seen[f"{name} after"] = p.grad.sum().item()
-
-    for name, p in model.named_parameters():
-        handle = p.register_hook(functools.partial(halve, name))
-        if "norm" in name:
-            handle.remove()
-        p.register_post_accumulate_grad_hook(functools.partial(look, name))
-    return seen
-
-
-@sees_whole
-def hooks_from_before() -> dict[str, Any]:
-    """Hooks of gradients that a script registered before ``prepare``, on a head that both ranks hold among others."""
-    import tp_plugin
-    from tp_plugin.engines import torch_utils
-    from tp_plugin.runtime.start import stop
-
-    stop()
-    torch_utils.install()
-    found: dict[str, Any] = {"seen": [], "grads": []}
-    for sharded in (False, True):
-        model = build(config_for("llama", num_key_value_heads=1)).train()
-        seen = _hooked(model)
-        if sharded:
-            tp_plugin.parallelize(model, tp_size=2)
-        model(**batch(97, 0)).loss.backward()
-        found["seen"].append(seen)
-        found["grads"].append([p.grad.norm().item() for p in model.parameters()])
-    return found
-
-
-def test_hooks_from_before_prepare_see_whole_gradients() -> None:
-    for found in run(2, hooks_from_before):
-        plain, here = found["seen"]
-        assert here == pytest.approx(plain, rel=1e-4, abs=1e-6) and len(plain) > 20
-        assert found["grads"][1] == pytest.approx(found["grads"][0], rel=1e-5)
-
-
 @sees_whole
 def learned_factors() -> dict[str, Any]:
     """Weights times something learned that is beside the model: it gets the gradient of all elements."""
@@ -331,3 +281,57 @@ def test_what_is_learned_beside_the_model_gets_whole_gradients() -> None:
     for found in run(2, learned_factors):
         for what in ("grads", "weights"):
             assert found[what][1] == pytest.approx(found[what][0], rel=1e-5)
+
+
+@sees_whole
+def lists_of_views() -> dict[str, str]:
+    from tp_plugin.errors import TPError
+
+    _, model = _models()
+    weight = model.lm_head.weight.detach()
+    rows, found = [weight[3], weight[90]], {}
+    for name, call in {
+        "in place": lambda: torch._foreach_mul_(rows, 2.0),
+        "not elementwise": lambda: torch._foreach_max([weight]),
+    }.items():
+        with pytest.raises(TPError) as raised:
+            call()
+        found[name] = str(raised.value)
+    doubled = torch._foreach_mul(rows, 2.0)
+    weight.mul_(3)
+    assert torch.allclose(torch._foreach_mul(rows, 2.0)[1], 3 * doubled[1])
+    return found
+
+
+def test_lists_of_rows() -> None:
+    for found in run(2, lists_of_views):
+        for message in found.values():
+            assert "test_region_alone.py:" in message and "of 97 rows of 'lm_head.weight'" in message
+
+
+@sees_whole
+def writes_are_announced() -> list[str]:
+    """Another thread reads weights for peers on a stream of its own: each write of the script's must hold it back."""
+    from tp_plugin.runtime.runtime import require
+
+    _, model = _models()
+    weight, seen = model.lm_head.weight, []
+    require().progress.weights_changed = lambda device: seen.append(device.type)
+    with torch.no_grad():
+        for write in (
+            lambda: weight.mul_(2),
+            lambda: weight.data.__setitem__(3, 0.0),
+            lambda: weight.data[5].zero_(),
+            lambda: setattr(weight, "data", torch.zeros(97, 48)),
+            lambda: nn.init.normal_(weight),
+            lambda: torch._foreach_mul_([weight], 2.0),
+        ):
+            before = len(seen)
+            write()
+            seen += ["none"] if len(seen) == before else []
+    return seen
+
+
+def test_writes_hold_readers_back() -> None:
+    for seen in run(2, writes_are_announced):
+        assert set(seen) == {"cpu"} and len(seen) >= 6

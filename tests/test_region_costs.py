@@ -148,6 +148,7 @@ def communication() -> dict[str, Any]:
     count("whole data", lambda: setattr(weight, "data", torch.zeros(weight.shape)))
     count("shapes", lambda: (weight.shape, weight.numel(), len(weight), weight.grad.shape))
     count("norm", lambda: weight.grad.norm())
+    count("sum", lambda: weight.grad.sum())
     count("row", lambda: weight.data[3])
     row = weight.data[5]
     count("row again", lambda: row.sum())
@@ -158,8 +159,8 @@ def communication() -> dict[str, Any]:
 def test_communication() -> None:
     for found in run(2, communication):
         assert all(found[what] == {} for what in ("elements", "whole operand", "whole data", "shapes", "row again"))
-        meeting = {"all_gather/unit_cpu": 1}
-        assert {key: n for key, (n, _) in found["norm"].items()} == meeting | {"all_reduce/unit_cpu": 1}
-        assert found["norm"]["all_reduce/unit_cpu"][1] == 4  # one fp32 number
+        header = 10 * 8
+        assert found["norm"] == {"all_gather/unit_cpu": (2, header + 4)}  # the meeting, and one fp32 number
+        assert found["sum"] == {"all_gather/unit_cpu": (1, header), "all_reduce/unit_cpu": (1, 4)}
         for what in ("row", "write"):  # the meeting and the shards
             assert {key: n for key, (n, _) in found[what].items()} == {"all_gather/unit_cpu": 2}

@@ -89,3 +89,45 @@ def group_lasso(model: Model) -> Any:
 @gradient_habit
 def spectral(model: Model) -> Any:
     return trained_with(model, lambda: 1e-2 * torch.linalg.matrix_norm(matrix(model, "mlp"), 2))
+
+
+@gradient_habit
+def norms_of_zero_weights(model: Model) -> Any:
+    """As of LoRA's second matrices at the start: a norm has the gradient 0 at 0, not NaN."""
+    with torch.no_grad():
+        for number, p in enumerate(weights(model)):
+            if number % 2:
+                p.zero_()
+
+    def penalty() -> Any:
+        orders = (1, 2, 3.0)
+        return 1e-2 * sum(torch.linalg.vector_norm(p, order) for p in weights(model) for order in orders)
+
+    return trained_with(model, penalty)
+
+
+@gradient_habit
+def penalty_in_a_closure(model: Model) -> Any:
+    """An optimizer calls the script's lines in the middle of its step."""
+    losses = []
+
+    def closure() -> Any:
+        loss = trained_with(model, lambda: 1e-3 * sum(p.abs().sum() for p in weights(model)))
+        losses.extend([loss.detach(), torch.stack([p.grad.norm() for p in weights(model)]).norm()])
+        return loss
+
+    torch.optim.SGD(weights(model), lr=1e-2).step(closure)
+    return losses
+
+
+@gradient_habit
+def loss_by_hand_and_autograd_grad(model: Model) -> Any:
+    """Deferred logits in the graph that torch.autograd.grad goes through."""
+    logits = model(input_ids=model.batch["input_ids"]).logits
+    labels = model.batch["input_ids"][:, 1:]
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
+    loss = loss - 0.1 * F.log_softmax(logits, -1).mean() + 1e-3 * embedding(model).norm()
+    grads = torch.autograd.grad(loss, weights(model))
+    for p, g in zip(weights(model), grads, strict=True):
+        p.grad = g.clone()
+    return torch.stack([g.norm() for g in grads])

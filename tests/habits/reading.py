@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def embedding_arithmetic(model: Model) -> Any:
 @habit
 def printing(model: Model) -> Any:
     texts = [repr(p.detach()) for p in weights(model)] + [str(embedding(model)), f"{embedding(model)[0, 0]:.4f}"]
-    return torch.tensor([len(text) for text in texts]), texts[0] == texts[0]
+    return torch.tensor([float(zlib.crc32(text.encode())) for text in texts], dtype=torch.float64)
 
 
 @habit
@@ -103,3 +104,23 @@ def a_layer_by_itself(model: Model) -> Any:
 @habit
 def an_embedding_by_itself(model: Model) -> Any:
     return model.get_input_embeddings()(torch.tensor([[1, 50, 96]])).detach()
+
+
+@habit
+def places(model: Model) -> Any:
+    """Which elements, not which of this rank's."""
+    weight = matrix(model, "mlp").detach()
+    rows, columns = torch.where(weight > weight.mean())
+    return (
+        rows.sum(),
+        columns.sum(),
+        len(rows),
+        (weight > 0).nonzero()[-3:],
+        torch.masked_select(weight, weight > 0).sum(),
+    )
+
+
+@habit
+def max_and_places(model: Model) -> Any:
+    found = embedding(model).detach().max(dim=0)
+    return found.values, found.indices, embedding(model).detach().abs().topk(2, dim=1).indices[-1]

@@ -127,7 +127,17 @@ def _registered(module: torch.nn.Module, name: str, value: Any) -> None:
         runtime.progress.registered += 1
 
 
-def _steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _by_script(closure: Any, region: Any) -> Any:
+    """The closure that a script gave an optimizer is the script's code, in the middle of a step."""
+
+    def run() -> Any:
+        with region.script():
+            return closure()
+
+    return run
+
+
+def _steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
     """Pre-hook of every optimizer's step; one that raised before has not left its step."""
     runtime = current()
     if runtime is not None and runtime.models:
@@ -138,6 +148,10 @@ def _steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             check_unprepared(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         runtime.region.enter_optimizer(optimizer, has_closure=closure is not None)
+        if closure is not None:
+            mine = _by_script(closure, runtime.region)
+            return (args, {**kwargs, "closure": mine}) if "closure" in kwargs else ((args[0], mine, *args[2:]), kwargs)
+    return None
 
 
 def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

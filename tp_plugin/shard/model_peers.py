@@ -23,16 +23,18 @@ class ModelPeers:
         read: reads the whole parameter of a name from ranks that are elsewhere.
     """
 
-    def __init__(self, runtime: Runtime, read: Callable[[str], torch.Tensor]):
+    def __init__(self, runtime: Runtime, number: int, read: Callable[[str], torch.Tensor]):
         self.runtime, self.mesh, self.read = runtime, runtime.mesh, read
+        self._number = number  # of the model: two may have parameters of one name
 
     def stamp(self) -> object:
         """Steps entered, and what the script wrote."""
         return self.runtime.region.steps, self.runtime.region.writes
 
-    def written(self) -> None:
-        """A view gathered before has old values."""
+    def written(self, tensor: Any) -> None:
+        """A view gathered before has old values, and another thread must not read before the write is through."""
         self.runtime.region.writes += 1
+        self.runtime.progress.weights_changed(tensor.device)
 
     def meet(self, what: str) -> bool:
         """Wait for the ranks of the unit; False: the leader reads alone.
@@ -40,7 +42,7 @@ class ModelPeers:
         Raises:
             DivergenceError: the ranks read different things.
         """
-        mine = crc32(what.encode())
+        mine = crc32(f"{self._number}/{what}".encode())
         rows = self.runtime.sync_points.rendezvous(READ, [mine])
         if any(row[0] != mine for row in rows):
             raise DivergenceError(

@@ -79,7 +79,7 @@ class ModelState:
         self.steps: Callable[[], int] = lambda: self.runtime.progress.optimizer_steps
         self.index = ParamIndex(model, layouts)
         self.copies = Copies()
-        self.peers = ModelPeers(self.runtime, self.read_whole)
+        self.peers = ModelPeers(self.runtime, self.number, self.read_whole)
         self._full: weakref.WeakValueDictionary[tuple[object, ...], torch.Tensor] = weakref.WeakValueDictionary()
         self._lazy: weakref.WeakValueDictionary[str, LazyFullTensor] = weakref.WeakValueDictionary()
         self._versions: dict[str, int] = {}

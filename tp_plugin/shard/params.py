@@ -54,10 +54,10 @@ def _take_hooks(parameter: Any) -> dict[int, Any]:
 def _give_hooks(parameter: Any, own: dict[int, Any], seen: GlobalInfo) -> None:
     """Put them back, under the numbers by which their handles know them: they get whole gradients."""
     for number, hook in own.items():
-        parameter._backward_hooks[number] = gradient_hook(hook, seen)
+        parameter._backward_hooks[number] = hook if hasattr(hook, "gets_whole") else gradient_hook(hook, seen)
     accumulated = parameter._post_accumulate_grad_hooks or {}
     for number, hook in accumulated.items():
-        accumulated[number] = accumulated_hook(hook, seen)
+        accumulated[number] = hook if hasattr(hook, "gets_whole") else accumulated_hook(hook, seen)
 
 
 class ParamIndex:

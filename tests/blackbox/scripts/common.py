@@ -33,6 +33,16 @@ def write_rank(out: Path, content: object) -> None:
     write(out / f"rank{rank()}.json", content)
 
 
+def held_elements(model):
+    """What this rank has in memory; parameters look whole to a script."""
+    if hasattr(next(model.parameters()), "ds_numel"):
+        return sum(p.ds_numel for p in model.parameters())
+    memory = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() // p.element_size() for p in model.parameters()
+    }
+    return sum(memory.values())
+
+
 class Sentences(Dataset):
     """Random token sequences of different lengths, the same in every process."""
 

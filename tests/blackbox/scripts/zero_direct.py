@@ -7,21 +7,11 @@ import os
 
 import deepspeed
 import torch
-from common import Sentences, arguments, collate, start_plain, write, write_rank
+from common import Sentences, arguments, collate, held_elements, start_plain, write, write_rank
 from deepspeed import comm
 from transformers import AutoModelForCausalLM
 
 EPOCHS = 2
-
-
-def held_elements(model):
-    """What this rank has in memory; parameters look whole to a script."""
-    if hasattr(next(model.parameters()), "ds_numel"):
-        return sum(p.ds_numel for p in model.parameters())
-    memory = {
-        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() // p.element_size() for p in model.parameters()
-    }
-    return sum(memory.values())
 
 
 def main():

@@ -7,21 +7,11 @@ import math
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DummyOptim, DummyScheduler, set_seed
-from common import Sentences, arguments, collate, start_plain, write, write_rank
+from common import Sentences, arguments, collate, held_elements, start_plain, write, write_rank
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 EPOCHS, BATCH, ACCUMULATION, MAX_NORM = 2, 2, 2, 0.5
-
-
-def held_elements(model):
-    """What this rank has in memory; parameters look whole to a script."""
-    if hasattr(next(model.parameters()), "ds_numel"):
-        return sum(p.ds_numel for p in model.parameters())
-    memory = {
-        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() // p.element_size() for p in model.parameters()
-    }
-    return sum(memory.values())
 
 
 def parser():

@@ -55,7 +55,7 @@ def _write(original: Any, parameter: Any, value: Any, *args: Any, **kwargs: Any)
     local = to_local(value, info, value)
     with info.peers.step():
         result = original(parameter, local, *args, **kwargs)
-    info.peers.written()
+    info.peers.written(parameter)
     return result
 
 

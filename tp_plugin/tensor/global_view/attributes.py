@@ -77,11 +77,11 @@ def _assign(function: Any, name: str, tensor: Any, value: Any, info: GlobalInfo)
     if name == "data" and is_split(tensor):  # whose memory is FSDP2's
         with torch.no_grad():
             locally(torch.Tensor.copy_, (tensor, value), {})
-        return info.peers.written()
+        return info.peers.written(tensor)
     grad = getattr(tensor, "tp_alias_of", None)
     for one in (tensor,) if grad is None or name == "grad" else (grad, tensor):
         locally(function, (one, value), {})
-    info.peers.written()
+    info.peers.written(tensor)
 
 
 def to_local(value: Any, info: GlobalInfo, like: Any) -> Any:
@@ -140,6 +140,7 @@ def gradient_hook(hook: Callable[[Any], Any], info: GlobalInfo) -> Callable[[Any
             found = plain_of(found) if isinstance(found, GlobalView) else found
             return None if found is None else to_local(found, info, grad)
 
+    run.gets_whole = True  # type: ignore[attr-defined]
     return run
 
 
@@ -150,6 +151,7 @@ def accumulated_hook(hook: Callable[[Any], Any], info: GlobalInfo) -> Callable[[
         with info.peers.script():
             return hook(parameter)
 
+    run.gets_whole = True  # type: ignore[attr-defined]
     return run
 
 

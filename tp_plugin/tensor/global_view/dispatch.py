@@ -77,8 +77,12 @@ def _gradients(function: Any, args: Any, kwargs: Any) -> Any:
     """``torch.autograd.grad``: gradients of what looks whole look whole."""
     inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
     inputs = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
-    found = locally(function, args, kwargs)
+    info = next(info for given in tensors_in((args, kwargs)) if (info := info_of(given)) is not None)
+    infos = [info_of(given) for given in inputs]
+    with info.peers.step():  # parameters are ordinary in it; deferred logits go on being what they are
+        still = any(info_of(given) is not None for given in tensors_in((args, kwargs)))
+        found = locally(function, args, kwargs) if still else function(*args, **kwargs)
     return tuple(
-        grad if grad is None or (info := info_of(given)) is None else as_global(grad, info.of_gradient())
-        for grad, given in zip(found, inputs, strict=True)
+        grad if grad is None or seen is None else as_global(grad, seen.of_gradient())
+        for grad, seen in zip(found, infos, strict=True)
     )

@@ -31,7 +31,8 @@ def call(function: Any, args: Any, kwargs: Any) -> Any:
     """The result, or NotImplemented where operands do not meet element by element."""
     in_place = is_in_place(function.__name__)
     target = args[0] if args else None
-    if kwargs.get("out") is not None or (in_place and info_of(target) is None):
+    gives_places = function.__name__ == "where" and len(args) + len(kwargs) == 1
+    if gives_places or kwargs.get("out") is not None or (in_place and info_of(target) is None):
         return NotImplemented
     like = target if in_place else next(one for one in tensors_in((args, kwargs)) if info_of(one) is not None)
     info = _known(like)
@@ -42,8 +43,10 @@ def call(function: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     result = locally(function, mine, named)
     if in_place:
-        info.peers.written()
+        info.peers.written(target)
         return result
+    if any(tuple(made.shape) != info.local_shape for made in tensors_in(result)):
+        return NotImplemented
     alone = sum(1 for _ in tensors_in((args, kwargs))) == 1
     applied = _applied(function, args, kwargs) if alone else None
     return replaced(result, lambda value: wrapped(value, info, applied))
@@ -77,40 +80,46 @@ def call_foreach(function: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Lists of tensors, position by position: of some this rank has shards, others are ordinary.
 
     Raises:
-        TPError: the function is not elementwise, or those of one position lie differently on the ranks.
+        TPError: the function is not elementwise, writes into views, or those of one position lie differently.
     """
     lists = [value for value in (*args, *kwargs.values()) if _is_list(value)]
-    like = [next((one[at] for one in lists if info_of(one[at]) is not None), None) for at in range(len(lists[0]))]
-    infos = [info_of(one) for one in like]
     if name == "_foreach_norm":
         order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
         return [torch.linalg.vector_norm(tensor, order) for tensor in lists[0]]
-    if not is_elementwise(name.removeprefix("_foreach_")):
-        raise TPError(f"torch.{name} of tensors of which this rank holds shards is not supported with tp_size")
-
-    def mine(value: Any) -> Any:
-        if not _is_list(value):
-            return plain_of(value) if isinstance(value, GlobalView) else value
-        return [
-            one if info is None else operand(one, info, near)
-            for one, info, near in zip(value, infos, like, strict=True)
-        ]
-
-    first = next((info for info in infos if info is not None), None)
+    views = [one.info for one in tensors_in((args, kwargs)) if isinstance(one, GlobalView)]
+    in_place = name.endswith("_")
+    like = [next((one[at] for one in lists if info_of(one[at]) is not None), None) for at in range(len(lists[0]))]
+    infos = [info_of(one) for one in like]
+    fits = is_elementwise(name.removeprefix("_foreach_")) and not (in_place and views)
     try:
-        given = [mine(value) for value in args], {key: mine(value) for key, value in kwargs.items()}
+        if not fits:
+            raise Misfit
+        given = [[_mine(value, like) for value in args], {key: _mine(value, like) for key, value in kwargs.items()}]
     except Misfit:
-        assert first is not None
+        known = next(info for info in (*infos, *views) if info is not None)
         raise TPError(
-            f"{first.peers.line()}: torch.{name} was given tensors that lie differently on the ranks "
-            f"({first.describe()}); call the function of single tensors for them"
+            f"{known.peers.line()}: torch.{name} of these tensors is not supported with tp_size ({known.describe()}): "
+            "it is not element by element, writes into rows or slices, or they lie differently on the ranks; call the "
+            "function of single tensors"
         ) from None
     result = locally(function, *given)
-    if name.endswith("_"):
-        if first is not None:
-            first.peers.written()
-        return result
-    return [one if info is None else wrapped(one, info, None) for one, info in zip(result, infos, strict=True)]
+    if not in_place:
+        return [one if info is None else wrapped(one, info, None) for one, info in zip(result, infos, strict=True)]
+    for info, near in zip(infos, like, strict=True):
+        if info is not None:
+            info.peers.written(near)
+    return result
+
+
+def _mine(value: Any, like: list[Any]) -> Any:
+    """One argument: of a list, what meets this rank's elements of the shards at its positions."""
+    if not _is_list(value):
+        return plain_of(value) if isinstance(value, GlobalView) else value
+    known = [info_of(near) for near in like]
+    return [
+        (plain_of(one) if isinstance(one, GlobalView) else one) if info is None else operand(one, info, near)
+        for one, info, near in zip(value, known, like, strict=True)
+    ]
 
 
 def _is_list(value: Any) -> bool:

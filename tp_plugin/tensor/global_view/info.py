@@ -25,8 +25,8 @@ class Peers(Protocol):
     def stamp(self) -> object:
         """Changes whenever a parameter or a gradient may have changed."""
 
-    def written(self) -> None:
-        """The script has written into a parameter or a gradient."""
+    def written(self, tensor: Any) -> None:
+        """The script has written into ``tensor``, a parameter's or a gradient's, on the current stream."""
 
     def meet(self, what: str) -> bool:
         """Wait until the ranks of the unit are at the same ``what``; False: the leader is here alone. Collective."""

@@ -28,8 +28,12 @@ def call(function: Any, name: str, args: Any, kwargs: Any) -> Any:
         TPError: ``out=`` is a tensor of which this rank holds a shard.
     """
     target = args[0] if args else next(iter(kwargs.values()), None)
-    if any(info_of(out) is not None or isinstance(out, GlobalView) for out in tensors_in(kwargs.get("out"))):
-        raise TPError("out= is a tensor of which each rank holds a shard with tp_size; copy_ the result into it")
+    for out in tensors_in(kwargs.get("out")):
+        seen = out.info if isinstance(out, GlobalView) else info_of(out)
+        if seen is not None:
+            raise TPError(
+                f"{seen.peers.line()}: out= is not supported with tp_size ({seen.describe()}); copy_ the result into it"
+            )
     if is_in_place(name) and isinstance(target, GlobalView):
         write_through(target, function, *wholes_in(args[1:]), **wholes_in(kwargs))
         return target

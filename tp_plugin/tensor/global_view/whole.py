@@ -110,7 +110,7 @@ def write(tensor: Any, whole: torch.Tensor, info: GlobalInfo) -> None:
     """Write this rank's part of ``whole`` into ``tensor``."""
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         tensor.copy_(shard_of(whole, info, tensor))
-    info.peers.written()
+    info.peers.written(tensor)
 
 
 def reduce(name: str, tensor: Any, info: GlobalInfo, order: float = 2.0, dtype: torch.dtype | None = None) -> Any:
@@ -137,13 +137,14 @@ def reduce(name: str, tensor: Any, info: GlobalInfo, order: float = 2.0, dtype: 
 
     if name in ("norm", "linalg_vector_norm"):
         norms = [torch.linalg.vector_norm(part, order, dtype=wide) for part in parts]
-        if math.isinf(order):
-            most = torch.stack(norms).amax() if order > 0 and norms else torch.stack(norms).amin() if norms else None
-            start = local.new_full((), 0.0 if order > 0 else math.inf, dtype=wide or local.dtype)
-            return extreme(start if most is None else most.detach(), order > 0, group).to(result_type)
         if order == 0:
             return total(norms, wide or local.dtype).to(result_type)
-        return total([norm.pow(order) for norm in norms], wide or local.dtype).pow(1.0 / order).to(result_type)
+        start = local.new_full((), math.inf if order == -math.inf else 0.0, dtype=wide or local.dtype)
+        mine = torch.linalg.vector_norm(torch.stack(norms), order) if norms else start
+        # a norm of norms, of which this rank's is in the graph: at zero it has the gradient that torch gives
+        everyone = group.all_gather(mine.detach())
+        everyone[group.rank] = mine
+        return torch.linalg.vector_norm(torch.stack(everyone), order).to(result_type)
     if name in ("sum", "mean"):
         whole = total([part.sum(dtype=wide or dtype) for part in parts], wide or _sum_type(result_type, dtype))
         if name == "mean":
