@@ -39,7 +39,7 @@ def edit(model: Any) -> dict[str, float]:
     return seen
 
 
-def apart(model: Any, whole: Any, gather: Any = contextlib.nullcontext) -> list[str]:
+def apart(model: Any, whole: Any, gather: Any = contextlib.nullcontext, by: float = 0.0) -> list[str]:
     """Names of parameters of which this rank does not hold its shard of the plain model's."""
     from tp_plugin.mesh.dtensor_utils import all_rows
     from tp_plugin.runtime.runtime import require
@@ -50,7 +50,7 @@ def apart(model: Any, whole: Any, gather: Any = contextlib.nullcontext) -> list[
         for name, parameter in model.named_parameters():
             layout: Any = layout_of(parameter)
             shard = layout.shard(want[name].detach(), require().mesh.tp.rank)
-            if not torch.equal(all_rows(parameter.detach()).float(), shard.float()):
+            if not torch.allclose(all_rows(parameter.detach()).float(), shard.float(), rtol=0.0, atol=by):
                 wrong.append(name)
     return wrong
 
@@ -113,6 +113,49 @@ def test_edits_are_those_of_a_plain_run(case: Any) -> None:
         assert found["seen here"] == pytest.approx(found["seen"], rel=1e-6)
         for plain, here in zip(*found["losses"], strict=True):
             assert here == pytest.approx(plain, rel=1e-5)
+
+
+def gradients_case(model_type: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Gradients in the block: read, written, taken away, and what a step makes of them."""
+    import tp_plugin
+    from tp_plugin.engines import torch_utils
+    from tp_plugin.errors import TPError
+    from tp_plugin.runtime.start import stop
+
+    stop()
+    torch_utils.install()
+    whole = build(config_for(model_type, **overrides)).train()
+    sharded = tp_plugin.parallelize(copy.deepcopy(whole), tp_size=2)
+    found: dict[str, Any] = {"norms": []}
+    for model in (whole, sharded):
+        model(**batch(97, 0)).loss.backward()
+        memory = {name: p.grad.data_ptr() for name, p in model.named_parameters()}
+        with tp_plugin.full_parameters(model):
+            found["norms"].append([p.grad.norm().item() for p in model.parameters()])
+        with tp_plugin.full_parameters(model, write=True):
+            model.get_input_embeddings().weight.grad[3] = 1.0
+            for number, p in enumerate(model.parameters()):
+                p.grad = None if number == 2 else p.grad
+                if number == 4:
+                    p.grad = torch.ones_like(p)
+        found["same memory"] = all(
+            p.grad.data_ptr() == memory[name]
+            for number, (name, p) in enumerate(model.named_parameters())
+            if number not in (2, 4)
+        )
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    found["apart"] = apart(sharded, whole, by=1e-6)  # gradients of backward passes, added in another order
+    with pytest.raises(TPError, match="written to inside"), tp_plugin.full_parameters(sharded.get_input_embeddings()):
+        sharded.get_input_embeddings().weight.grad.zero_()
+    return found
+
+
+@pytest.mark.parametrize("case", [("llama", {"num_key_value_heads": 1}), ("gpt2", {})], ids=lambda case: case[0])
+def test_gradients_are_whole_in_the_block(case: Any) -> None:
+    for found in run(2, gradients_case, *case):
+        plain, here = found["norms"]
+        assert here == pytest.approx(plain, rel=1e-4, abs=1e-6) and found["same memory"]
+        assert found["apart"] == []
 
 
 def refusals_case() -> dict[str, str]:

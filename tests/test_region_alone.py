@@ -148,6 +148,8 @@ def test_functional_call() -> None:
 @sees_whole
 def after_errors() -> dict[str, Any]:
     """A forward, a backward and an optimizer's step that raise leave parameters whole."""
+    from tp_plugin.errors import DivergenceError
+
     _, model = _models()
     weight = model.lm_head.weight
     found = {}
@@ -172,6 +174,9 @@ def after_errors() -> dict[str, Any]:
         loss.backward()
     handle.remove()
     found["backward"] = tuple(weight.shape)
+    with pytest.raises(DivergenceError):
+        model(**batch(97, torch.distributed.get_rank()))  # another batch on each rank: refused before the forward
+    found["guard"] = tuple(weight.shape)
     optimizer = Failing(model.parameters(), lr=0.1)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
@@ -189,7 +194,7 @@ def after_errors() -> dict[str, Any]:
 
 def test_after_errors_parameters_look_whole_again() -> None:
     for found in run(2, after_errors):
-        assert found["forward"] == found["backward"] == found["step"] == (97, 48)
+        assert found["forward"] == found["backward"] == found["guard"] == found["step"] == (97, 48)
         assert found["type in a step"] == "Parameter" and found["same object"]
 
 

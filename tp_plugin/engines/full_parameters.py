@@ -29,7 +29,7 @@ def full_parameters(module: nn.Module, write: bool = False) -> Iterator[None]:
     For scripts that read or edit weights after ``prepare``: ``model.get_input_embeddings().weight[-9:] = mean``. Works
     under DDP, ZeRO 0 to 3 (in place of ``deepspeed.zero.GatheredParameters``) and FSDP2, and does nothing in a run
     without ``tp_size``. Collective: every rank of the run makes the call. It holds all of ``module`` on the device:
-    give it the part that you need. Gradients stay shares.
+    give it the part that you need. Gradients are whole in the block, too, and may be written to likewise.
 
     Args:
         module: a model, wrapped or not, or a part of one.
@@ -56,8 +56,8 @@ def full_parameters(module: nn.Module, write: bool = False) -> Iterator[None]:
                     whole[-1].looked_whole = runtime.region.exempt(whole[-1].seen)
             yield
             if write:
-                agree_on({one.name: one.seen.detach() for one in whole}, runtime.mesh)
-            elif written := [one.name for one in whole if one.seen._version != one.version]:
+                agree_on({name: tensor for one in whole for name, tensor in one.tensors().items()}, runtime.mesh)
+            elif written := [one.name for one in whole if one.versions() != one.before]:
                 raise TPError(
                     f"parameter {written[0]!r} was written to inside tp_plugin.full_parameters(model), which only "
                     "reads; write `with tp_plugin.full_parameters(model, write=True):`"
@@ -90,63 +90,110 @@ class _Whole:
         name: in the module that was given.
         kept: the object that was, and will be, in the model.
         local: this TP rank's memory of it; None where that is all of the tensor, or FSDP2 holds it.
+        grad: the gradient that was, and will be, this rank's.
         seen: what the script sees in its place: ``kept`` itself, except where that is FSDP2's.
         places: modules and attributes that have ``seen`` instead of ``kept``.
-        version: of ``seen``, before the script had it.
+        before: the versions of ``seen`` and its gradient, before the script had them.
         looked_whole: whether the script's region showed it whole before; now it is.
     """
 
     name: str
     kept: Any
     local: torch.Tensor | None
+    grad: torch.Tensor | None
     seen: Any
     places: list[tuple[nn.Module, str]]
-    version: int
+    before: tuple[object, ...] = ()
     looked_whole: bool = False
 
     @staticmethod
     def of(name: str, parameter: Any, module: nn.Module, mesh: Mesh) -> _Whole:
         """Make ``parameter`` whole. Collective over the data group and the TP group."""
-        layout = layout_of(parameter)
-        sharded = layout is not None and layout.is_sharded
-        split = is_split(parameter)
-        with torch.no_grad():
-            local = all_rows(parameter.detach())
-            full = local
-            if layout is not None and sharded:
-                full = gather_shards(local, layout, mesh.unit_for(local)).to(local.device)
-        if not split:
-            if sharded:
+        full, grad = _full(parameter, parameter, mesh), parameter.grad
+        full_grad = None if grad is None else _full(grad, parameter, mesh)
+        places = []
+        if is_split(parameter):
+            seen = nn.Parameter(full.clone() if full is parameter._local_tensor else full, parameter.requires_grad)
+            entry = entry_of(parameter)
+            if entry is not None:
+                bind(seen, entry)
+            places = [
+                (owner, attribute)
+                for owner in module.modules()
+                for attribute, value in owner._parameters.items()
+                if value is parameter
+            ]
+            for owner, attribute in places:
+                owner._parameters[attribute] = seen
+            made = _Whole(name, parameter, None, grad, seen, places)
+        else:
+            layout = layout_of(parameter)
+            local = parameter.data if layout is not None and layout.is_sharded else None
+            made = _Whole(name, parameter, local, grad, parameter, places)
+            if local is not None:
+                parameter.grad = None  # of another shape than what comes
                 parameter.data = full
-            return _Whole(name, parameter, local if sharded else None, parameter, [], parameter._version)
-        seen = nn.Parameter(full.clone() if full is parameter._local_tensor else full, parameter.requires_grad)
-        entry = entry_of(parameter)
-        if entry is not None:
-            bind(seen, entry)
-        places = [
-            (owner, attribute)
-            for owner in module.modules()
-            for attribute, value in owner._parameters.items()
-            if value is parameter
-        ]
-        for owner, attribute in places:
-            owner._parameters[attribute] = seen
-        return _Whole(name, parameter, None, seen, places, seen._version)
+        if made.is_exchanged:
+            made.seen.grad = full_grad
+        made.before = made.versions()
+        return made
+
+    @property
+    def is_exchanged(self) -> bool:
+        """Whether the script sees other memory than this rank's."""
+        return self.local is not None or bool(self.places)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the script may have written to, by name."""
+        grad = self.seen.grad
+        return {self.name: self.seen.detach()} | ({} if grad is None else {f"{self.name}.grad": grad.detach()})
+
+    def versions(self) -> tuple[object, ...]:
+        """Other ones if something was written to."""
+        grad = self.seen.grad
+        return self.seen._version, id(grad), None if grad is None else grad._version
 
     def restore(self, write: bool, runtime: Runtime) -> None:
         """Give the model its own object and memory back, with what was written if ``write``; communicates nothing."""
-        layout, full = layout_of(self.kept), self.seen.detach()
+        full, full_grad = self.seen.detach(), self.seen.grad
         if self.looked_whole:
             runtime.region.include(self.seen)
         for owner, attribute in self.places:
             owner._parameters[attribute] = self.kept
-        if self.local is not None:
-            self.kept.data = self.local
-        if not write or (self.local is None and not self.places):
+        if not self.is_exchanged:
             return
+        if self.local is not None:
+            self.kept.grad = None
+            self.kept.data = self.local
+        if write:
+            with torch.no_grad():
+                self.kept.copy_(self._mine(full, runtime.mesh))
+            self.kept.grad = None if full_grad is None else self._written_grad(full_grad, runtime.mesh)
+            runtime.progress.weights_changed(full.device)
+        else:
+            self.kept.grad = self.grad
+
+    def _mine(self, full: torch.Tensor, mesh: Mesh) -> Any:
+        layout = layout_of(self.kept)
+        mine = full
+        if layout is not None and layout.is_sharded:
+            mine = layout.shard(full, mesh.tp.rank).to(full.device)
+        return split_like(mine, self.kept) if self.places else mine
+
+    def _written_grad(self, full: torch.Tensor, mesh: Mesh) -> Any:
+        mine = self._mine(full, mesh)
+        if self.grad is None:
+            return mine
         with torch.no_grad():
-            mine = full
-            if layout is not None and layout.is_sharded:
-                mine = layout.shard(full, runtime.mesh.tp.rank).to(full.device)
-            self.kept.copy_(split_like(mine, self.kept) if self.places else mine)
-        runtime.progress.weights_changed(full.device)
+            self.grad.copy_(mine)  # in its own memory, which may be a bucket's
+        return self.grad
+
+
+def _full(tensor: Any, parameter: Any, mesh: Mesh) -> torch.Tensor:
+    """All of a parameter or its gradient. Collective over the data group and the TP group."""
+    layout = layout_of(parameter)
+    with torch.no_grad():
+        local = all_rows(tensor.detach())
+        if layout is None or not layout.is_sharded:
+            return local
+        return gather_shards(local, layout, mesh.unit_for(local)).to(local.device)
