@@ -125,14 +125,14 @@ def adapters_case(way: str) -> float:
         way: "combined" before the model is sharded, or "loaded" by ``PreTrainedModel.load_adapter``.
     """
     from tp_plugin.engines import loading
-    from tp_plugin.engines.patching import unpatch_all
+    from tp_plugin.engines.patching import taken_back
     from tp_plugin.shard import parallelize
 
     _started()
     import transformers.modeling_utils
 
-    loading.install(transformers.modeling_utils)
-    try:
+    with taken_back():
+        loading.install(transformers.modeling_utils)
         torch.manual_seed(1)
         if way == "combined":
             whole = _adapted(build(config_for("llama")))
@@ -146,8 +146,6 @@ def adapters_case(way: str) -> float:
                 whole.load_adapter(f"{folder}/first", is_trainable=True)
         sharded = copy.deepcopy(whole)
         parallelize(sharded, tp_size=2)
-    finally:
-        unpatch_all()
     base: Any = getattr(sharded, "base_model", sharded)
     base = getattr(base, "model", base) if way == "combined" else sharded
     layouts, rank = base.tp_record.plan.layouts, base.tp_record.mesh.tp.rank

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _originals: list[tuple[Any, str, Any]] = []
@@ -18,7 +19,7 @@ def patch(owner: Any, name: str, replacement: Any) -> None:
 
 
 def remember(handle: Any) -> None:
-    """Have :func:`unpatch_all` call ``handle.remove()``: a hook that was registered with a library."""
+    """Have :func:`unpatch_all` call ``handle.remove()``: of a library's hook, or of a note that a patch is there."""
     _registered.append(handle)
 
 
@@ -36,8 +37,22 @@ def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 def unpatch_all() -> None:
     """Put everything back, last patch first."""
-    while _originals:
+    _take_back(0, 0)
+
+
+@contextlib.contextmanager
+def taken_back() -> Iterator[None]:
+    """At the end, what was patched and remembered inside is taken back, and nothing else."""
+    patched, remembered = len(_originals), len(_registered)
+    try:
+        yield
+    finally:
+        _take_back(patched, remembered)
+
+
+def _take_back(patched: int, remembered: int) -> None:
+    while len(_originals) > patched:
         owner, name, original = _originals.pop()
         setattr(owner, name, original)
-    while _registered:
+    while len(_registered) > remembered:
         _registered.pop().remove()

@@ -58,6 +58,7 @@ _PATCHES = {
 
 
 _registered: set[str] = set()
+"""Modules that are patched, or are to be when they are imported."""
 
 
 def register(library: str = "") -> None:
@@ -78,6 +79,19 @@ def register(library: str = "") -> None:
 
 def _patcher(engine: str, function: str) -> Any:
     def apply(module: Any) -> None:
+        from tp_plugin.engines import patching
+
+        patching.remember(_Registered(module.__name__))
         getattr(importlib.import_module(engine), function)(module)
 
     return apply
+
+
+class _Registered:
+    """Taken back with the patches, so that they can be applied again."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def remove(self) -> None:
+        _registered.discard(self._module)
