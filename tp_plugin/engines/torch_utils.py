@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tp_plugin.config.resolve import current_config
-from tp_plugin.engines import functional_call
+from tp_plugin.engines import functional_call, module_hooks
 from tp_plugin.engines.patching import patch, remember, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.dtensor_utils import held, is_split
@@ -61,6 +61,7 @@ def install() -> None:
     wrap(torch.optim.Optimizer, "zero_grad", in_step)
     wrap(torch.nn.Module, "zero_grad", in_step)
     functional_call.install()
+    module_hooks.install()
     for name in ("clip_grad_norm_", "clip_grad_value_"):
         wrap(clip_grad, name, in_step)
         patch(torch.nn.utils, name, getattr(clip_grad, name))

@@ -25,6 +25,7 @@ from tp_plugin.shard import hooks, lazy_load
 from tp_plugin.shard.audit import audit, drift
 from tp_plugin.shard.build import build_parts
 from tp_plugin.shard.model_state import ModelState
+from tp_plugin.shard.module_hooks import adopt_hooks
 from tp_plugin.shard.replicas import agree_on_weights
 from tp_plugin.shard.state_dict import ModuleStateHooks, StateDictHooks, join
 from tp_plugin.shard.topology_warning import warn_of_topology
@@ -136,6 +137,7 @@ def shard_model(model: nn.Module, plan: Plan, runtime: Runtime, options: RunConf
         rounded=lambda: 0 < drift(state) <= tolerance,
     )
     hooks.install(model, hooks.table(model, parts, state, guard), parts)
+    adopt_hooks(model, plan, parts, runtime.region)
 
 
 def _hook_state_dict(model: nn.Module, state: ModelState) -> None:

@@ -22,7 +22,7 @@ from tp_plugin.policy.layout import Range
 from tp_plugin.tensor import wgrad_overlap
 from tp_plugin.tensor.block import ParallelBlock
 from tp_plugin.tensor.dropout import FollowingDropout
-from tp_plugin.tensor.embedding import AdaptedRows, VocabularyRows
+from tp_plugin.tensor.embedding import AdaptedRows, ParallelEmbeddingForward, VocabularyRows
 from tp_plugin.tensor.experts import ExpertBiasForward
 from tp_plugin.tensor.linear import RowParallelForward, fit_sizes
 from tp_plugin.tensor.norm import TPRMSNorm
@@ -56,7 +56,6 @@ class Parts:
     residuals: dict[str, ParallelResidual] = field(default_factory=dict)
     stacks: list[StackOfLayers] = field(default_factory=list)
     outputs: dict[str, LayerOutputs] = field(default_factory=dict)
-    embeddings: dict[str, VocabularyRows] = field(default_factory=dict)
     heads: dict[str, VocabularyColumns] = field(default_factory=dict)
     our_hooks: set[int] = field(default_factory=set)
 
@@ -189,7 +188,8 @@ def _vocabulary(model: nn.Module, plan: Plan, parts: Parts, group: Group, peers:
         if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
             raise TPError(f"{path} must be an nn.Embedding without max_norm to be split by vocabulary rows")
         start, stop = _rows(layout, 0, group.rank)
-        parts.embeddings[path] = VocabularyRows(layout.shape[0], start, stop, embedding.padding_idx, group)
+        rows = VocabularyRows(layout.shape[0], start, stop, embedding.padding_idx, group)
+        ParallelEmbeddingForward.install(embedding, rows)
         embedding.num_embeddings = layout.local_shape(group.rank)[0]
     for path, name in plan.adapted_embeddings:
         adapted: Any = model.get_submodule(path)
