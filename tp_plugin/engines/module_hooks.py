@@ -26,5 +26,5 @@ def _register(original: Any, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     handle = original(self, *args, **kwargs)
     at: Any = vars(self).get("tp_hooks")
     if at is not None and at.region.is_script:  # else an engine's own
-        at.adopt(self)
+        at.adopt(self, handle.id)
     return handle

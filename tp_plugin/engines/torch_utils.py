@@ -146,7 +146,7 @@ def _steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
             from tp_plugin.shard.optimizer import check_unprepared
 
             optimizer.tp_checked = True  # type: ignore[attr-defined]
-            check_unprepared(optimizer)
+            check_unprepared(optimizer, runtime)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         runtime.region.enter_optimizer(optimizer, has_closure=closure is not None)
         if closure is not None:
@@ -166,6 +166,10 @@ def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if own is not None:  # another model's optimizer may step on one rank alone
         runtime.progress.stepped(own.device)
     runtime.region.leave_optimizer(optimizer)
+    if runtime.models:
+        from tp_plugin.shard.optimizer_view import show_states
+
+        show_states(optimizer, runtime.region)
 
 
 def _like(norm: torch.Tensor, tensors: list[Any]) -> torch.Tensor:

@@ -48,17 +48,18 @@ class ModuleHooks:
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHooks:
         return self
 
-    def adopt(self, module: nn.Module) -> None:
-        """Wrap the script's hooks that ``module`` has, and order ours and theirs."""
+    def adopt(self, module: nn.Module, number: int | None = None) -> None:
+        """Wrap the script's hook of that number, or all that ``module`` has, and order ours and theirs."""
         for where in (PRE, FORWARD, BACKWARD, BACKWARD_PRE):
-            for number, hook in (getattr(module, where) or {}).items():
-                if number not in self.ours and not isinstance(hook, ScriptHook):
-                    getattr(module, where)[number] = ScriptHook(hook, self, where)
+            there: dict[int, Any] = getattr(module, where) or {}
+            for one in list(there) if number is None else [number] * (number in there):
+                if one not in self.ours:
+                    there[one] = ScriptHook(there[one], self, where)
         before, after = cast(Hooks, module._forward_pre_hooks), cast(Hooks, module._forward_hooks)
-        for number in [number for number in before if number in self.ours]:
-            before.move_to_end(number)
-        for number in reversed([number for number in after if number in self.ours]):
-            after.move_to_end(number, last=False)
+        for one in [one for one in before if one in self.ours]:
+            before.move_to_end(one)
+        for one in reversed([one for one in after if one in self.ours]):
+            after.move_to_end(one, last=False)
 
 
 class ScriptHook:
@@ -130,7 +131,7 @@ def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """``value`` with its floating-point tensors changed: itself, or those in a tuple, list or dictionary."""
     if isinstance(value, torch.Tensor):
         return change(value) if value.is_floating_point() else value
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {key: _map(item, change) for key, item in value.items()}
     if type(value) in (tuple, list):
         return type(value)(_map(item, change) for item in value)
@@ -141,7 +142,7 @@ def _cut(value: Any, given: Any, seen: Any, change: Callable[[torch.Tensor], tor
     """``value``, which stands for ``seen``, changed where ``seen`` is not what was ``given``."""
     if isinstance(value, torch.Tensor):
         return change(value) if value.is_floating_point() and seen is not given else value
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {key: _cut(item, given.get(key), seen.get(key), change) for key, item in value.items()}
     if type(value) in (tuple, list) and type(given) in (tuple, list) and len(value) == len(given):
         return type(value)(_cut(*three, change) for three in zip(value, given, seen, strict=True))
