@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import math
@@ -241,4 +242,7 @@ def read_full_tensor(runtime: Runtime, uid: str, key: str, local: torch.Tensor, 
 
 def checksum(tensor: torch.Tensor, start: int = 0) -> int:
     """CRC-32 of the bytes of what this rank holds of a tensor, continuing from ``start``."""
-    return zlib.crc32(held(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, start)
+    mine = held(tensor.detach()).cpu().contiguous()
+    size = mine.numel() * mine.element_size()
+    # not numpy(), after which the storage cannot be resized, as FSDP2 resizes those that it frees
+    return zlib.crc32((ctypes.c_ubyte * size).from_address(mine.data_ptr()), start) if size else start
