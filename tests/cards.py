@@ -62,7 +62,7 @@ class Cards:
         cuda.current_device = lambda: self.current
         cuda.set_device = lambda device: setattr(self, "current", getattr(device, "index", device))
         torch.cuda.random.get_rng_state_all = lambda: [state] * COUNT
-        torch.cuda.random.set_rng_state_all = lambda states: None
+        torch.cuda.random.get_rng_state = cuda.get_rng_state
         here: Any = torch.accelerator
         here.is_available = lambda: True
         here.current_accelerator = lambda check_available=False: torch.device("cuda")

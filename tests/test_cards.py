@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import unittest.mock
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,13 @@ def seen(args: Any, trainer: Any, cards: Any) -> None:
 
     runtime: Any = current()
     wrapped = trainer.model_wrapped
+    barriers: list[Any] = []
+    with (
+        unittest.mock.patch.object(torch.distributed, "get_backend", lambda: "nccl"),
+        unittest.mock.patch.object(torch.distributed, "barrier", lambda device_ids: barriers.append(device_ids)),
+    ):
+        trainer.accelerator.wait_for_everyone()
+    rng = next(Path(args.output_dir, "checkpoint-2").glob("rng_state*.pth"))
     Path(args.output_dir, f"rank{os.environ['RANK']}.json").write_text(
         json.dumps(
             {
@@ -32,6 +41,7 @@ def seen(args: Any, trainer: Any, cards: Any) -> None:
                 "mapped": getattr(trainer.model, "hf_device_map", None), "steps": trainer.state.global_step,
                 "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
                 "scalar": list(trainer.accelerator.gather(torch.tensor(1.0)).shape),
+                "barrier": barriers, "generators": type(torch.load(rng, weights_only=False)["cuda"]).__name__,
                 "saved": sorted(path.name for path in Path(args.output_dir).glob("checkpoint-*")),
             }
         )
@@ -73,6 +83,55 @@ def trl_trainer(folder: str, out: str) -> None:
     seen(args, trainer, cards)
 
 
+def accelerate_alone(folder: str, out: str, on_cards: bool) -> None:
+    """What Accelerate does on several processes is left out where there is one."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.local_sgd import LocalSGD
+    from cards import Cards
+    from transformers import AutoModelForCausalLM
+
+    cards = Cards() if on_cards else None
+    accelerator = Accelerator()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    found: dict[str, Any] = {"type": type(model).__name__, "kind": accelerator.distributed_type.value}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with accelerator.join_uneven_inputs([model], even_batches=False):
+            accelerator.backward(model(**batch(97, 0)).loss)
+    with LocalSGD(accelerator=accelerator, model=model, local_sgd_steps=1) as local, accelerator.no_sync(model):
+        optimizer.step()
+        before = {name: weight.clone() for name, weight in model.named_parameters()}
+        local.step()
+        found["averaged"] = all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    one = torch.tensor(2.0)
+    with accelerator.main_process_first():
+        found["gathered"] = accelerator.gather(one).tolist(), accelerator.reduce(one, "sum").item()
+    if accelerator.is_main_process:  # it asks nobody
+        found["lonely"] = (
+            accelerator.gather(one).tolist(),
+            accelerator.gather_for_metrics(["a"], use_gather_object=True),
+        )
+    found["loss"] = model(**batch(97, 1)).loss.item()
+    found["card"] = str(accelerator.device), cards and cards.current
+    Path(out, f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("on_cards", [False, True])
+def test_one_process_averages_with_nobody(on_cards: bool, model_folder: str, tmp_path: Path) -> None:
+    use_cpu = str(not on_cards).lower()
+    given = (model_folder, str(tmp_path), on_cards)
+    ended = scripts(2, accelerate_alone, *given, folder=tmp_path, ACCELERATE_USE_CPU=use_cpu)
+    assert [rank.code for rank in ended] == [0, 0], "\n".join(rank.said for rank in ended)
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for rank, found in enumerate(ranks):
+        assert found["type"] == "LlamaForCausalLM" and found["averaged"] and found["gathered"] == [2.0, 2.0]
+        assert found["kind"] == ("MULTI_GPU" if on_cards else "MULTI_CPU")
+        assert found["card"] == ([f"cuda:{rank}", rank] if on_cards else ["cpu:0", None])
+    assert ranks[0]["lonely"] == [2.0, ["a"]] and ranks[0]["loss"] == ranks[1]["loss"]
+
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -94,7 +153,10 @@ def test_a_process_has_one_card(case: Any, dp: int, model_folder: str, tmp_path:
     for rank, one in enumerate(ended):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert (found["device"], found["current"], found["n_gpu"]) == (f"cuda:{rank}", rank, 1)
-        assert (found["mode"], found["type"], found["world"]) == ("distributed", "MULTI_GPU", dp)
+        mode = "distributed" if dp > 1 else "not_parallel"
+        assert (found["mode"], found["type"], found["world"]) == (mode, "MULTI_GPU", dp)
+        assert found["barrier"] == ([[rank]] if dp > 1 else [])
+        assert found["generators"] == ("list" if dp > 1 else "Tensor"), "of all cards, or of one's own"
         assert (found["batch"], found["eval batch"]) == (2, 8)
         assert (found["parallel"], found["mapped"], found["sharded"], found["steps"]) == (0, None, 1, 2)
         assert found["ddp"] == ([[rank]] if dp > 1 else [])

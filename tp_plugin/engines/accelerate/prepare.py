@@ -40,6 +40,18 @@ def install(accelerator: Any) -> None:
     patch(cls, "is_last_process", property(lambda self: self.state.is_last_process))
 
 
+def install_local_sgd(local_sgd: Any) -> None:
+    """Patch ``accelerate.local_sgd``: one process averages with nobody, and its model has no ``no_sync``."""
+    wrap(local_sgd.LocalSGD, "__init__", _local_sgd)
+
+
+def _local_sgd(
+    original: Any, self: Any, accelerator: Any, model: Any, local_sgd_steps: int, enabled: bool = True
+) -> None:
+    mesh = current_mesh()
+    original(self, accelerator, model, local_sgd_steps, enabled and (mesh is None or mesh.dp_size > 1))
+
+
 def install_checkpointing(checkpointing: Any) -> None:
     """Patch ``accelerate.checkpointing``: the leader writes a process's files; a bad one is named."""
     patch(checkpointing, "torch", _TorchSavedByLeader())
