@@ -89,7 +89,7 @@ def accelerate_alone(folder: str, out: str, on_cards: bool) -> None:
     from accelerate import Accelerator
     from accelerate.local_sgd import LocalSGD
     from cards import Cards
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, TrainingArguments
 
     cards = Cards() if on_cards else None
     accelerator = Accelerator()
@@ -115,6 +115,8 @@ def accelerate_alone(folder: str, out: str, on_cards: bool) -> None:
         )
     found["loss"] = model(**batch(97, 1)).loss.item()
     found["card"] = str(accelerator.device), cards and cards.current
+    args = TrainingArguments(output_dir=out)
+    found["args"] = args.n_gpu, args.parallel_mode.value
     Path(out, f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
@@ -129,6 +131,7 @@ def test_one_process_averages_with_nobody(on_cards: bool, model_folder: str, tmp
         assert found["type"] == "LlamaForCausalLM" and found["averaged"] and found["gathered"] == [2.0, 2.0]
         assert found["kind"] == ("MULTI_GPU" if on_cards else "MULTI_CPU")
         assert found["card"] == ([f"cuda:{rank}", rank] if on_cards else ["cpu:0", None])
+        assert found["args"] == [int(on_cards), "not_parallel"] and "parallel_mode" not in ended[rank].said
     assert ranks[0]["lonely"] == [2.0, ["a"]] and ranks[0]["loss"] == ranks[1]["loss"]
 
 
