@@ -17,6 +17,7 @@ _PATCHES = {
     "huggingface_hub.hub_mixin": ("tp_plugin.engines.saving", "install_hub_mixin"),
     "accelerate.data_loader": ("tp_plugin.engines.accelerate.loaders", "install"),
     "accelerate.checkpointing": ("tp_plugin.engines.accelerate.prepare", "install_checkpointing"),
+    "accelerate.local_sgd": ("tp_plugin.engines.accelerate.prepare", "install_local_sgd"),
     "accelerate.accelerator": ("tp_plugin.engines.accelerate.prepare", "install"),
     "transformers.modeling_utils": ("tp_plugin.engines.transformers", "install"),
     "transformers.trainer_pt_utils": ("tp_plugin.engines.trainer", "install_helpers"),

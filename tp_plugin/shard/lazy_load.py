@@ -57,7 +57,7 @@ def read_shard(parameter: torch.Tensor, layout: ParamLayout | None, rank: int) -
         local = layout.shard(source, rank)
         local = local.clone() if local is source else local
     else:
-        local = torch.zeros(layout.local_shape(rank), dtype=source.dtype)
+        local = torch.zeros(layout.local_shape(rank), dtype=source.dtype, device="cpu")
         into = bytes_of(local)
         for _, offset, nbytes in _pieces(source, layout, rank):
             os.posix_fadvise(mapping.file.descriptor, mapping.identity.offset + offset, nbytes, os.POSIX_FADV_WILLNEED)

@@ -114,7 +114,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> dict[str, torch.Tensor] | N
         if offset + nbytes > about.st_size or nbytes != math.prod(shape) * dtype.itemsize:
             return None
         if nbytes < PAGE or offset % dtype.itemsize:
-            tensor = torch.empty(shape, dtype=dtype)
+            tensor = torch.empty(shape, dtype=dtype, device="cpu")
             file.read(bytes_of(tensor), offset)
             read_bytes["small"] += nbytes
         else:

@@ -10,6 +10,7 @@ from torch import nn
 
 from tp_plugin.mesh.groups import Group
 from tp_plugin.tensor import regions
+from tp_plugin.tensor.device_asserts import asserts_by_itself
 from tp_plugin.tensor.forward import Forward, WrappedForward
 
 
@@ -33,11 +34,11 @@ class VocabularyRows:
         """Token ids of any shape → numbers of this rank's rows.
 
         Raises:
-            IndexError: an id is outside the vocabulary; all ranks see the same ids, so all of them raise. On CUDA and
+            IndexError: an id is outside the vocabulary; all ranks see the same ids, so all of them raise. On GPUs and
                 in compiled graphs it is an assertion on the device, as in plain torch: nothing waits for the device.
         """
         valid = ((ids >= 0) & (ids < self.size)).all()
-        if ids.is_cuda or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or asserts_by_itself(ids.device.type):
             torch._assert_async(valid, "index out of range in self")
         elif not valid:
             raise IndexError("index out of range in self")

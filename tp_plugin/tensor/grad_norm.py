@@ -36,7 +36,7 @@ def sharded_grad_norm(
     by rows is summed over the data group first, by another one.
     """
     if not tensors:
-        return torch.tensor(0.0)
+        return torch.tensor(0.0, device=torch.get_default_device())  # as torch's
     counted: dict[bool, list[torch.Tensor]] = {False: [], True: []}  # by whether the data group has split it
     for tensor, layout in zip(tensors, layouts, strict=True):
         if layout is not None and layout.is_sharded:

@@ -8,6 +8,7 @@ the leader of its source process to the whole world, because the value may exist
 from __future__ import annotations
 
 import contextlib
+import functools
 import pickle
 import zlib
 from collections.abc import Iterator
@@ -146,9 +147,29 @@ class TorchWithScopedDist:
         return getattr(torch, name)
 
 
+class _OneProcess:
+    """A ``PartialState`` on which Accelerate's operations take the one process for all there is."""
+
+    def __init__(self, state: Any):
+        from accelerate.utils import DistributedType
+
+        self._state, self.distributed_type = state, DistributedType.NO
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+
+def _state(original: Any) -> Any:
+    """One process gathers and reduces nothing, whatever the type of its run: as without us, no shape changes."""
+    state, mesh = original(), current_mesh()
+    alone = mesh is not None and mesh.dp_size == 1 and state.distributed_type.value.startswith("MULTI_")
+    return _OneProcess(state) if alone else state
+
+
 def install_operations(operations: Any) -> None:
     """Patch ``accelerate.utils.operations``."""
     patch(operations, "torch", TorchWithScopedDist())
+    patch(operations, "PartialState", functools.partial(_state, operations.PartialState))
     wrap(operations, "broadcast", _broadcast)
     wrap(operations, "broadcast_object_list", _broadcast_object_list)
 
@@ -159,7 +180,7 @@ def install_random(random: Any) -> None:
 
 
 def _undistributed() -> bool:
-    # with dp = 1 Accelerate sees no distributed run and would not broadcast, but the TP group still has several ranks
+    # with dp = 1 these operations see no distributed run and would not broadcast, but the TP group has several ranks
     mesh = current_mesh()
     return mesh is not None and mesh.dp_size == 1 and not _leaders_only.get()
 

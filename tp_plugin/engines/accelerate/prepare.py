@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def install(accelerator: Any) -> None:
     wrap(cls, "prepare", _prepare)
     wrap(cls, "prepare_model", _prepare_model)
     wrap(cls, "prepare_optimizer", _prepare_optimizer)
+    wrap(cls, "join_uneven_inputs", _join_uneven_inputs)
     wrap(cls, "save_model", saving.save_model)
     wrap(cls, "get_state_dict", saving.get_state_dict)
     wrap(cls, "check_trigger", _check_trigger)
@@ -36,6 +38,18 @@ def install(accelerator: Any) -> None:
         wrap(cls, name, in_step)  # the engine's own code
     fsdp2.install(accelerator)
     patch(cls, "is_last_process", property(lambda self: self.state.is_last_process))
+
+
+def install_local_sgd(local_sgd: Any) -> None:
+    """Patch ``accelerate.local_sgd``: one process averages with nobody, and its model has no ``no_sync``."""
+    wrap(local_sgd.LocalSGD, "__init__", _local_sgd)
+
+
+def _local_sgd(
+    original: Any, self: Any, accelerator: Any, model: Any, local_sgd_steps: int, enabled: bool = True
+) -> None:
+    mesh = current_mesh()
+    original(self, accelerator, model, local_sgd_steps, enabled and (mesh is None or mesh.dp_size > 1))
 
 
 def install_checkpointing(checkpointing: Any) -> None:
@@ -87,12 +101,23 @@ def _prepare(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     return original(self, *args, **kwargs)
 
 
-def _prepare_model(original: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+def _prepare_model(
+    original: Any, self: Any, model: Any, device_placement: Any = None, evaluation_mode: bool = False
+) -> Any:
     _shard(self, model)
     mesh = current_mesh()
     if mesh is not None and mesh.dp_size > 1:
         self.ddp_handler = over_grad_group(self.ddp_handler, mesh)
-    return original(self, model, *args, **kwargs)
+    elif mesh is not None and self.distributed_type.value == "MULTI_CPU":
+        evaluation_mode = True  # which is without DDP: on GPUs Accelerate itself leaves out one over a single process
+    return original(self, model, device_placement, evaluation_mode)
+
+
+def _join_uneven_inputs(original: Any, self: Any, joinables: Any, *args: Any, **kwargs: Any) -> Any:
+    mesh = current_mesh()
+    if mesh is not None and mesh.dp_size == 1:
+        return contextlib.nullcontext(joinables)  # one process joins nobody, and is not warned
+    return original(self, joinables, *args, **kwargs)
 
 
 def _prepare_optimizer(original: Any, self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -154,8 +154,9 @@ def _norm_mask(original: Any, self: Any, group: Any) -> torch.Tensor:
         if mask is None:
             layout = layout_of(parameter)
             replicated = (layout is None or not layout.is_sharded) and not mesh.is_leader
-            mask = torch.full((parameter.numel(),), replicated)
+            mask = torch.full((parameter.numel(),), replicated, device="cpu")
         skipped.append(mask)
-    edges = torch.diff(torch.cat(skipped).to(torch.int8), prepend=torch.zeros(1), append=torch.zeros(1))
+    none = torch.zeros(1, device="cpu")
+    edges = torch.diff(torch.cat(skipped).to(torch.int8), prepend=none, append=none)
     starts, stops = (edges == 1).nonzero(), (edges == -1).nonzero()
     return torch.cat([starts, stops], dim=1).to(group[0].device)
