@@ -28,7 +28,7 @@ def show_states(optimizer: torch.optim.Optimizer, region: ScriptRegion) -> None:
 def _shown(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the last parameter's states were shown: optimizers make and replace them all at once."""
     for parameter, state in reversed(optimizer.state.items()):
-        if getattr(parameter, "tp_entry", None) is not None and parameter.tensor_model_parallel:
+        if getattr(parameter, "tensor_model_parallel", False):
             moments = [value for value in state.values() if _is_moment(value, parameter)]
             return all(hasattr(value, "tp_global") for value in moments)
     return True

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Two ranks on one card: each way to train at tp 2 against one process on the same card, by the numbers.
+"""Each way to train with tensor parallelism against one process on the same card, by the numbers.
 
-The ranks share the card. NCCL takes two ranks of one card for two machines if each has an ``NCCL_HOSTID`` of its own;
-where it does not, gloo carries the card's tensors. fp32 without TF32, so that the limits are those of the tests.
+On a machine of several cards a rank has its own, and tp is their number. On one card two ranks share it. NCCL takes two ranks of one card for two machines if each has an ``NCCL_HOSTID`` of its own;
+where it does not, gloo carries the card's tensors. fp32 without TF32, so that the limits are
+those of the tests.
 
-    python ci/bench/gpu_pair.py                        # on a card
-    python ci/bench/gpu_pair.py --device cpu           # the same lines without one
-    python ci/bench/gpu_pair.py --only "ZeRO 2,compile"
+    python ci/bench/gpu_parity.py                        # on a card
+    python ci/bench/gpu_parity.py --device cpu           # the same lines without one
+    python ci/bench/gpu_parity.py --only "ZeRO 2,compile"
 
 Prints a line per case, and as its last line all of them in JSON. Ends with status 1 if one is wrong.
 """
@@ -46,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     names = [name for name in CASES if not args.only or name in args.only.split(",")]
     for backend in BACKENDS[args.device]:
-        found = on_two_ranks(names, args.device, backend)
+        found = on_all_ranks(names, args.device, backend)
         if "failed to start" not in found:
             break
     found["in any order of the queue"] = in_any_order(args.device, backend) if not args.only else {"left out": True}
@@ -61,12 +62,12 @@ def main() -> None:
 
 
 def model_of(device: str, **overrides: Any) -> Any:
-    """A small Llama: 6 heads on 2 key/value heads, a vocabulary that no rank number divides."""
+    """A small Llama, also of fewer key/value heads than ranks, with a vocabulary that no number of ranks divides."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"vocab_size": 1001, "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "attention_bias": True, "use_cache": False}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "attention_bias": True, "use_cache": False}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**sizes | heads | overrides)).train()
     with torch.no_grad():
@@ -119,14 +120,14 @@ def compared(one: dict[str, Any], two: dict[str, Any], **limits: float) -> dict[
 
 
 def parallel(model: Any, **options: Any) -> Any:
-    """``model`` at tp 2."""
+    """``model`` on all ranks."""
     import tp_plugin
     from tp_plugin.config.keys import ENV_OPTIONS
     from tp_plugin.runtime.start import stop
 
     stop()
     os.environ[ENV_OPTIONS] = json.dumps({"audit_every": 1, **options})
-    return tp_plugin.parallelize(model, tp_size=2)
+    return tp_plugin.parallelize(model, tp_size=_world())
 
 
 def plain_loop(device: str, **options: Any) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def loaded_and_saved(device: str) -> dict[str, Any]:
     torch.distributed.broadcast_object_list(box)
     one.save_pretrained(box[0], is_main_process=torch.distributed.get_rank() == 0)
     torch.distributed.barrier()
-    again = tp_plugin.parallelize(type(one).from_pretrained(box[0]).train().to(device), tp_size=2)
+    again = tp_plugin.parallelize(type(one).from_pretrained(box[0]).train().to(device), tp_size=_world())
     second = torch.optim.AdamW(again.parameters(), lr=1e-3, eps=1e-6)
     second.load_state_dict(state)
     found = compared(train(one, device, optimizer=first), train(again, device, optimizer=second))
@@ -277,7 +278,7 @@ def in_any_order(device: str, backend: str) -> dict[str, Any]:
     sums = []
     for blocking in "10":
         os.environ["CUDA_LAUNCH_BLOCKING"] = blocking
-        found = on_two_ranks(["bits"], device, backend)["bits"]
+        found = on_all_ranks(["bits"], device, backend)["bits"]
         if "failed" in found:
             return found
         sums.append(found["sums"])
@@ -299,26 +300,37 @@ def bits(device: str) -> dict[str, Any]:
 # --- ranks ------------------------------------------------------------------------------------------------------------
 
 
-def on_two_ranks(names: list[str], device: str, backend: str) -> dict[str, Any]:
+def _world() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
+def ranks_on(device: str) -> int:
+    """One for each card; two where there is one card, or none."""
+    import torch
+
+    return max(2, torch.cuda.device_count() if device == "cuda" else 0)
+
+
+def on_all_ranks(names: list[str], device: str, backend: str) -> dict[str, Any]:
     """Results by case of rank 0, or why a rank failed; ranks that failed or hang are replaced by new ones."""
     import torch.multiprocessing as mp
 
     found: dict[str, Any] = {}
-    left = list(names)
+    left, world = list(names), ranks_on(device)
     while left:
         context = mp.get_context("spawn")
         results, port = context.Queue(), _free_port()
         ranks = [
-            context.Process(target=_rank, args=(rank, port, device, backend, left, results), daemon=True)
-            for rank in range(2)
+            context.Process(target=_rank, args=(rank, world, port, device, backend, left, results), daemon=True)
+            for rank in range(world)
         ]
         for rank in ranks:
             rank.start()
         started = False
         try:
             while left:
-                answers = dict(results.get(timeout=TIMEOUT * (2 if started else 3)) for _ in range(2))
-                if "start" in answers[0] or "start" in answers[1]:
+                answers = dict(results.get(timeout=TIMEOUT * (2 if started else 3)) for _ in range(world))
+                if any("start" in answer for answer in answers.values()):
                     if any("failed" in answer["start"] for answer in answers.values()):
                         return {"failed to start": {"failed": answers}}
                     started = True
@@ -335,9 +347,9 @@ def on_two_ranks(names: list[str], device: str, backend: str) -> dict[str, Any]:
     return found
 
 
-def _rank(rank: int, port: int, device: str, backend: str, names: list[str], results: Any) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
-    os.environ.update(NCCL_HOSTID=f"rank{rank}", OMP_NUM_THREADS="1", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+def _rank(rank: int, world: int, port: int, device: str, backend: str, names: list[str], results: Any) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(OMP_NUM_THREADS="1", CUBLAS_WORKSPACE_CONFIG=":4096:8", LOCAL_RANK="0")
     if device == "cpu":
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     import torch
@@ -350,11 +362,15 @@ def _rank(rank: int, port: int, device: str, backend: str, names: list[str], res
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         timeout = datetime.timedelta(seconds=TIMEOUT)
         if device == "cuda":
-            torch.cuda.set_device(0)
-        torch.distributed.init_process_group(backend, rank=rank, world_size=2, timeout=timeout)
+            if torch.cuda.device_count() == 1:
+                os.environ["NCCL_HOSTID"] = f"rank{rank}"
+            else:
+                os.environ["LOCAL_RANK"] = str(rank)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
         probe = torch.ones(3, device=device)
         torch.distributed.all_reduce(probe)
-        assert probe.tolist() == [2.0] * 3
+        assert probe.tolist() == [world] * 3
         results.put((rank, {"start": "ok"}))
     except Exception:
         results.put((rank, {"start": "failed", "failed": traceback.format_exc()[-600:]}))
