@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Each way to train with tensor parallelism against one process on the same card, by the numbers.
 
-On a machine of several cards a rank has its own, and tp is their number. On one card two ranks share it. NCCL takes two ranks of one card for two machines if each has an ``NCCL_HOSTID`` of its own;
-where it does not, gloo carries the card's tensors. fp32 without TF32, so that the limits are
-those of the tests.
+On a machine of several cards a rank has its own, and tp is their number. On one card two ranks share it: NCCL takes
+them for two machines if each has an ``NCCL_HOSTID`` of its own; where it does not, gloo carries the card's tensors.
+fp32 without TF32, so that the limits are those of the tests.
 
     python ci/bench/gpu_parity.py                        # on a card
     python ci/bench/gpu_parity.py --device cpu           # the same lines without one
