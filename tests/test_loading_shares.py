@@ -35,7 +35,8 @@ def test_a_row_split_touches_no_foreign_page(tmp_path: Path) -> None:
     ]):  # fmt: skip
         before = _read_so_far()
         local = lazy_load.read_shard(weight, layout, 0)
-        assert 0 <= _read_so_far() - before - local.nbytes < 200_000  # and what this test reads in /proc
+        taken = (local, weight)[dim]  # short pieces are cut out of whole rows
+        assert 0 <= _read_so_far() - before - taken.nbytes < 200_000  # and what this test reads in /proc
         assert mapped_file.pages_read(weight) == 0
         whole = torch.arange(rows * 256, dtype=torch.float32).view(rows, 256)
         assert torch.equal(local, whole.narrow(dim, 0, (1024, 128)[dim]))

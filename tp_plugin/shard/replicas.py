@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tp_plugin.mesh.roles import Mesh
-from tp_plugin.shard.lazy_load import identity
+from tp_plugin.shard.lazy_load import LazyParameter, identity
 from tp_plugin.shard.model_state import checksum
 
 
@@ -32,7 +32,7 @@ def agree_on(tensors: Mapping[str, torch.Tensor], mesh: Mesh) -> list[str]:
     differing = _differing([_known(tensor) for tensor in tensors.values()], mesh)
     names = [name for name, differs in zip(tensors, differing, strict=True) if differs]
     if names:  # it may lie in two copies of one file, or in memory on one rank and in a file on another
-        differing = _differing([checksum(tensors[name]) for name in names], mesh)
+        differing = _differing([_checksum(tensors[name]) for name in names], mesh)
         names = [name for name, differs in zip(names, differing, strict=True) if differs]
     with torch.no_grad():
         for name in names:
@@ -44,7 +44,12 @@ def agree_on(tensors: Mapping[str, torch.Tensor], mesh: Mesh) -> list[str]:
 def _known(tensor: torch.Tensor) -> int:
     bytes_of = identity(tensor)
     # a checksum has 32 bits: an identity is never taken for one
-    return checksum(tensor) if bytes_of is None else 1 << 32 | zlib.crc32(repr(bytes_of).encode())
+    return _checksum(tensor) if bytes_of is None else 1 << 32 | zlib.crc32(repr(bytes_of).encode())
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    # one that is to lie on a device is not sent there whole for this
+    return checksum(tensor.on_host() if isinstance(tensor, LazyParameter) else tensor)
 
 
 def _differing(mine: list[int], mesh: Mesh) -> list[int]:
