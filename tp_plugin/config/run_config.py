@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -26,6 +27,7 @@ class RunConfig:
         sequence_parallel: split the tokens over the TP group between the blocks.
         overlap: compute the gradients of weights while the gradient of their input is all-reduced over the TP group.
         fuse: compute linears that share an input, such as q, k and v, as one matrix product.
+        save_timeout: seconds that other ranks wait for one that saves, since it last read a tensor or wrote a file.
     """
 
     tp_size: int = 1
@@ -38,6 +40,7 @@ class RunConfig:
     sequence_parallel: bool = False
     overlap: bool = True
     fuse: bool = False
+    save_timeout: float = 3600.0
 
     @staticmethod
     def parse(tp_size: object, options: object = None, origin: str = "") -> RunConfig:
@@ -85,6 +88,12 @@ def _fraction(value: object, key: str, place: str) -> float:
     return float(value)
 
 
+def _seconds(value: object, key: str, place: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise TPError(f"{key}: expected seconds, found {value!r}{place}; write for example `{key}: 3600`")
+    return float(value)
+
+
 def _switch(value: object, key: str, place: str) -> bool:
     if not isinstance(value, bool):
         raise TPError(f"{key}: expected true or false, found {value!r}{place}")
@@ -113,5 +122,6 @@ _VALIDATORS: dict[str, Callable[[object, str, str], Any]] = {
     "sequence_parallel": _switch,
     "overlap": _switch,
     "fuse": _switch,
+    "save_timeout": _seconds,
 }
 """Key in the ``tp_plugin`` mapping → what makes a field of ``RunConfig`` of its value, or refuses it."""

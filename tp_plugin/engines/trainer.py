@@ -200,7 +200,9 @@ def _save_checkpoint(original: Any, self: Any, model: Any, trial: Any = None) ->
         folder.mkdir(parents=True, exist_ok=True)
         return original(self, model, trial)
     with require().sessions.together("Trainer's checkpoint"):  # a peer must not step on while its shards are read
-        return original(self, model, trial)
+        saved = original(self, model, trial)
+    require().world_wait()  # the next step's all-reduce has a timeout, which a long save outlasts
+    return saved
 
 
 def _load_best_model(original: Any, self: Any) -> Any:

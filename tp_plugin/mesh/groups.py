@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tp_plugin.mesh import traced_ops
 from tp_plugin.mesh.comm_stats import CommStats
 from tp_plugin.mesh.deferred_release import DeferredRelease
+from tp_plugin.mesh.patience import all_gather_while
 from tp_plugin.mesh.waiting import Waiting
 
 UNIT = ("tp", "unit_cpu")
@@ -141,6 +142,21 @@ class Group:
             with self._running("broadcast", tensor):
                 dist.broadcast(tensor, group=self.pg, group_src=src)
         return tensor
+
+    def all_gather_while(self, tensor: torch.Tensor, reason: Callable[[], bool]) -> list[torch.Tensor]:
+        """:meth:`all_gather` on gloo, which the group's timeout does not end while ``reason()`` is true."""
+        if self.pg is None or self.size == 1:
+            return [tensor]
+        with self._running("all_gather", tensor):
+            return all_gather_while(self.pg, tensor, reason)
+
+    def gather(self, tensor: torch.Tensor, into: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """The equally shaped tensors of all ranks in rank order, on rank 0, which gives room for them; else nothing."""
+        if self.size == 1:
+            return [tensor]
+        with self._running("gather", tensor):
+            dist.gather(tensor, into, group=self.pg, group_dst=0)
+        return into or []
 
     def broadcast_object(self, value: Any, src: int = 0) -> Any:
         """The object that rank ``src`` passed, on every rank."""

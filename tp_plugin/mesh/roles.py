@@ -13,6 +13,7 @@ A unit is the set of ranks that hold one model. Its ranks are neighbours, TP inn
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,7 @@ class WorldGroups:
     """
 
     def __init__(self) -> None:
+        self.waits = itertools.count()  # for all ranks (runtime/world_wait.py): keys of the world's store
         self._world: dist.ProcessGroup | None = None
         self._devices: dict[tuple[str, int], DeviceMesh] = {}
         self._groups: dict[tuple[tuple[tuple[int, ...], ...], str], dist.ProcessGroup | None] = {}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tp_plugin.runtime.crash_report import CrashReport
     from tp_plugin.runtime.farewell import Farewell
     from tp_plugin.runtime.hang_report import HangReport
+    from tp_plugin.runtime.joint_reads import JointReads
     from tp_plugin.runtime.last_loss import LastLoss
     from tp_plugin.runtime.mutual_wait import MutualWait
     from tp_plugin.runtime.progress import Progress
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from tp_plugin.runtime.sessions import Sessions
     from tp_plugin.runtime.sync_points import SyncPoints
     from tp_plugin.runtime.transport import PeerTransport
+    from tp_plugin.runtime.world_wait import WorldWait
     from tp_plugin.tensor.global_view import ScriptRegion
 
 
@@ -45,6 +47,8 @@ class Runtime:
         published: what other ranks may read here.
         sync_points: where the ranks of the unit meet.
         sessions: calls that they leave together.
+        joint_reads: shards that are gathered in such calls.
+        world_wait: where all units wait for one that saves.
         remote_logits: logits that other ranks hold.
         hang_report, crash_report: what is said of waits and deaths.
         mutual_wait: ends a wait that nothing can end.
@@ -62,6 +66,8 @@ class Runtime:
     published: PublishedTensors
     sync_points: SyncPoints
     sessions: Sessions
+    joint_reads: JointReads
+    world_wait: WorldWait
     remote_logits: RemoteLogits
     hang_report: HangReport
     crash_report: CrashReport

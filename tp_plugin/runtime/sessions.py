@@ -6,7 +6,7 @@ import contextlib
 import pickle
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tp_plugin.errors import DivergenceError
@@ -21,7 +21,13 @@ GRACE = 5.0
 BLOCKED = 1.0
 """Seconds in a collective of the script's own after which a rank is taken to wait for the one that asks."""
 
-_SILENT = {"clock": 0, "busy": 0.0, "leaving": False, "open": True, "parked": "", "finished": 0, "failed": None}
+TELL = 1.0
+"""Seconds between two signs of progress to other units."""
+
+_SILENT = {
+    "clock": 0, "busy": 0.0, "leaving": False, "open": True, "parked": "", "finished": 0, "failed": None,
+    "saving": None,
+}  # fmt: skip
 """The status of a peer that does not answer: it is there, and what it does takes long."""
 
 
@@ -32,16 +38,25 @@ class Sessions:
         parked: the call at whose end this rank waits for the others; empty if it does not.
         parked_since: ``time.monotonic()`` of when that began.
         leaving: whether this rank is at the end of its script.
+        entered: calls that this rank has entered so far, and which of them is the outermost that it is in.
+        while_parked: what this rank does for the others while it waits at the end of a call.
+        tell_world: tells other units that a save goes on.
     """
 
-    def __init__(self, mesh: Mesh, transport: PeerTransport, sync_points: SyncPoints):
-        self._mesh, self._transport, self._sync_points = mesh, transport, sync_points
+    def __init__(self, mesh: Mesh, transport: PeerTransport, sync_points: SyncPoints, save_timeout: float):
+        self._mesh, self._transport, self._sync_points, self._save_timeout = mesh, transport, sync_points, save_timeout
         self._open: set[str] = set()
+        self._together: list[str] = []
+        self._progressed = self._told = time.monotonic()
+        self.entered = self.outermost = 0
         self._finished: Counter[tuple[str, int]] = Counter()
         self._failed: dict[tuple[str, int], bytes] = {}
         self.parked = ""
         self.parked_since: float | None = None
         self.leaving = False
+        self.while_parked: Callable[[], None] = lambda: None
+        self.tell_world: Callable[[], object] = lambda: None
+        sync_points.somebody_saves = self._somebody_saves
         transport.serve("status", self._show_status)
         transport.serve("presence", self._show_presence)
 
@@ -53,19 +68,39 @@ class Sessions:
         process that the unit is.
         """
         self.enter(session)
+        self._together.append(session)
         try:
             yield
         except Exception as error:
+            self._together.remove(session)
             self.leave(session, error)
             raise
         except BaseException:
+            self._together.remove(session)
             self.close(session)
             raise
+        self._together.remove(session)
         self.leave(session)
+
+    def together_in(self) -> list[str]:
+        """The calls of :meth:`together` that this rank is in, the outermost first."""
+        return list(self._together)
 
     def enter(self, session: str) -> None:
         """This rank begins a call in which shards are read, here or on another rank."""
+        self.entered += 1
+        if not self._open:
+            self.outermost = self.entered
         self._open.add(session)
+        self.progressed()
+
+    def progressed(self) -> None:
+        """A save goes on here: a tensor was read, or a file written."""
+        now = time.monotonic()
+        if now - self._told > TELL:
+            self._told = now
+            self.tell_world()
+        self._progressed = now
 
     def close(self, session: str) -> None:
         """This rank has done its work in a call, and waits for nobody."""
@@ -92,6 +127,7 @@ class Sessions:
             through = [rank for rank, status in statuses.items() if self._is_through(status, at, impatient)]
             failures += [status["failed"] for rank in through if (status := statuses[rank]) and status["failed"]]
             waiting = [rank for rank in waiting if rank not in through]
+            self.while_parked()
             if waiting:
                 time.sleep(0.005)
         self.parked, self.parked_since = "", None
@@ -133,6 +169,11 @@ class Sessions:
         except (EOFError, OSError):
             return None
 
+    def _somebody_saves(self) -> bool:
+        statuses = [self.status(rank) for rank in self.peers()]
+        since = [status["saving"] for status in statuses if status is not None]
+        return any(seconds is not None and seconds < self._save_timeout for seconds in since)
+
     def _is_through(self, status: dict[str, Any] | None, at: tuple[str, int], impatient: bool) -> bool:
         if status is None or status["leaving"] or status["clock"] > self._sync_points.clock:
             return True
@@ -149,6 +190,7 @@ class Sessions:
             "parked": self.parked,
             "finished": self._finished[session, clock],
             "failed": self._failed.get((session, clock)),
+            "saving": time.monotonic() - self._progressed if self._open else None,
         }
 
     def _show_presence(self, session: str, begun: int) -> str:

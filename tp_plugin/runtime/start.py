@@ -11,6 +11,7 @@ from tp_plugin.runtime import crash_report as reports
 from tp_plugin.runtime.crash_report import CrashReport
 from tp_plugin.runtime.farewell import Farewell
 from tp_plugin.runtime.hang_report import HangReport
+from tp_plugin.runtime.joint_reads import JointReads
 from tp_plugin.runtime.last_loss import LastLoss
 from tp_plugin.runtime.mutual_wait import MutualWait
 from tp_plugin.runtime.progress import Progress
@@ -20,6 +21,7 @@ from tp_plugin.runtime.runtime import Runtime, slot
 from tp_plugin.runtime.sessions import Sessions
 from tp_plugin.runtime.sync_points import SyncPoints
 from tp_plugin.runtime.transport import PeerTransport
+from tp_plugin.runtime.world_wait import WorldWait
 from tp_plugin.tensor.global_view import ScriptRegion
 
 
@@ -29,7 +31,9 @@ def build(config: RunConfig, mesh: Mesh) -> Runtime:
     transport = PeerTransport(mesh)
     published = PublishedTensors(transport, progress)
     sync_points = SyncPoints(mesh, published)
-    sessions = Sessions(mesh, transport, sync_points)
+    sessions = Sessions(mesh, transport, sync_points, config.save_timeout)
+    joint_reads = JointReads(mesh, transport, published, sessions)
+    world_wait = WorldWait(mesh, sessions, reports.read, config.save_timeout)
     remote_logits = RemoteLogits(mesh, transport, sync_points)
     hang_report = HangReport(mesh, transport, sync_points, sessions, reports.read)
     crash_report = CrashReport(mesh.rank, hang_report)
@@ -46,6 +50,8 @@ def build(config: RunConfig, mesh: Mesh) -> Runtime:
         published=published,
         sync_points=sync_points,
         sessions=sessions,
+        joint_reads=joint_reads,
+        world_wait=world_wait,
         remote_logits=remote_logits,
         hang_report=hang_report,
         crash_report=crash_report,

@@ -97,10 +97,13 @@ class SyncPoints:
         depth: how many forwards this rank is inside of.
         leader_alone: in a forward that the leader came to alone, and its peers by its request.
         generating: in ``generate``.
+        somebody_saves: whether another rank of the unit is in a save that goes on; it is waited for beyond the group's
+            timeout. Set by who can ask.
     """
 
     def __init__(self, mesh: Mesh, published: PublishedTensors):
         self.mesh, self._published = mesh, published
+        self.somebody_saves: Callable[[], bool] = lambda: False
         self.clock = 0
         self.place = ""
         self.helping = self.leader_alone = self.generating = False
@@ -149,7 +152,7 @@ class SyncPoints:
 
     def _gather(self, header: torch.Tensor, place: int) -> list[list[int]]:
         self.place = PLACES[place]
-        rows = self.mesh.unit_cpu.all_gather(header)
+        rows = self.mesh.unit_cpu.all_gather_while(header, self.somebody_saves)
         self.place = ""
         if place == END:
             _outlive_the_interpreter([header, *rows])

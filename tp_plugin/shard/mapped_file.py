@@ -55,6 +55,10 @@ class File:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self.descriptor).atexit = False
 
+    def will_read(self, offset: int, nbytes: int) -> None:
+        """Have the kernel fetch what :meth:`read` is about to ask for."""
+        os.posix_fadvise(self.descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+
     def read(self, into: memoryview, offset: int) -> None:
         """Fill ``into`` from ``offset`` on."""
         while into:

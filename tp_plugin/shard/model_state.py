@@ -230,8 +230,14 @@ class ModelState:
 
 @on_shards
 def read_full_tensor(runtime: Runtime, uid: str, key: str, local: torch.Tensor, layout: ParamLayout) -> torch.Tensor:
-    """Assemble a full tensor in host memory, one peer's shard at a time."""
+    """Assemble a full tensor in host memory, by one collective if all ranks came, else one peer's shard at a time."""
+    runtime.sessions.progressed()
+    shards = runtime.joint_reads.read(uid, key, local, layout)
     full = torch.empty(layout.shape, dtype=local.dtype, device="cpu")
+    for rank, shard in enumerate(shards or ()):
+        layout.place(full, shard, rank)
+    if shards is not None:
+        return full
     me = runtime.mesh.tp.rank
     layout.place(full, local.detach().cpu(), me)
     for rank in range(layout.tp):

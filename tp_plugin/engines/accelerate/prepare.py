@@ -136,13 +136,12 @@ def _shard(accelerator: Any, model: nn.Module) -> None:
 
         assert getattr(deepspeed.initialize, "tp_patched", False), "ZeRO would reduce gradients over the whole world"
     options = current_config()
-    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
-        fsdp2.spread_what_was_loaded(model, runtime.mesh)
+    loaded_once = fsdp2.is_loaded_once(accelerator)
     if type(model).__name__ in options.leave_whole or (_is_beside(model) and runtime.held_bytes):
-        agree_on_weights(model, runtime.mesh)
+        agree_on_weights(model, runtime.mesh, whole_world=loaded_once)
         materialize_all_(model)
         return
-    parallelize(model, options.tp_size, options=options)
+    parallelize(model, options.tp_size, options=options, loaded_once=loaded_once)
     for optimizer in accelerator._optimizers:  # prepared before its model
         _shard_optimizer(optimizer)
 
