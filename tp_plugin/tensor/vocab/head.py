@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from tp_plugin.tensor import regions
 from tp_plugin.tensor.first_order import first_order
 from tp_plugin.tensor.graphs import end_graph, skip
 from tp_plugin.tensor.peer_reads import Held
-from tp_plugin.tensor.vocab.expr import ALL, Expr, HeadOutput, pad, pieces
+from tp_plugin.tensor.vocab.blocks import pieces
+from tp_plugin.tensor.vocab.expr import ALL, Expr, HeadOutput, pad
 from tp_plugin.tensor.vocab.logits import Logits, in_graph, incoming
 from tp_plugin.tensor.vocab.vocabulary import Vocabulary
 
@@ -104,7 +105,10 @@ class Linear(torch.autograd.Function):
 def _linear_backward(
     ctx: Any, grad: Expr, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients by blocks of columns: each block of the logits' gradient is used up before the next is computed."""
+    """Gradients by blocks of columns: each block of the logits' gradient is used up before the next is computed.
+
+    A 16-bit product is rounded once, so it is not added up from blocks: the input's gradient then takes blocks of rows.
+    """
     first, last = ctx.vocabulary.mine
     own = last - first
     rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)  # the dtype of the product, which autocast may have chosen
@@ -112,22 +116,31 @@ def _linear_backward(
     dx = torch.zeros_like(rows) if for_x else None
     dweight = torch.zeros_like(weight) if for_weight else None
     dbias = torch.zeros_like(bias) if for_bias and bias is not None else None
-    for left, right in pieces(own, len(rows), grad.depth) if ctx.dtype.itemsize >= 4 else [(0, own)]:
-        block = _block(grad, first + left, first + right, rows)
-        if dx is not None:
-            dx.addmm_(block, weight[left:right].to(ctx.dtype))
-        if dweight is not None:
-            dweight[left:right] = block.t() @ rows
-        if dbias is not None:
-            dbias[left:right] = block.sum(0)
+    size = ctx.dtype.itemsize
+    adds_up = size >= 4
+
+    def blocks(lines: int, width: int) -> Iterator[tuple[int, int]]:
+        return pieces(lines, width, size, max(grad.cost, size), rows.device)
+
+    if dweight is not None or dbias is not None or adds_up:
+        for left, right in blocks(own, len(rows)):
+            block = grad.block(ALL, (first + left, first + right)).to(ctx.dtype)
+            if dx is not None and adds_up:
+                dx.addmm_(block, weight[left:right].to(ctx.dtype))
+            if dweight is not None:
+                _multiply(block.t(), rows, dweight[left:right])
+            if dbias is not None:
+                dbias[left:right] = block.sum(0)
+    if dx is not None and not adds_up and own:
+        columns = weight[:own].to(ctx.dtype)
+        for top, bottom in blocks(len(rows), own):
+            _multiply(grad.block(slice(top, bottom), (first, last)).to(ctx.dtype), columns, dx[top:bottom])
     return None if dx is None else dx.to(x.dtype).view(x.shape), dweight, dbias
 
 
-def _block(grad: Expr, first: int, last: int, rows: torch.Tensor) -> torch.Tensor:
-    # a 16-bit product is rounded once, so it is not added up from blocks; only its temporaries are small
-    if rows.dtype.itemsize >= 4:
-        return grad.block(ALL, (first, last)).to(rows.dtype)
-    whole = rows.new_empty(len(rows), last - first)
-    for left, right in pieces(last - first, len(rows), grad.depth):
-        whole[:, left:right] = grad.block(ALL, (first + left, first + right))
-    return whole
+def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """Write ``a @ b`` into ``out``, which may be of another dtype."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
