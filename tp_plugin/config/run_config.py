@@ -26,6 +26,7 @@ class RunConfig:
         sequence_parallel: split the tokens over the TP group between the blocks.
         overlap: compute the gradients of weights while the gradient of their input is all-reduced over the TP group.
         fuse: compute linears that share an input, such as q, k and v, as one matrix product.
+        fused_head: keep no logits: compute them block by block for the loss, and again for its gradient.
     """
 
     tp_size: int = 1
@@ -38,6 +39,7 @@ class RunConfig:
     sequence_parallel: bool = False
     overlap: bool = True
     fuse: bool = False
+    fused_head: bool = False
 
     @staticmethod
     def parse(tp_size: object, options: object = None, origin: str = "") -> RunConfig:
@@ -113,5 +115,6 @@ _VALIDATORS: dict[str, Callable[[object, str, str], Any]] = {
     "sequence_parallel": _switch,
     "overlap": _switch,
     "fuse": _switch,
+    "fused_head": _switch,
 }
 """Key in the ``tp_plugin`` mapping → what makes a field of ``RunConfig`` of its value, or refuses it."""

@@ -30,7 +30,7 @@ def build(config: RunConfig, mesh: Mesh) -> Runtime:
     published = PublishedTensors(transport, progress)
     sync_points = SyncPoints(mesh, published)
     sessions = Sessions(mesh, transport, sync_points)
-    remote_logits = RemoteLogits(mesh, transport, sync_points)
+    remote_logits = RemoteLogits(mesh, transport, sync_points, progress)
     hang_report = HangReport(mesh, transport, sync_points, sessions, reports.read)
     crash_report = CrashReport(mesh.rank, hang_report)
     mutual_wait = MutualWait(mesh, transport, reports.leave)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ class BlockSizes(NamedTuple):
 
 ON_CPU = BlockSizes(0.1, 1 << 18)
 """Blocks stay in a core's cache; computing many costs nothing."""
-ON_DEVICE = BlockSizes(0.12, 1 << 25)
+ON_DEVICE = BlockSizes(0.167, 1 << 25)
 """Few blocks: each is some launches of kernels, and small ones leave the device idle."""
 
 
@@ -40,5 +41,6 @@ def pieces(lines: int, width: int, stored: int, cost: int, device: torch.device)
     """
     sizes = ON_DEVICE if on_device(device) else ON_CPU
     budget = max(sizes.share * stored * lines * width, sizes.least)
-    step = max(int(budget / max(cost * width, 1)), 1) if cost else max(lines, 1)
+    count = max(math.ceil(lines * width * cost / budget), 1)
+    step = max(-(-lines // count), 1)
     return ((first, min(first + step, lines)) for first in range(0, lines, step))

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tp_plugin.tensor.peer_reads import Number
+from tp_plugin.errors import TPError
+from tp_plugin.tensor.peer_reads import Number, PeerReads
 from tp_plugin.tensor.vocab.vocabulary import Columns
 
 Rows = slice | torch.Tensor
@@ -66,6 +67,57 @@ class HeadOutput(Operand):
 
 
 @dataclass(eq=False)
+class HeadProduct(Expr):
+    """A head's output on this rank that is in no memory: computed where it is needed, of the head's input.
+
+    Attributes:
+        x: the input (tokens, n), in the dtype of the product.
+        weight, bias: this rank's (columns, n) and (columns,).
+        start: its first column.
+        number: what other ranks know it by.
+        peers: tells of optimizer steps.
+        made: what :meth:`_now` was when the head was called.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    dtype: torch.dtype
+    start: int
+    number: Number
+    peers: PeerReads
+    made: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        self.cost = self.stored = self.dtype.itemsize
+        if self.made is None:
+            self.made = self._now()
+
+    def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
+        """See the class.
+
+        Raises:
+            TPError: the input or the weights are no longer those of the head's call.
+        """
+        some = slice(columns[0] - self.start, columns[1] - self.start)
+        with torch.no_grad(), torch.autocast(self.x.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias[some].to(self.dtype)
+            found = F.linear(self.x[rows], self.weight[some].to(self.dtype), bias)
+        if self._now() != self.made:  # behind it: another rank's thread may read while this one trains on
+            raise TPError(
+                "under `tp_plugin: {fused_head: true}` logits are computed when they are read, and the head's weights "
+                "(or its input) have changed since the forward; read outputs.logits before the optimizer's step, or "
+                "leave fused_head out"
+            )
+        return found
+
+    def _now(self) -> tuple[int, ...]:
+        tensors = (self.x, self.weight, self.bias)
+        versions = (0 if each is None or each.is_inference() else each._version for each in tensors)
+        return (*versions, self.peers.steps)
+
+
+@dataclass(eq=False)
 class Full(Operand):
     """A tensor (tokens, vocabulary) that every rank has, or (1, vocabulary) for all tokens."""
 
@@ -92,7 +144,7 @@ class Apply(Expr):
     """``function`` of the blocks of expressions among ``args``, and of numbers and tensors without dimensions.
 
     With ``of_block`` it is given ``columns`` and ``dtype`` as well: where the block lies, and what to round to in the
-    end. It takes about ``own_cost`` bytes of temporaries for an element; None: one value of its dtype.
+    end. Beside the result it takes about ``extra`` bytes of temporaries for an element.
     """
 
     function: Callable[..., torch.Tensor]
@@ -100,12 +152,11 @@ class Apply(Expr):
     dtype: torch.dtype
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     of_block: bool = False
-    own_cost: int | None = None
+    extra: int = 0
 
     def __post_init__(self) -> None:
         of = [arg for arg in self.args if isinstance(arg, Expr)]
-        own = self.dtype.itemsize if self.own_cost is None else self.own_cost
-        self.cost = own + sum(arg.cost for arg in of)
+        self.cost = self.dtype.itemsize + self.extra + sum(arg.cost for arg in of)
         self.stored = max((arg.stored for arg in of), default=0)
 
     def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
@@ -119,7 +170,7 @@ class Apply(Expr):
         if self.function is torch.Tensor.to:
             return cast(grad, dtype)
         of = {"function": self.function, "position": position, "kwargs": self.kwargs}
-        return Apply(derivative, (grad, *self.args), dtype, of, own_cost=3 * dtype.itemsize + self.cost)
+        return Apply(derivative, (grad, *self.args), dtype, of, extra=2 * dtype.itemsize + self.cost)
 
 
 def derivative(
@@ -198,7 +249,7 @@ def newest(value: Any) -> Number | None:
     found: list[Number] = []
 
     def note(node: Any) -> Any:
-        if isinstance(node, HeadOutput):
+        if isinstance(node, HeadOutput | HeadProduct):
             found.append(node.number)
         return node
 
@@ -208,7 +259,7 @@ def newest(value: Any) -> Number | None:
 
 def signature(value: Any) -> str:
     """The same for the same computation on every rank, and for another one another."""
-    if isinstance(value, HeadOutput):
+    if isinstance(value, HeadOutput | HeadProduct):
         return str(value.number)
     if isinstance(value, torch.Tensor):
         return digest(value)

@@ -81,17 +81,22 @@ def statistics_gradient(
     *,
     columns: Columns,
     dtype: torch.dtype,
+    in_place: bool = False,
 ) -> torch.Tensor:
     """The gradient of a block in ``dtype``, from those of a row's log-sum-exp, its entry at the label, and its sum.
 
-    All arguments but ``block`` are (rows, 1).
+    Args:
+        in_place: the block is nobody else's, so that the gradient may take its memory.
+        log_sum, labels, of_log_sum, of_entry, of_sum: (rows, 1).
     """
+    in_place = in_place and block.dtype == dtype
     triton = _triton(block.dtype, log_sum.dtype, block.device)
     if triton is not None and block.stride(-1) == 1 and dtype in _DTYPES:
-        out = torch.empty(block.shape, dtype=dtype, device=block.device)
+        out = block if in_place else torch.empty(block.shape, dtype=dtype, device=block.device)
         triton.statistics_gradient(block, log_sum, labels, of_log_sum, of_entry, of_sum, columns[0], out)
         return out
-    found = (block.to(log_sum.dtype) - log_sum).exp_().mul_(of_log_sum)
+    found = block.sub_(log_sum) if in_place and dtype == log_sum.dtype else block.to(log_sum.dtype) - log_sum
+    found.exp_().mul_(of_log_sum)
     if of_sum is not None:
         found.add_(of_sum)
     if labels is not None and of_entry is not None:

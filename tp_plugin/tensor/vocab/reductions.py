@@ -167,9 +167,9 @@ def _cross_entropy(
         return NotImplemented
     labels, ignored = _labels(input, target, ignore_index)
     log_sum, entry, *total = statistics(input, labels, label_smoothing > 0)
-    loss = log_sum - entry
+    loss = torch.sub(log_sum, entry, alpha=1 - label_smoothing)
     if label_smoothing:
-        loss = (1 - label_smoothing) * loss + label_smoothing * (log_sum - total[0] / input.vocabulary.size)
+        loss = torch.sub(loss, total[0], alpha=label_smoothing / input.vocabulary.size)
     dtype = _dtype_of(_plain_cross_entropy, input)
     return _reduce(loss, ignored, reduction, target.shape).to(dtype)
 

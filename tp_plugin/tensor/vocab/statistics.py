@@ -13,7 +13,7 @@ import torch
 
 from tp_plugin.tensor.vocab import kernels
 from tp_plugin.tensor.vocab.blocks import pieces
-from tp_plugin.tensor.vocab.expr import Apply, Expr, PerRow, add_one_hot, exact, take
+from tp_plugin.tensor.vocab.expr import Apply, Expr, HeadProduct, PerRow, add_one_hot, exact, take
 from tp_plugin.tensor.vocab.logits import Logits, in_graph
 from tp_plugin.tensor.vocab.vocabulary import Columns, Vocabulary
 
@@ -51,6 +51,7 @@ def statistics(logits: Logits, labels: torch.Tensor | None = None, with_sum: boo
         mine[0], mine[1:] = -torch.inf, 0
     for rows, block in blocks(expr, logits.rows, vocabulary, device, kernels.cost(expr.dtype, dtype, device)):
         kernels.row_statistics(block, None if labels is None else labels[rows], vocabulary.mine, mine[:, rows])
+        del block  # before the next is computed
     everyone = torch.stack(vocabulary.group.all_gather(mine))
     highest = kernels.finite(everyone[:, 0].amax(0))
     # added in one order on every rank: the results are equal
@@ -65,8 +66,9 @@ def _statistics_backward(saved: Any, grads: torch.Tensor, position: int) -> Expr
     expr, log_sum, labels = saved
     weights = [PerRow(grad.unsqueeze(-1), is_broadcast=False) for grad in grads]
     args = (exact(expr), PerRow(log_sum.unsqueeze(-1), is_broadcast=False), labels, *weights)
-    cost = kernels.cost(args[0].dtype, log_sum.dtype, log_sum.device) + expr.dtype.itemsize
-    return Apply(kernels.statistics_gradient, args, expr.dtype, of_block=True, own_cost=cost)
+    extra = kernels.cost(args[0].dtype, log_sum.dtype, log_sum.device)
+    fresh = {"in_place": isinstance(args[0], HeadProduct)}
+    return Apply(kernels.statistics_gradient, args, expr.dtype, fresh, of_block=True, extra=extra)
 
 
 def row_sums(logits: Logits) -> torch.Tensor:
