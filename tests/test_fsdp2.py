@@ -14,7 +14,7 @@ from models import adapted, batch, build, config_for, unpatched
 from workers import run
 
 STEPS, MICRO = 6, 2
-OPTIONS_OF_OURS = {"sequence_parallel", "expert_parallel", "overlap", "fuse"}
+OPTIONS_OF_OURS = {"sequence_parallel", "expert_parallel", "overlap", "fuse", "fused_head"}
 
 
 def _install() -> None:
@@ -203,6 +203,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "experts": {"expert_parallel": True},
     "fuse": {"overlap": False, "fuse": True},
     "neither": {"overlap": False},
+    "fused-head": {"fused_head": True},
     "compiled": {"compiled": "whole"},
     "compiled-regions": {"compiled": "regions"},
 }

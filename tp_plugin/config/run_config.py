@@ -28,6 +28,7 @@ class RunConfig:
         overlap: compute the gradients of weights while the gradient of their input is all-reduced over the TP group.
         fuse: compute linears that share an input, such as q, k and v, as one matrix product.
         save_timeout: seconds that other ranks wait for one that saves, since it last read a tensor or wrote a file.
+        fused_head: keep no logits: compute them block by block for the loss, and again for its gradient.
     """
 
     tp_size: int = 1
@@ -41,6 +42,7 @@ class RunConfig:
     overlap: bool = True
     fuse: bool = False
     save_timeout: float = 3600.0
+    fused_head: bool = False
 
     @staticmethod
     def parse(tp_size: object, options: object = None, origin: str = "") -> RunConfig:
@@ -123,5 +125,6 @@ _VALIDATORS: dict[str, Callable[[object, str, str], Any]] = {
     "overlap": _switch,
     "fuse": _switch,
     "save_timeout": _seconds,
+    "fused_head": _switch,
 }
 """Key in the ``tp_plugin`` mapping → what makes a field of ``RunConfig`` of its value, or refuses it."""

@@ -34,7 +34,7 @@ def build(config: RunConfig, mesh: Mesh) -> Runtime:
     sessions = Sessions(mesh, transport, sync_points, config.save_timeout)
     joint_reads = JointReads(mesh, transport, published, sessions)
     world_wait = WorldWait(mesh, sessions, reports.read, config.save_timeout)
-    remote_logits = RemoteLogits(mesh, transport, sync_points)
+    remote_logits = RemoteLogits(mesh, transport, sync_points, progress)
     hang_report = HangReport(mesh, transport, sync_points, sessions, reports.read)
     crash_report = CrashReport(mesh.rank, hang_report)
     mutual_wait = MutualWait(mesh, transport, reports.leave)

@@ -30,7 +30,7 @@ from tp_plugin.tensor.outputs import LayerOutputs
 from tp_plugin.tensor.parallel_residual import ParallelResidual
 from tp_plugin.tensor.peer_reads import PeerReads
 from tp_plugin.tensor.sequence import LayerRegion, Stack
-from tp_plugin.tensor.vocab import Vocabulary, VocabularyColumns
+from tp_plugin.tensor.vocab import FusedForward, Vocabulary, VocabularyColumns
 from tp_plugin.tensor.wgrad_overlap import BlockInput, ColumnParallelForward
 
 
@@ -85,7 +85,7 @@ def build_parts(
     for path, layers in stacks.items():
         parts.stacks.append(_stack(path, layers, parts, group))
     parts.outputs = _outputs(model, plan, parts, group)
-    _vocabulary(model, plan, parts, group, peers)
+    _vocabulary(model, plan, parts, group, peers, options)
     return parts
 
 
@@ -182,7 +182,7 @@ def _outputs(model: nn.Module, plan: Plan, parts: Parts, group: Group) -> dict[s
     return found
 
 
-def _vocabulary(model: nn.Module, plan: Plan, parts: Parts, group: Group, peers: PeerReads) -> None:
+def _vocabulary(model: nn.Module, plan: Plan, parts: Parts, group: Group, peers: PeerReads, options: RunConfig) -> None:
     for path in plan.embeddings:
         embedding, layout = model.get_submodule(path), plan.layouts[f"{path}.weight"]
         if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
@@ -202,6 +202,8 @@ def _vocabulary(model: nn.Module, plan: Plan, parts: Parts, group: Group, peers:
         fit_sizes(head, layout, group.rank)
         vocabulary = Vocabulary(layout.shape[0], layout.local_shape(group.rank)[0], group, peers)
         parts.heads[path] = VocabularyColumns(vocabulary)
+        if options.fused_head:
+            FusedForward.install(head, vocabulary)
 
 
 def _rows(layout: ParamLayout, dim: int, rank: int) -> Range:

@@ -113,6 +113,7 @@ def _init_unsharded_param(original: Any, self: Any) -> None:
     original(self)
     if made and current() is not None:
         rebind(self.sharded_param, self._unsharded_param)
+        self._unsharded_param.tp_gathered = True  # it is there only while its modules run
         hook_replica_sum(self._unsharded_param)
 
 
