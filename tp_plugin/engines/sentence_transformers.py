@@ -43,7 +43,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> tuple[torch.Tensor, ...]:
         ctx.group = group
-        return tuple(group.all_gather(tensor.contiguous()))
+        return tuple(part.clone() for part in group.all_gather(tensor))  # torch's are no views of one tensor
 
     @staticmethod
     @first_order

@@ -24,6 +24,7 @@ UNIT = ("tp", "unit_cpu")
 """Roles whose collectives are of the whole unit."""
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before 2.13
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass
@@ -89,15 +90,20 @@ class Group:
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The equally shaped tensors of all ranks, in rank order. Traced by torch.compile."""
+        """The equally shaped tensors of all ranks, in rank order: views of one tensor. Traced by torch.compile."""
+        return list(self.gathered(tensor).unbind(0))
+
+    def gathered(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The equally shaped tensors of all ranks, in rank order, as one: (…) → (size, …). Traced by torch.compile."""
         if self.size == 1:
-            return [tensor]
+            return tensor[None]
         if torch.compiler.is_compiling():
-            return list(traced_ops.all_gather(tensor, self.traced_name, self.size).unbind(0))
+            stacked: torch.Tensor = traced_ops.all_gather(tensor, self.traced_name, self.size)
+            return stacked
         tensor = tensor.contiguous()
-        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        gathered = tensor.new_empty(self.size, *tensor.shape)
         with self._running("all_gather", tensor):
-            dist.all_gather(gathered, tensor, group=self.pg)
+            _all_gather(gathered.view(-1), tensor.view(-1), group=self.pg)
         return gathered
 
     def reduce_scatter(self, chunks: torch.Tensor) -> torch.Tensor:
@@ -125,7 +131,7 @@ class Group:
             return Pending(tensor[None])
         tensor = tensor.contiguous()
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        start = functools.partial(dist.all_gather, list(gathered), tensor, group=self.pg, async_op=True)
+        start = functools.partial(_all_gather, gathered.view(-1), tensor.view(-1), group=self.pg, async_op=True)
         return self._start("all_gather", tensor, gathered, start)
 
     def start_reduce_scatter(self, chunks: torch.Tensor) -> Pending:

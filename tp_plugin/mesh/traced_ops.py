@@ -19,8 +19,8 @@ class TracedGroup(Protocol):
     def summed(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' tensors, as a tensor of its own."""
 
-    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The ranks' tensors."""
+    def gathered(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The ranks' tensors as one."""
 
     def reduce_scatter(self, chunks: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' chunks for this rank."""
@@ -40,7 +40,8 @@ def all_reduce(x: torch.Tensor, group: str, size: int) -> torch.Tensor:
 @torch.library.custom_op("tp_plugin::all_gather", mutates_args=())
 def all_gather(x: torch.Tensor, group: str, size: int) -> torch.Tensor:
     """(…) of each rank → (size, …)."""
-    return torch.stack(groups[group].all_gather(x))
+    gathered: torch.Tensor = groups[group].gathered(x)
+    return gathered
 
 
 @torch.library.custom_op("tp_plugin::reduce_scatter", mutates_args=())

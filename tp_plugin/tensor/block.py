@@ -140,12 +140,12 @@ class ParallelBlock:
         self.end()
         return sequence.reduce(output, self.stack, self.group)
 
-    def reduce(self, product: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """``g`` behind the block's row-parallel product, and the bias, which counts once."""
+    def reduce(self, product: torch.Tensor, bias: torch.Tensor | None, fresh: bool) -> torch.Tensor:
+        """``g`` behind the block's row-parallel product (``fresh``: nobody has seen it), and the bias, once."""
         self.end()
         if self.residual is not None and self.residual.merging:
             return self.residual.reduce(product, bias)
-        y = sequence.reduce(product, self.stack, self.group)
+        y = sequence.reduce(product, self.stack, self.group, fresh)
         return y if bias is None else y + bias.to(y.dtype)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:

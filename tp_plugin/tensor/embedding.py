@@ -49,7 +49,7 @@ class VocabularyRows:
     def summed(self, output: torch.Tensor) -> torch.Tensor:
         """The embeddings of the ids last given to :meth:`local`, from this rank's rows ``output`` (…, width)."""
         rows = output.masked_fill(self._elsewhere.pop().unsqueeze(-1), 0)
-        return regions.reduce_from_tp(rows, self.group)
+        return regions.reduce_from_tp(rows, self.group, fresh=True)
 
 
 class ParallelEmbeddingForward(WrappedForward):

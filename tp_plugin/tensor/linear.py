@@ -30,18 +30,18 @@ class RowParallelForward(WrappedForward):
 
     def run(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """This rank's features (…, in / tp) → the full output (…, out)."""
-        bias: torch.Tensor | None = getattr(self.module, "bias", None)  # every rank holds all of it
-        return self.block.reduce(self._product(x, *args, **kwargs), bias)
-
-    def _product(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         module: Any = self.module
+        bias: torch.Tensor | None = getattr(module, "bias", None)  # every rank holds all of it
         if runs_as(self.own, nn.Linear):
-            return F.linear(x, module.weight)
+            return self.block.reduce(F.linear(x, module.weight), bias, fresh=True)
         if runs_as(self.own, Conv1D):
             # one matrix by another: F.linear would copy the transposed weight, and keep the copy for the backward
-            return torch.mm(x.reshape(-1, x.shape[-1]), module.weight).view(*x.shape[:-1], -1)
+            flat = torch.mm(x.reshape(-1, x.shape[-1]), module.weight)
+            product = torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], flat.shape[-1]])  # no view to autograd
+            return self.block.reduce(product, bias, fresh=True)
         with without_bias(module):
-            return self.own(x, *args, **kwargs)
+            product = self.own(x, *args, **kwargs)
+        return self.block.reduce(product, bias, fresh=False)
 
 
 def fit_sizes(module: nn.Module, layout: ParamLayout, rank: int) -> None:

@@ -39,6 +39,6 @@ class TPRMSNorm(WrappedForward):
         mine = torch.cat([x[..., a:b] for a, b in self.owned], dim=-1) if self.owned else x[..., :0]
         squares = mine.pow(2).sum(-1, keepdim=True)
         # every rank uses the sum on its own share, so its gradient is the ranks' sum
-        total = regions.copy_to_tp(regions.reduce_from_tp(squares, self.group), self.group)
+        total = regions.copy_to_tp(regions.reduce_from_tp(squares, self.group, fresh=True), self.group)
         scaled: torch.Tensor = module.weight * (x * torch.rsqrt(total / self.width + module.variance_epsilon))
         return scaled.to(hidden_states.dtype)

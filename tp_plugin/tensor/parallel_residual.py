@@ -87,7 +87,7 @@ class ParallelResidual:
             self._kept = product, bias
             return sequence.zeros(product, self.stack)
         (other, other_bias), self._kept = self._kept, None
-        y = sequence.reduce(product + other, self.stack, self.group)
+        y = sequence.reduce(product + other, self.stack, self.group, fresh=True)
         for b in (bias, other_bias):
             y = y if b is None else y + b.to(y.dtype)
         return y

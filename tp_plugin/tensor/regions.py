@@ -36,13 +36,16 @@ class ReduceFromTP(torch.autograd.Function):
     """The node of :func:`reduce_from_tp`."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        return group.summed(x)
+    def forward(ctx: Any, x: torch.Tensor, group: Group, in_place: bool) -> torch.Tensor:
+        if not in_place:
+            return group.summed(x)
+        ctx.mark_dirty(x)
+        return group.all_reduce(x)
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grad, None, None
 
 
 class _GatherFromTP(torch.autograd.Function):
@@ -76,9 +79,19 @@ def copy_all_to_tp(xs: Sequence[torch.Tensor], group: Group) -> list[torch.Tenso
     return entered
 
 
-def reduce_from_tp(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """``g``: the sum of ``x`` over ``group``; the gradient passes unchanged."""
-    return ReduceFromTP.apply(x, group) if group.size > 1 else x
+def reduce_from_tp(x: torch.Tensor, group: Group, fresh: bool = False) -> torch.Tensor:
+    """``g``: the sum of ``x`` over ``group``; the gradient passes unchanged.
+
+    Args:
+        fresh: the caller has just computed ``x`` by an operation that does not save its result, and nobody else has
+            seen it: it is summed in place.
+    """
+    if group.size == 1:
+        return x
+    # a view's base may be another's; a graph is functional, and its compiler reuses what is free
+    in_place = fresh and x.is_contiguous() and not x._is_view() and not torch.compiler.is_compiling()
+    summed: torch.Tensor = ReduceFromTP.apply(x, group, in_place)
+    return summed
 
 
 def gather_from_tp(x: torch.Tensor, group: Group) -> torch.Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -216,12 +215,26 @@ def fill(x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
 
 def gather_tokens(x: torch.Tensor, dim: int, length: int, group: Group) -> torch.Tensor:
     """The parts of all ranks, without what they were filled up with."""
-    return _concatenated(group.all_gather(x), dim, length)
+    return _concatenated(group.gathered(x), dim, length)
 
 
-def _concatenated(parts: Sequence[torch.Tensor] | torch.Tensor, dim: int, length: int) -> torch.Tensor:
-    # layers call view() on what they get
-    return torch.cat(list(parts), dim).narrow(dim, 0, length).contiguous()
+def _concatenated(parts: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    """(size, …, own, …) → (…, length, …), contiguous, for layers call view() on what they get.
+
+    The ranks' parts lie one behind the other, which is their order already where no dimension stands before that of
+    the tokens but a batch of one. Else each is copied to its place, once.
+    """
+    size, shape = parts.shape[0], parts.shape[1:]
+    own = shape[dim]
+    if dim == 0 or shape[0] == 1:
+        whole = parts.view(*shape[:dim], size * own, *shape[dim + 1 :])
+        return whole if length == size * own else whole.narrow(dim, 0, length)
+    return torch.cat([part.narrow(dim, 0, _owned(length, own, rank)) for rank, part in enumerate(parts.unbind(0))], dim)
+
+
+def _owned(length: int, own: int, rank: int) -> int:
+    """How many tokens of ``length`` a rank has, beside what fills it up to ``own``."""
+    return min(own, max(0, length - own * rank))
 
 
 def reduce_scatter_tokens(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
@@ -235,10 +248,20 @@ def start_reduce_scatter_tokens(x: torch.Tensor, dim: int, group: Group) -> Pend
 
 
 def _chunks(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-    own = -(-x.shape[dim] // group.size)
-    # not unflatten, which torch.compile does not trace where dropouts are seeded
-    parts = fill(x, dim, own * group.size).reshape(*x.shape[:dim], group.size, own, *x.shape[dim + 1 :])
-    return parts.movedim(dim, 0).contiguous()
+    """(…, length, …) → (size, …, own, …), contiguous: ``x`` itself, or one copy of it, as in :func:`_concatenated`."""
+    size, length = group.size, x.shape[dim]
+    own = -(-length // size)
+    before, after = x.shape[:dim], x.shape[dim + 1 :]
+    if length == own * size:
+        # not unflatten, which torch.compile does not trace where dropouts are seeded
+        return x.reshape(*before, size, own, *after).movedim(dim, 0).contiguous()
+    chunks = x.new_zeros(size, *before, own, *after)
+    full = length // own
+    chunks[:full] = x.narrow(dim, 0, full * own).reshape(*before, full, own, *after).movedim(dim, 0)
+    if full < size:
+        rest = length - full * own
+        chunks[full].narrow(dim, 0, rest).copy_(x.narrow(dim, full * own, rest))
+    return chunks
 
 
 class Split(torch.autograd.Function):
@@ -252,7 +275,7 @@ class Split(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gather_tokens(grad.contiguous(), SEQUENCE, ctx.length, ctx.group), None
+        return gather_tokens(grad, SEQUENCE, ctx.length, ctx.group), None
 
 
 class Join(torch.autograd.Function):
@@ -261,7 +284,7 @@ class Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, stack: Stack, length: int) -> torch.Tensor:
         ctx.stack, ctx.length = stack, length
-        return gather_tokens(x.contiguous(), SEQUENCE, length, stack.group)
+        return gather_tokens(x, SEQUENCE, length, stack.group)
 
     @staticmethod
     @first_order
@@ -277,7 +300,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, length: int, group: Group) -> torch.Tensor:
         ctx.dim, ctx.group = dim, group
-        return gather_tokens(x.contiguous(), dim, length, group)
+        return gather_tokens(x, dim, length, group)
 
     @staticmethod
     @first_order
@@ -296,7 +319,7 @@ class Scatter(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return gather_tokens(grad.contiguous(), ctx.dim, ctx.length, ctx.group), None, None
+        return gather_tokens(grad, ctx.dim, ctx.length, ctx.group), None, None
 
 
 def enter(x: torch.Tensor, stack: Stack | None, group: Group) -> torch.Tensor:
@@ -311,8 +334,8 @@ def zeros(product: torch.Tensor, stack: Stack | None) -> torch.Tensor:
     return torch.zeros_like(product)
 
 
-def reduce(product: torch.Tensor, stack: Stack | None, group: Group) -> torch.Tensor:
-    """The end of a block: ``g``, or the scattering of the tokens."""
+def reduce(product: torch.Tensor, stack: Stack | None, group: Group, fresh: bool = False) -> torch.Tensor:
+    """The end of a block: ``g``, or the scattering of the tokens; ``fresh`` as in :func:`regions.reduce_from_tp`."""
     if stack is not None and stack.runs:
         return stack.leave(product)
-    return regions.reduce_from_tp(product, group)
+    return regions.reduce_from_tp(product, group, fresh)

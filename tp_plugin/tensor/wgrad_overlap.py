@@ -6,12 +6,16 @@ only. The block's input is one node over the input *and* the linears' parameters
 parameters' gradients while that is under way, and waits (Megatron-LM: ``gradient_accumulation_fusion`` and its
 asynchronous all-reduce; here for all linears of a block together).
 
+The linears hand the input's gradient to that node by themselves, and give none to autograd: what autograd brings may be
+somebody else's, too, and would have to be copied before it is summed in place. (Where a second derivative is asked for,
+autograd brings it.)
+
 Linears that read one input and whose weights lie back to back in one storage run as one: the first that is called
 computes the outputs of all, and its siblings' are ready when those are called.
 
 Both hold for the very tensor that entered the block, for plain parameters, and while gradients are recorded. Whatever
-else a linear is called with (a hook's or an adapter's tensor, partitioned or frozen weights, under ``torch.compile``)
-takes the layer's own forward; the ranks' collectives are the same either way.
+else a linear is called with (a hook's or an adapter's tensor, partitioned weights, under ``torch.compile``) takes the
+layer's own forward; the ranks' collectives are the same either way.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tp_plugin.mesh.groups import Group
+from tp_plugin.mesh.groups import Group, Pending
 from tp_plugin.tensor import regions, sequence
 from tp_plugin.tensor.first_order import first_order
 from tp_plugin.tensor.forward import Forward, WrappedForward
@@ -40,14 +44,14 @@ class WeightGradTask(NamedTuple):
         places: which linears of the block, concatenated in ``grad``, and how wide each is.
         transposed: whether their weights are (in, out).
         grad: the gradient of their output (…, out).
-        x: their input, or what gathers it.
+        x: their input, or what gathers it; None if no weight is trained.
     """
 
     task: int
     places: tuple[tuple[int, int], ...]
     transposed: bool
     grad: torch.Tensor
-    x: torch.Tensor | Regather
+    x: torch.Tensor | Regather | None
 
 
 @dataclasses.dataclass
@@ -55,16 +59,20 @@ class BlockRun:
     """One run of a block.
 
     Attributes:
-        entered: the tensors that entered.
         parameters: linear → its number, weight and bias as the input's node knows them.
+        flat: these weights and biases, by number.
+        entered: the tensors that entered.
         tasks: filled and emptied by each backward.
+        given: the gradient of the one input by the backward it belongs to; likewise.
         regather: what gathers the input again in the backward, if autograd does not keep it whole.
         ready: outputs of linears that were computed with a sibling's.
     """
 
-    entered: list[torch.Tensor]
     parameters: dict[nn.Module, tuple[int, torch.Tensor, torch.Tensor | None]]
-    tasks: list[WeightGradTask]
+    flat: list[torch.Tensor | None] = dataclasses.field(default_factory=list)
+    entered: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    tasks: list[WeightGradTask] = dataclasses.field(default_factory=list)
+    given: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     regather: Regather | None = None
     ready: dict[nn.Module, torch.Tensor] = dataclasses.field(default_factory=dict)
 
@@ -93,12 +101,12 @@ class BlockInput:
         parameters = self._parameters() if self._may_overlap(xs, group) else {}
         if not parameters:
             return [sequence.enter(xs[0], stack, group)] if gathered else regions.copy_all_to_tp(xs, group)
-        tasks: list[WeightGradTask] = []
+        run = BlockRun(parameters)
         span = stack.span(xs[0]) if stack is not None and gathered else None
-        flat = [p for _, weight, bias in parameters.values() for p in (weight, bias)]
-        entered = list(_BlockInput.apply(tasks, group, span, self.overlap, len(xs), *xs, *flat))
-        self.run = BlockRun(entered, parameters, tasks)
-        return entered
+        run.flat = [p for _, weight, bias in parameters.values() for p in (weight, bias)]
+        run.entered = list(_BlockInput.apply(run.tasks, run.given, group, span, self.overlap, len(xs), *xs, *run.flat))
+        self.run = run
+        return run.entered
 
     def end(self) -> None:
         """The block's linears have run."""
@@ -150,8 +158,12 @@ class BlockInput:
         return (linear,)
 
 
+def _is_trained(parameter: torch.Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad
+
+
 def _is_plain(parameter: object) -> bool:
-    return type(parameter) is nn.Parameter and parameter.requires_grad and not hasattr(parameter, "ds_id")
+    return type(parameter) is nn.Parameter and not hasattr(parameter, "ds_id")
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -187,37 +199,52 @@ class _BlockInput(torch.autograd.Function):
     def forward(
         ctx: Any,
         tasks: list[WeightGradTask],
+        given: dict[int, torch.Tensor],
         group: Group,
         span: tuple[int, int] | None,
         overlap: bool,
         count: int,
         *all: Any,
     ) -> tuple[torch.Tensor, ...]:
-        ctx.tasks, ctx.group, ctx.span, ctx.overlap, ctx.count = tasks, group, span, overlap, count
+        ctx.tasks, ctx.given, ctx.group, ctx.span, ctx.overlap, ctx.count = tasks, given, group, span, overlap, count
         xs, parameters = all[:count], all[count:]
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
+        ctx.set_materialize_grads(count > 1)
         if span is not None:
-            return tuple(sequence.gather_tokens(x.contiguous(), *span, group) for x in xs)
+            return tuple(sequence.gather_tokens(x, *span, group) for x in xs)
         return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if ctx.span is not None:
-            under_way = sequence.start_reduce_scatter_tokens(grads[0], ctx.span[0], ctx.group)
-        elif len(grads) == 1:  # a copy: autograd may hand the same gradient to another consumer
-            under_way = ctx.group.start_all_reduce(grads[0].clone(memory_format=torch.contiguous_format))
-        else:
-            under_way = ctx.group.start_all_reduce(torch.cat([grad.reshape(-1) for grad in grads]))
+        first = 6 + ctx.count
+        wanted = ctx.needs_input_grad[first:]
+        ours = ctx.given.pop(torch._C._current_graph_task_id(), None)
+        ctx.given.clear()
+        if ours is None and grads[0] is None:  # nothing came, on no rank
+            return (None,) * len(ctx.needs_input_grad)
+        under_way = _start_sum(ctx, ours, grads)
         if not ctx.overlap:
             under_way.wait()
-        first = 5 + ctx.count
-        found = _gradients(ctx.tasks, ctx.dtypes, ctx.needs_input_grad[first:])
+        found = _gradients(ctx.tasks, ctx.dtypes, wanted)
         summed = under_way.wait()
         if len(grads) > 1:
             parts = summed.split([grad.numel() for grad in grads])
-            return *[None] * 5, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True)), *found
-        return *[None] * 5, summed, *found
+            return *[None] * 6, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True)), *found
+        return *[None] * 6, summed, *found
+
+
+def _start_sum(ctx: Any, ours: torch.Tensor | None, grads: Sequence[torch.Tensor]) -> Pending:
+    """Begin to sum the input's gradient: ``ours``, which nobody else knows, and what autograd has brought."""
+    if len(grads) > 1:
+        return ctx.group.start_all_reduce(torch.cat([grad.reshape(-1) for grad in grads]))  # type: ignore[no-any-return]
+    (brought,) = grads
+    total = brought if ours is None else ours if brought is None else ours.add_(brought)
+    if ctx.span is not None:
+        return sequence.start_reduce_scatter_tokens(total, ctx.span[0], ctx.group)
+    # a copy of what is not ours: autograd may hand the same gradient to another consumer
+    mine = total.clone(memory_format=torch.contiguous_format) if ours is None else total
+    return ctx.group.start_all_reduce(mine)  # type: ignore[no-any-return]
 
 
 def _gradients(
@@ -236,14 +263,15 @@ def _gradients(
 
     while mine:
         _, places, transposed, grad, x = mine.pop(0)
-        whole = x.take() if isinstance(x, Regather) else x
-        rows = whole.reshape(-1, whole.shape[-1]).to(grad.dtype)
         grad = grad.reshape(-1, grad.shape[-1])
         widths = [width for _, width in places]
-        if any(wanted[2 * number] for number, _ in places):
+        if x is not None:
+            whole = x.take() if isinstance(x, Regather) else x
+            rows = whole.reshape(-1, whole.shape[-1]).to(grad.dtype)
             weight = rows.t() @ grad if transposed else grad.t() @ rows
             for (number, _), part in zip(places, weight.split(widths, 1 if transposed else 0), strict=True):
-                add(2 * number, part)
+                if wanted[2 * number]:
+                    add(2 * number, part)
         if any(wanted[2 * number + 1] for number, _ in places):
             for (number, _), part in zip(places, grad.sum(0).split(widths), strict=True):
                 if wanted[2 * number + 1]:
@@ -256,16 +284,26 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: BlockRun, numbers: tuple[int, ...], transposed: bool, x: torch.Tensor, *parameters: Any
+        ctx: Any,
+        run: BlockRun,
+        numbers: tuple[int, ...],
+        transposed: bool,
+        x: torch.Tensor,
+        *parameters: Any,
     ) -> tuple[torch.Tensor, ...]:
         count = len(numbers)
         weights, biases = parameters[:count], parameters[count:]
-        ctx.tasks, ctx.regather, ctx.transposed, ctx.dtype = run.tasks, run.regather, transposed, x.dtype
+        trained = any(_is_trained(run.flat[2 * number]) for number in numbers)
+        learns = trained or any(_is_trained(run.flat[2 * number + 1]) for number in numbers)
+        ctx.tasks, ctx.transposed, ctx.dtype = run.tasks if learns else None, transposed, x.dtype
+        ctx.trained, ctx.regather = trained, run.regather if trained else None
+        watched = len(run.entered) > 1 or x._backward_hooks or x.retains_grad  # by somebody's hook on its gradient
+        ctx.given = None if watched else run.given
         widths = [weight.shape[1 if transposed else 0] for weight in weights]
         ctx.places = tuple(zip(numbers, widths, strict=True))
         if ctx.regather is not None:
             ctx.regather.count()
-        ctx.save_for_backward(*weights, *([x] if ctx.regather is None else []))
+        ctx.save_for_backward(*weights, *([x] if trained and ctx.regather is None else []))
         bias = torch.cat(biases) if len(biases) > 1 else biases[0] if biases else None
         if transposed:  # one matrix by another: F.linear would copy the transposed weight
             flat = x.reshape(-1, x.shape[-1])
@@ -278,15 +316,24 @@ class _Linears(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: checkpoints give each tensor only once
-        weights, x = saved[: len(ctx.places)], saved[-1] if ctx.regather is None else ctx.regather
+        weights, x = saved[: len(ctx.places)], ctx.regather
         if ctx.regather is not None:
             ctx.regather.start()  # while the input's gradient is computed
+        elif ctx.trained:
+            x = saved[-1]
         grad = torch.cat(grads, -1) if len(grads) > 1 else grads[0]
-        ctx.tasks.append(WeightGradTask(torch._C._current_graph_task_id(), ctx.places, ctx.transposed, grad, x))
+        task = torch._C._current_graph_task_id()
+        if ctx.tasks is not None:
+            ctx.tasks.append(WeightGradTask(task, ctx.places, ctx.transposed, grad, x))
         weight = _one(weights).to(grad.dtype)
         back = grad.reshape(-1, grad.shape[-1]) @ (weight.t() if ctx.transposed else weight)
         back = back.to(ctx.dtype).view(*grad.shape[:-1], back.shape[-1])
-        return *[None] * 3, back, *[None] * (len(ctx.needs_input_grad) - 4)
+        nothing = [None] * (len(ctx.needs_input_grad) - 4)
+        if ctx.given is None or any(each.requires_grad for each in grads):
+            return *[None] * 3, back, *nothing
+        before = ctx.given.get(task)
+        ctx.given[task] = back if before is None else before.add_(back)
+        return *[None] * 4, *nothing
 
 
 def _one(weights: Sequence[torch.Tensor]) -> torch.Tensor:
