@@ -11,6 +11,7 @@ from typing import Any
 
 from tp_plugin.errors import DivergenceError
 from tp_plugin.mesh.roles import Mesh
+from tp_plugin.runtime.last_micro_batch import Known, LastMicroBatch
 from tp_plugin.runtime.script_position import in_torch_collective
 from tp_plugin.runtime.sync_points import SyncPoints
 from tp_plugin.runtime.transport import PeerTransport
@@ -34,8 +35,9 @@ class Sessions:
         leaving: whether this rank is at the end of its script.
     """
 
-    def __init__(self, mesh: Mesh, transport: PeerTransport, sync_points: SyncPoints):
+    def __init__(self, mesh: Mesh, transport: PeerTransport, sync_points: SyncPoints, last_micro_batch: LastMicroBatch):
         self._mesh, self._transport, self._sync_points = mesh, transport, sync_points
+        self._last = last_micro_batch
         self._open: set[str] = set()
         self._finished: Counter[tuple[str, int]] = Counter()
         self._failed: dict[tuple[str, int], bytes] = {}
@@ -44,16 +46,19 @@ class Sessions:
         self.leaving = False
         transport.serve("status", self._show_status)
         transport.serve("presence", self._show_presence)
+        transport.serve("last micro-batch", self._show_last)
 
     @contextlib.contextmanager
     def together(self, session: str) -> Iterator[None]:
         """A call that ranks leave together: a peer that does nothing in it returns when the leader's work is done.
 
         What one rank raises in it, all that made the call raise: a disk that is full for the leader is full for the
-        process that the unit is.
+        process that the unit is. The leader first looks whether the last micro-batch was one on all ranks.
         """
         self.enter(session)
         try:
+            if self._mesh.is_leader:
+                self._compare_last()
             yield
         except Exception as error:
             self.leave(session, error)
@@ -150,6 +155,18 @@ class Sessions:
             "finished": self._finished[session, clock],
             "failed": self._failed.get((session, clock)),
         }
+
+    def _compare_last(self) -> None:
+        """Peers may be anywhere; what all know of the same backward is compared, and the rest where they meet."""
+        try:
+            known = [self._show_last(), *(self._transport.ask(rank, "last micro-batch") for rank in self.peers())]
+        except (EOFError, OSError):
+            return  # that rank is gone, or does not answer
+        if len({at for at, _ in known}) == 1:
+            self._last.judge([one for _, one in known])
+
+    def _show_last(self) -> tuple[tuple[int, int], Known]:
+        return (self._sync_points.clock, self._last.backwards), self._last.known()
 
     def _show_presence(self, session: str, begun: int) -> str:
         if session in self._open:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tp_plugin.mesh import host_copy
 from tp_plugin.tensor.vocab.elementwise import cast, elementwise
 from tp_plugin.tensor.vocab.gather import together
 from tp_plugin.tensor.vocab.logits import Logits
@@ -208,7 +209,7 @@ def _check_range(at: torch.Tensor, ignored: torch.Tensor | None, size: int, mess
     wrong = (at < 0) | (at >= size)
     if ignored is not None:
         wrong &= ~ignored
-    if at.is_cuda:
+    if not host_copy.is_on_host(at):
         torch._assert_async(~wrong.any(), message.format("?", size))
     elif wrong.any():
         raise IndexError(message.format(at[wrong][0].item(), size))
