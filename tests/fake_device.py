@@ -7,6 +7,7 @@ nonsense until an event that was recorded behind it has been waited for.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import unittest.mock
 from collections.abc import Iterator
@@ -14,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 import tp_plugin
 
 METHODS = {
     "item", "cpu", "__bool__", "__float__", "__int__", "__index__", "tolist", "nonzero", "numpy", "is_nonzero", "equal",
-    "argwhere", "masked_select", "unique", "allclose",
+    "argwhere", "masked_select", "unique", "allclose", "to",
 }  # fmt: skip
+FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange")
 OPERATORS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2"}
 TORCH, PLUGIN = (str(Path(module.__file__ or "").parent) for module in (torch, tp_plugin))
 
@@ -38,6 +40,12 @@ def waits_of_ours() -> str | None:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+@contextlib.contextmanager
+def _as_is() -> Iterator[None]:
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
+
+
 class FakeDevice:
     """Attributes:
     syncs: what the plugin's lines did that waits for the device.
@@ -47,12 +55,15 @@ class FakeDevice:
     def __init__(self) -> None:
         self.syncs: list[str] = []
         self.theirs = 0
-        self._storages: set[int] = set()
+        self._storages: dict[int, StorageWeakRef] = {}  # while it has one, a storage's address is not used again
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def claim(self, *tensors: torch.Tensor) -> None:
         """These lie on the device."""
-        self._storages.update(tensor.untyped_storage()._cdata for tensor in tensors)
+        with torch._C.DisableTorchFunction():
+            for tensor in tensors:
+                storage = tensor.untyped_storage()
+                self._storages[storage._cdata] = StorageWeakRef(storage)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         with torch._C.DisableTorchFunction():
@@ -76,11 +87,19 @@ class FakeDevice:
                 return True
 
             def synchronize(self) -> None:
-                for into, source in self.copies:
-                    into.copy_(source)
+                with _as_is():
+                    for into, source in self.copies:
+                        into.copy_(source)
 
-        elsewhere = unittest.mock.patch.object(host_copy, "is_on_host", lambda tensor: not fake.holds(tensor))
-        with elsewhere, unittest.mock.patch.object(torch, "Event", Event), _Calls(self), _Operators(self):
+        with contextlib.ExitStack() as patches:
+            for owner, name, replacement in (
+                (host_copy, "is_on_host", lambda tensor: not fake.holds(tensor)),
+                (torch, "Event", Event),
+                *((torch.Tensor, name, _watched(self, name)) for name in METHODS),
+                *((torch, name, _placed(self, getattr(torch, name))) for name in FACTORIES),
+            ):
+                patches.enter_context(unittest.mock.patch.object(owner, name, replacement))
+            patches.enter_context(_Operators(self))
             yield
 
     def note(self, what: str) -> None:
@@ -91,35 +110,41 @@ class FakeDevice:
             self.syncs.append(f"{what} at {line}")
 
     def late_copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
+        with _as_is():
             late = torch.full_like(tensor, 77)
             self._copies.append((late, tensor.clone()))
-        self._storages.discard(late.untyped_storage()._cdata)
         return late
 
 
-class _Calls(TorchFunctionMode):
-    """What Python calls: these never come to an operator where the tensor lies on the host in truth."""
+def _watched(fake: FakeDevice, name: str) -> Any:
+    """A method of tensors that waits for their device; it may never come to an operator where they lie on the host."""
+    original = getattr(torch.Tensor, name)
 
-    def __init__(self, fake: FakeDevice):
-        super().__init__()
-        self.fake = fake
+    @functools.wraps(original)
+    def method(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # "cpu" is the host, and a device that was asked of another tensor is the fake one
+        to_host = name != "to" or "cpu" in [each for each in (*args, *kwargs.values()) if isinstance(each, str)]
+        if to_host and fake.holds(self):
+            if name == "to" and kwargs.get("non_blocking"):
+                return fake.late_copy(self)
+            fake.note(name)
+        return original(self, *args, **kwargs)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        if first is not None and name in METHODS | {"to"} and self.fake.holds(first):
-            # a device that was asked of a tensor is the fake one
-            to_host = name == "to" and any(isinstance(v, str) and v == "cpu" for v in (*args[1:], *kwargs.values()))
-            if to_host and kwargs.get("non_blocking"):
-                return self.fake.late_copy(first)
-            if name in METHODS or to_host:
-                self.fake.note(name)
-        found = func(*args, **kwargs)
-        if isinstance(kwargs.get("device"), torch.device) and isinstance(found, torch.Tensor):
-            self.fake.claim(found)  # made where another tensor lies
-        return found
+    return method
+
+
+def _placed(fake: FakeDevice, original: Any) -> Any:
+    """A function that makes tensors: on the device if it is told that of another tensor."""
+
+    @functools.wraps(original)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        made = original(*args, **kwargs)
+        by_torch = sys._getframe(1).f_code.co_filename.startswith(TORCH)  # what it sends objects in, for instance
+        if isinstance(kwargs.get("device"), torch.device) and not by_torch:
+            fake.claim(made)
+        return made
+
+    return function
 
 
 class _Operators(TorchDispatchMode):
@@ -140,11 +165,7 @@ class _Operators(TorchDispatchMode):
         if on_device and (name in OPERATORS or masked):
             self.fake.note(name)
         found = func(*args, **kwargs)
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, torch.Tensor):
-                with torch._C.DisableTorchFunction():
-                    place = tensor.untyped_storage()._cdata
-                (self.fake._storages.add if on_device else self.fake._storages.discard)(place)
-        if on_device and name.endswith("_"):
-            self.fake.claim(*held)
+        if on_device:
+            made = [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+            self.fake.claim(*made, *(held if name.endswith("_") else ()))
         return found

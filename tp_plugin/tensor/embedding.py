@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tp_plugin.mesh import host_copy
 from tp_plugin.mesh.groups import Group
 from tp_plugin.tensor import regions
 
@@ -43,11 +44,11 @@ class VocabularyRows:
         """Token ids of any shape → numbers of this rank's rows.
 
         Raises:
-            IndexError: an id is outside the vocabulary; all ranks see the same ids, so all of them raise. On CUDA and
-                in compiled graphs it is an assertion on the device, as in plain torch: nothing waits for the device.
+            IndexError: an id is outside the vocabulary; all ranks see the same ids, so all of them raise. On a device
+                (and in compiled graphs) it is an assertion there, as in plain torch: nothing waits for the device.
         """
         valid = ((ids >= 0) & (ids < self.size)).all()
-        if ids.is_cuda or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not host_copy.is_on_host(ids):
             torch._assert_async(valid, "index out of range in self")
         elif not valid:
             raise IndexError("index out of range in self")
