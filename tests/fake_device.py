@@ -30,14 +30,23 @@ OPERATORS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_se
 TORCH, PLUGIN = (str(Path(module.__file__ or "").parent) for module in (torch, tp_plugin))
 
 
-def waits_of_ours() -> str | None:
-    """The plugin's line that calls now, if torch was called by the plugin."""
+def line_of_ours() -> str | None:
+    """The plugin's line that calls now, through functions of torch or not; None if it is another's.
+
+    What torch does in a call that the plugin has wrapped (``original``) is torch's.
+    """
     frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith((TORCH, __file__, "<")):
+    while frame is not None and frame.f_code.co_filename.startswith((__file__, "<")):
         frame = frame.f_back
-    if frame is None or not frame.f_code.co_filename.startswith(PLUGIN):
-        return None
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    through_torch = False
+    while frame is not None:
+        file = frame.f_code.co_filename
+        is_wrapper = through_torch and file.startswith(PLUGIN) and "original" in frame.f_locals
+        if not file.startswith(TORCH) and not is_wrapper:
+            return f"{file}:{frame.f_lineno}" if file.startswith(PLUGIN) else None
+        through_torch = True
+        frame = frame.f_back
+    return None
 
 
 @contextlib.contextmanager
@@ -103,7 +112,7 @@ class FakeDevice:
             yield
 
     def note(self, what: str) -> None:
-        line = waits_of_ours()
+        line = line_of_ours()
         if line is None:
             self.theirs += 1
         else:

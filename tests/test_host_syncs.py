@@ -61,17 +61,18 @@ def trained(dispatch: bool, scaled: bool) -> None:
             loss = model(**data).loss
             losses.append(loss.detach())
             assert fake.holds(loss)
+            accelerator.backward(loss if scaler is None else scaler.scale(loss))
+            if count % 2 == 0:
+                continue
             if scaler is not None:
-                scaler.scale(loss).backward()
                 scaler.unscale_(optimizer.optimizer)
-            else:
-                accelerator.backward(loss)
-            if count % 2:
-                accelerator.clip_grad_norm_(model.parameters(), 1.0)
-                scaler.step(optimizer.optimizer) if scaler is not None else optimizer.step()
-                optimizer.zero_grad()
-            if scaler is not None and count % 2:
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            if scaler is not None:
+                scaler.step(optimizer.optimizer)
                 scaler.update()
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
     assert len(losses) > 8, "a look at replicated weights is among the steps"
     assert all(torch.isfinite(loss) for loss in losses)
     print("SYNCS", json.dumps(fake.syncs), flush=True)
