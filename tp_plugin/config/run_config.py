@@ -19,6 +19,7 @@ class RunConfig:
     Attributes:
         tp_size: ranks per TP group; 1 means off.
         policy: ``module:NAME`` of a policy to use instead of the registered one.
+        guard: compare batches and losses within the TP group at every that many forwards; 0 means never.
         audit_every: compare replicas across the TP group every that many training forwards; 0 means never.
         audit_tolerance: relative difference of replicas up to which the audit takes it for rounding.
         audit_repair: give all ranks of the TP group the first one's values where the audit finds a difference.
@@ -33,6 +34,7 @@ class RunConfig:
 
     tp_size: int = 1
     policy: str | None = None
+    guard: int = 1
     audit_every: int = 0
     audit_tolerance: float = 1e-5
     audit_repair: bool = False
@@ -82,6 +84,21 @@ def _whole_number(value: object, key: str, place: str, least: int = 0) -> int:
     return value
 
 
+def _how_often(value: object, key: str, place: str) -> int:
+    if value is False:  # which YAML takes `off` for
+        return 0
+    words = {"always": 1, "off": 0}
+    if isinstance(value, str) and value in words:
+        return words[value]
+    try:
+        return _whole_number(value, key, place)
+    except TPError:
+        raise TPError(
+            f"{key}: expected always, off or a whole number of forwards, found {value!r}{place}; write for example "
+            f"`{key}: always`"
+        ) from None
+
+
 def _fraction(value: object, key: str, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise TPError(
@@ -116,6 +133,7 @@ def _model_types(value: object, key: str, place: str) -> tuple[str, ...]:
 
 _VALIDATORS: dict[str, Callable[[object, str, str], Any]] = {
     "policy": _policy_name,
+    "guard": _how_often,
     "audit_every": _whole_number,
     "audit_tolerance": _fraction,
     "audit_repair": _switch,

@@ -57,7 +57,7 @@ def install() -> None:
     wrap(torch.amp.GradScaler, "_unscale_grads_", _unscale_grads)
     patch(torch.utils.data.distributed, "dist", _Replicas())
     wrap(torch.Tensor, "backward", _backward)
-    wrap(torch.autograd, "_engine_run_backward", in_step)
+    wrap(torch.autograd, "_engine_run_backward", _run_backward)
     wrap(torch.optim.Optimizer, "zero_grad", in_step)
     wrap(torch.nn.Module, "zero_grad", in_step)
     functional_call.install()
@@ -117,8 +117,22 @@ def _register_comm_hook(original: Any, self: Any, state: Any, hook: Any) -> Any:
 def _backward(original: Any, self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     runtime = current()
     if runtime is not None:
-        runtime.last_loss.backward_from(self)
+        runtime.last_micro_batch.backward_from(self)
     return original(self, *args, **kwargs)
+
+
+def _run_backward(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Every backward. What runs in autograd's threads meanwhile is called by this line of the script."""
+    runtime = current()
+    if runtime is None:
+        return original(*args, **kwargs)
+    waiting = runtime.mesh.context.waiting
+    before = waiting.called_at
+    waiting.called_at = before or waiting.script_line()
+    try:
+        return in_step(original, *args, **kwargs)
+    finally:
+        waiting.called_at = before
 
 
 def _registered(module: torch.nn.Module, name: str, value: Any) -> None:

@@ -19,7 +19,7 @@ from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.engines.torch_utils import in_step
 from tp_plugin.errors import TPError
 from tp_plugin.policy import check_config, load, policy_for
-from tp_plugin.runtime.batch_guard import digests
+from tp_plugin.runtime.digests import digests
 from tp_plugin.runtime.runtime import current_mesh
 from tp_plugin.runtime.sync_points import GENERATE, Request
 from tp_plugin.shard import is_sharded

@@ -192,7 +192,7 @@ class Group:
             work = call()
 
         def wait() -> None:
-            with self.context.waiting.on(what, self.role in UNIT):
+            with self.context.waiting.on(what, self.role in UNIT, result):
                 work.wait()
             self.context.deferred.after(dropped, result.device)
 
@@ -201,7 +201,7 @@ class Group:
     @contextlib.contextmanager
     def _running(self, op: str, tensor: torch.Tensor | None = None) -> Iterator[None]:
         dropped = self._enter(op, tensor)
-        with self.context.waiting.on(self._what(op), self.role in UNIT):
+        with self.context.waiting.on(self._what(op), self.role in UNIT, tensor):
             yield
         self.context.deferred.after(dropped, torch.device("cpu") if tensor is None else tensor.device)
 

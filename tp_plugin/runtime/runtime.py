@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from tp_plugin.config.run_config import RunConfig
     from tp_plugin.mesh.roles import Mesh, WorldGroups
     from tp_plugin.runtime.crash_report import CrashReport
+    from tp_plugin.runtime.digests import Vouched
     from tp_plugin.runtime.farewell import Farewell
     from tp_plugin.runtime.hang_report import HangReport
     from tp_plugin.runtime.joint_reads import JointReads
-    from tp_plugin.runtime.last_loss import LastLoss
+    from tp_plugin.runtime.last_micro_batch import LastMicroBatch
     from tp_plugin.runtime.mutual_wait import MutualWait
     from tp_plugin.runtime.progress import Progress
     from tp_plugin.runtime.published import PublishedTensors
@@ -42,7 +43,8 @@ class Runtime:
         mesh: the groups by role.
         progress: how far this process has trained.
         region: whether the script runs, to which parameters look whole, or a step does.
-        last_loss: the loss at which the last backward began.
+        last_micro_batch: what the ranks have yet to compare of it.
+        vouched: tensors of a device that the leader sent.
         transport: messages between the ranks of the unit.
         published: what other ranks may read here.
         sync_points: where the ranks of the unit meet.
@@ -61,7 +63,8 @@ class Runtime:
     mesh: Mesh
     progress: Progress
     region: ScriptRegion
-    last_loss: LastLoss
+    last_micro_batch: LastMicroBatch
+    vouched: Vouched
     transport: PeerTransport
     published: PublishedTensors
     sync_points: SyncPoints

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -36,5 +37,6 @@ def in_torch_collective() -> bool:
     return frame is not None and frame.f_code.co_filename == dist.distributed_c10d.__file__
 
 
+@functools.cache
 def _is_own(file: str) -> bool:
     return not any(part in file for part in _LIBRARIES)

@@ -11,6 +11,7 @@ from typing import Any
 
 from tp_plugin.errors import DivergenceError
 from tp_plugin.mesh.roles import Mesh
+from tp_plugin.runtime.last_micro_batch import Known, LastMicroBatch
 from tp_plugin.runtime.script_position import in_torch_collective
 from tp_plugin.runtime.sync_points import SyncPoints
 from tp_plugin.runtime.transport import PeerTransport
@@ -43,8 +44,16 @@ class Sessions:
         tell_world: tells other units that a save goes on.
     """
 
-    def __init__(self, mesh: Mesh, transport: PeerTransport, sync_points: SyncPoints, save_timeout: float):
-        self._mesh, self._transport, self._sync_points, self._save_timeout = mesh, transport, sync_points, save_timeout
+    def __init__(
+        self,
+        mesh: Mesh,
+        transport: PeerTransport,
+        sync_points: SyncPoints,
+        last_micro_batch: LastMicroBatch,
+        save_timeout: float,
+    ):
+        self._mesh, self._transport, self._sync_points = mesh, transport, sync_points
+        self._last, self._save_timeout = last_micro_batch, save_timeout
         self._open: set[str] = set()
         self._together: list[str] = []
         self._progressed = self._told = time.monotonic()
@@ -59,17 +68,20 @@ class Sessions:
         sync_points.somebody_saves = self._somebody_saves
         transport.serve("status", self._show_status)
         transport.serve("presence", self._show_presence)
+        transport.serve("last micro-batch", self._show_last)
 
     @contextlib.contextmanager
     def together(self, session: str) -> Iterator[None]:
         """A call that ranks leave together: a peer that does nothing in it returns when the leader's work is done.
 
         What one rank raises in it, all that made the call raise: a disk that is full for the leader is full for the
-        process that the unit is.
+        process that the unit is. The leader first looks whether the last micro-batch was one on all ranks.
         """
         self.enter(session)
         self._together.append(session)
         try:
+            if self._mesh.is_leader:
+                self._compare_last()
             yield
         except Exception as error:
             self._together.remove(session)
@@ -192,6 +204,18 @@ class Sessions:
             "failed": self._failed.get((session, clock)),
             "saving": time.monotonic() - self._progressed if self._open else None,
         }
+
+    def _compare_last(self) -> None:
+        """Peers may be anywhere; what all know of the same backward is compared, and the rest where they meet."""
+        try:
+            known = [self._show_last(), *(self._transport.ask(rank, "last micro-batch") for rank in self.peers())]
+        except (EOFError, OSError):
+            return  # that rank is gone, or does not answer
+        if len({at for at, _ in known}) == 1:
+            self._last.judge([one for _, one in known])
+
+    def _show_last(self) -> tuple[tuple[int, int], Known]:
+        return (self._sync_points.clock, self._last.backwards), self._last.known()
 
     def _show_presence(self, session: str, begun: int) -> str:
         if session in self._open:

@@ -144,6 +144,7 @@ def shard_model(model: nn.Module, plan: Plan, runtime: Runtime, options: RunConf
         sample=state.sample,
         check=state.check,
         rounded=lambda: 0 < drift(state) <= tolerance,
+        every=options.guard,
     )
     hooks.install(model, hooks.table(model, parts, state, guard), parts)
     adopt_hooks(model, plan, parts, runtime.region)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tp_plugin.mesh.dtensor_utils import held
+from tp_plugin.mesh.host_copy import HostCopy
 from tp_plugin.policy import ParamLayout, Plan
 from tp_plugin.runtime.published import ELSEWHERE
 from tp_plugin.runtime.runtime import Runtime
@@ -175,7 +176,7 @@ class ModelState:
             )
         return ELSEWHERE
 
-    def _sample(self) -> list[float]:
+    def _chosen(self) -> torch.Tensor | None:
         """Some elements of replicated parameters: those that ``.data`` was written to have no other sign of it."""
         chosen: list[torch.Tensor] = []
         for name, parameter in self.index.tensors().items():
@@ -184,12 +185,17 @@ class ModelState:
                 continue
             if not self.index.layouts[name].is_sharded and flat.numel() and len(chosen) < SAMPLED:
                 chosen.append(flat[:: -(-flat.numel() // SAMPLES)].float())
-        return self.runtime.progress.to_host(torch.cat(chosen)).tolist() if chosen else []
+        return torch.cat(chosen) if chosen else None
+
+    def _sample(self) -> list[float]:
+        chosen = self._chosen()
+        return [] if chosen is None else self.runtime.progress.to_host(chosen).tolist()
 
     @on_shards
-    def sample(self) -> float:
-        """A number of some elements of replicated parameters, each with a weight of its own."""
-        return math.fsum(value * (1 + at % 7) for at, value in enumerate(self._sample()))
+    def sample(self) -> HostCopy | None:
+        """Some elements of replicated parameters as they are now, for the thread that trains; None without any."""
+        chosen = self._chosen()
+        return None if chosen is None else HostCopy(chosen)
 
     @on_shards
     def local(self, key: str) -> torch.Tensor:

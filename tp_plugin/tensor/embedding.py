@@ -38,7 +38,7 @@ class VocabularyRows:
                 in compiled graphs it is an assertion on the device, as in plain torch: nothing waits for the device.
         """
         valid = ((ids >= 0) & (ids < self.size)).all()
-        if torch.compiler.is_compiling() or asserts_by_itself(ids.device.type):
+        if torch.compiler.is_compiling() or asserts_by_itself(ids):
             torch._assert_async(valid, "index out of range in self")
         elif not valid:
             raise IndexError("index out of range in self")

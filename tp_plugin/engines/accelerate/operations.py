@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import DivergenceError
-from tp_plugin.runtime.batch_guard import digest
+from tp_plugin.mesh import host_copy
+from tp_plugin.runtime.digests import digest
 from tp_plugin.runtime.runtime import current_mesh, require
 from tp_plugin.runtime.sync_points import COLLECTIVE
 from tp_plugin.tensor.vocab import Logits
@@ -68,7 +69,8 @@ def meet_at(operation: str, value: Any = None) -> Any:
             f"one with {found}); they are one process and must give the same. If only the main process has the value, "
             "use broadcast, or pad_across_processes before"
         )
-    if len({values[2] for values in met}) == 1:
+    on_device = isinstance(value, torch.Tensor) and not host_copy.is_on_host(value)
+    if len({values[2] for values in met}) == 1 and not on_device:
         return value
     if isinstance(value, torch.Tensor):
         return mesh.unit_for(value).broadcast(value.detach().clone(memory_format=torch.contiguous_format))
@@ -76,12 +78,15 @@ def meet_at(operation: str, value: Any = None) -> Any:
 
 
 def _digest(value: Any) -> tuple[int, int]:
-    """Checksums of what must be equal within a group, and of what is the leader's else."""
+    """Checksums of what must be equal within a group, and of what is the leader's else.
+
+    What lies on a device is not looked at, as the host would wait for it: the leader's is sent.
+    """
     if value is None:
         return 0, 0
     if isinstance(value, torch.Tensor):
-        shape, dtype, content = digest(value)
-        return zlib.crc32(repr((shape, dtype)).encode()), content
+        content = digest(value)[2] if host_copy.is_on_host(value) else 0
+        return zlib.crc32(repr((tuple(value.shape), str(value.dtype))).encode()), content
     return 1, zlib.crc32(pickle.dumps(value))
 
 

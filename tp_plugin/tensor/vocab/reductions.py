@@ -219,7 +219,7 @@ def _reduce(loss: torch.Tensor, ignored: torch.Tensor, reduction: str, shape: to
 
 def _check_range(at: torch.Tensor, size: int, message: str) -> None:
     inside = at == at.clamp(0, size - 1)
-    if asserts_by_itself(at.device.type):
+    if asserts_by_itself(at):
         torch._assert_async(inside.all(), message.format("?", size))
     elif not inside.all():
         raise IndexError(message.format(at[~inside][0].item(), size))
