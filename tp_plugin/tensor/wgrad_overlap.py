@@ -7,8 +7,8 @@ parameters' gradients while that is under way, and waits (Megatron-LM: ``gradien
 asynchronous all-reduce; here for all linears of a block together).
 
 The linears hand the input's gradient to that node by themselves, and give none to autograd: what autograd brings may be
-somebody else's, too, and would have to be copied before it is summed in place. (Where a second derivative is asked for,
-autograd brings it.)
+somebody else's, too, and would have to be copied before it is summed in place. (Where a script asks for this very
+gradient, or for a second derivative, autograd brings it.)
 
 Linears that read one input and whose weights lie back to back in one storage run as one: the first that is called
 computes the outputs of all, and its siblings' are ready when those are called.
@@ -153,6 +153,8 @@ class BlockInput:
         for siblings in self.siblings if self.fuse and len(run.entered) == 1 else ():
             if linear not in siblings or any(one not in run.parameters or _is_watched(one) for one in siblings):
                 continue
+            if len({run.parameters[one][1].requires_grad for one in siblings}) > 1:
+                continue  # no gradient is computed for nothing
             if back_to_back([run.parameters[one][1] for one in siblings]) is not None:
                 return siblings
         return (linear,)
@@ -329,11 +331,22 @@ class _Linears(torch.autograd.Function):
         back = grad.reshape(-1, grad.shape[-1]) @ (weight.t() if ctx.transposed else weight)
         back = back.to(ctx.dtype).view(*grad.shape[:-1], back.shape[-1])
         nothing = [None] * (len(ctx.needs_input_grad) - 4)
-        if ctx.given is None or any(each.requires_grad for each in grads):
+        ((block_input, _), *_) = ctx.next_functions
+        if ctx.given is None or any(each.requires_grad for each in grads) or not _runs(block_input):
             return *[None] * 3, back, *nothing
         before = ctx.given.get(task)
         ctx.given[task] = back if before is None else before.add_(back)
         return *[None] * 4, *nothing
+
+
+def _runs(node: Any) -> bool:
+    """Whether the backward that runs comes to what ``node`` computes, not only to a gradient it is asked for."""
+    try:
+        return any(
+            torch._C._will_engine_execute_node(behind) for behind, _ in node.next_functions if behind is not None
+        )
+    except RuntimeError:
+        return True  # a leaf behind it is asked for: of those torch does not say
 
 
 def _one(weights: Sequence[torch.Tensor]) -> torch.Tensor:
