@@ -99,7 +99,7 @@ class BatchGuard:
         training = module.training and torch.is_grad_enabled()
         self.mesh.context.stats.in_training = training
         try:
-            self._check(module, args, kwargs, training)
+            self._check(module, args, kwargs)
         except DivergenceError:
             self._depth, self._outermost = 0, None
             raise
@@ -132,14 +132,14 @@ class BatchGuard:
         if not torch.compiler.is_compiling() or self._outermost is module:
             self.close(module, args, output)
 
-    def _check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> None:
+    def _check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         is_due = self._every > 0 and self._meetings % self._every == 0
         seen, late = self._inputs(args, kwargs) if is_due else ({}, {})
         batch = zlib.crc32(repr(sorted(seen.items())).encode())
         mode = GRADIENTS * torch.is_grad_enabled() + 2 * module.training
         record: Any = getattr(module, "tp_record", None)  # an inner model called by itself has none
         looked, self._sample = self._sample, None
-        if training and self._looks(module):
+        if self._every and self._looks(module):
             self._sample = self.sample()
             if self._sample is not None and not self._sample.is_late:
                 looked, self._sample = self._sample, None
@@ -177,7 +177,7 @@ class BatchGuard:
         return seen, late
 
     def _looks(self, module: nn.Module) -> bool:
-        if not (self._every and self._runtime.progress.looks_for_drift):
+        if not self._runtime.progress.looks_for_drift:
             return False
         count = self.training_forwards + 1
         return module.training and torch.is_grad_enabled() and (count % SAMPLED == 0 or count in (2, 4, 8))
