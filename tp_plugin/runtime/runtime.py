@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tp_plugin.runtime.sync_points import SyncPoints
     from tp_plugin.runtime.transport import PeerTransport
     from tp_plugin.tensor.global_view import ScriptRegion
+    from tp_plugin.tensor.replicas import ReplicaSums
 
 
 @dataclass(eq=False)
@@ -40,6 +41,7 @@ class Runtime:
         mesh: the groups by role.
         progress: how far this process has trained.
         region: whether the script runs, to which parameters look whole, or a step does.
+        replica_sums: gradients that the backward under way has yet to sum over ranks.
         last_loss: the loss at which the last backward began.
         transport: messages between the ranks of the unit.
         published: what other ranks may read here.
@@ -57,6 +59,7 @@ class Runtime:
     mesh: Mesh
     progress: Progress
     region: ScriptRegion
+    replica_sums: ReplicaSums
     last_loss: LastLoss
     transport: PeerTransport
     published: PublishedTensors

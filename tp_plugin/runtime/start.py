@@ -21,6 +21,7 @@ from tp_plugin.runtime.sessions import Sessions
 from tp_plugin.runtime.sync_points import SyncPoints
 from tp_plugin.runtime.transport import PeerTransport
 from tp_plugin.tensor.global_view import ScriptRegion
+from tp_plugin.tensor.replicas import ReplicaSums
 
 
 def build(config: RunConfig, mesh: Mesh) -> Runtime:
@@ -41,6 +42,7 @@ def build(config: RunConfig, mesh: Mesh) -> Runtime:
         mesh=mesh,
         progress=progress,
         region=ScriptRegion(),
+        replica_sums=ReplicaSums(),
         last_loss=LastLoss(),
         transport=transport,
         published=published,
