@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tp_plugin.runtime.transport import PeerTransport
     from tp_plugin.runtime.world_wait import WorldWait
     from tp_plugin.tensor.global_view import ScriptRegion
+    from tp_plugin.tensor.replicas import ReplicaSums
 
 
 @dataclass(eq=False)
@@ -43,6 +44,7 @@ class Runtime:
         mesh: the groups by role.
         progress: how far this process has trained.
         region: whether the script runs, to which parameters look whole, or a step does.
+        replica_sums: gradients that the backward under way has yet to sum over ranks.
         last_micro_batch: what the ranks have yet to compare of it.
         vouched: tensors of a device that the leader sent.
         transport: messages between the ranks of the unit.
@@ -63,6 +65,7 @@ class Runtime:
     mesh: Mesh
     progress: Progress
     region: ScriptRegion
+    replica_sums: ReplicaSums
     last_micro_batch: LastMicroBatch
     vouched: Vouched
     transport: PeerTransport

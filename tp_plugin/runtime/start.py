@@ -24,6 +24,7 @@ from tp_plugin.runtime.sync_points import SyncPoints
 from tp_plugin.runtime.transport import PeerTransport
 from tp_plugin.runtime.world_wait import WorldWait
 from tp_plugin.tensor.global_view import ScriptRegion
+from tp_plugin.tensor.replicas import ReplicaSums
 
 
 def build(config: RunConfig, mesh: Mesh) -> Runtime:
@@ -47,6 +48,7 @@ def build(config: RunConfig, mesh: Mesh) -> Runtime:
         mesh=mesh,
         progress=progress,
         region=ScriptRegion(),
+        replica_sums=ReplicaSums(),
         last_micro_batch=last_micro_batch,
         vouched=Vouched(),
         transport=transport,

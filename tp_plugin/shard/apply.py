@@ -129,7 +129,7 @@ def shard_model(model: nn.Module, plan: Plan, runtime: Runtime, options: RunConf
     lazy_load.forget_forward(model)
 
     state = ModelState(model, plan, runtime)
-    state.index.attach(plan, mesh, state.peers)
+    state.attach()
     parts = build_parts(model, plan, split, mesh.tp, runtime.remote_logits, options)
     if parts.heads:
         trace_once(type(model).forward)

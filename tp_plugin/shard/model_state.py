@@ -127,11 +127,15 @@ class ModelState:
         """Whether the script still holds the model."""
         return self.model() is not None
 
+    def attach(self) -> None:
+        """Bind the parameters to what is known of them. Collective."""
+        self.index.attach(self.plan, self.mesh, self.peers, self.runtime.replica_sums)
+
     def reattach(self) -> None:
         """Give the parameters of a copied model their entries and hooks, once."""
         if not self.attached:
             self.attached = True
-            self.index.attach(self.plan, self.mesh, self.peers)
+            self.attach()
 
     @on_shards
     def check(self) -> None:
