@@ -238,3 +238,25 @@ def test_the_last_micro_batch_of_a_script_is_compared_at_its_end(differs: bool, 
         assert end.code == int(differs), end.said[-2000:]
         assert ("at the end of its script: forward" in end.said) == differs
         assert ("the ranks have computed on different batches; 'input_ids' differed" in end.said) == differs
+
+
+def gathered_case() -> tuple[list[float], str, list[str]]:
+    from tp_plugin.engines.accelerate import operations
+
+    pair(2)
+    fake = FakeDevice()
+    value = torch.tensor([float(rank()), 1.0])
+    fake.claim(value)
+    with fake.running():
+        given = operations.meet_at("gather", value)
+        other = torch.zeros(2 + rank())
+        fake.claim(other)
+        message = expect("other shapes", lambda: operations.meet_at("gather", other))
+    return given.tolist(), message, fake.syncs
+
+
+def test_a_gather_of_a_device_takes_the_leaders_value_unseen() -> None:
+    """Trainer gathers the number of items in each batch, while the device has work."""
+    for given, message, syncs in run(2, gathered_case):
+        assert given == [0.0, 1.0] and "values of different shapes" in message
+        assert syncs == []
