@@ -168,13 +168,15 @@ def test_nobody_waits_for_a_save_that_does_not_go_on(model_folder: str, tmp_path
 
 def trainer_script(folder: str, output: str) -> None:
     import transformers
+    from accelerate import PartialState
     from transformers import AutoModelForCausalLM
 
+    PartialState(cpu=True, backend="gloo", timeout=datetime.timedelta(seconds=PATIENCE))
     model = AutoModelForCausalLM.from_pretrained(folder)
     data = [{"input_ids": list(range(3, 9)), "labels": list(range(3, 9))}] * 16
     arguments = transformers.TrainingArguments(
         output, report_to=[], use_cpu=True, max_steps=3, save_steps=2, per_device_train_batch_size=2,
-        ddp_timeout=PATIENCE, disable_tqdm=True,
+        disable_tqdm=True,
     )  # fmt: skip
     with slow_files():
         transformers.Trainer(model=model, args=arguments, train_dataset=data).train()

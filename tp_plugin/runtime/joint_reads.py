@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tp_plugin.errors import DivergenceError
 from tp_plugin.mesh.roles import Mesh
 from tp_plugin.policy import ParamLayout
 from tp_plugin.runtime.published import PublishedTensors
@@ -55,12 +56,18 @@ class JointReads:
                 self._agreed = agreed
             sent = _flat(local, length)
             into = [torch.empty_like(sent) for _ in range(group.size)]
-            for rank in peers:
-                self._transport.ask(rank, "gather", uid, key, length)
         except (torch.OutOfMemoryError, EOFError, OSError):
             return None
+        for rank in peers:
+            self._ask_for(rank, uid, key, length)
         shards = _to_host(group.gather(sent, into))
         return [flat[: layout.local_numel(rank)].view(layout.local_shape(rank)) for rank, flat in enumerate(shards)]
+
+    def _ask_for(self, rank: int, uid: str, key: str, length: int) -> None:
+        try:
+            self._transport.ask(rank, "gather", uid, key, length)
+        except (EOFError, OSError) as error:  # the others are in the collective by now: there is no way back
+            raise DivergenceError(f"cannot gather {key!r}: TP rank {rank} has left ({error})") from error
 
     def _have_come(self, calls: list[str]) -> bool:
         """Whether all peers wait at the end of one of ``calls``; they stay there until this rank has come to it."""

@@ -244,9 +244,11 @@ def read_full_tensor(runtime: Runtime, uid: str, key: str, local: torch.Tensor, 
     runtime.sessions.progressed()
     shards = runtime.joint_reads.read(uid, key, local, layout)
     full = torch.empty(layout.shape, dtype=local.dtype, device="cpu")
-    for rank, shard in enumerate(shards or ()):
-        layout.place(full, shard, rank)
     if shards is not None:
+        while shards:  # each goes as it is placed, and the pages of the full tensor come: never both at once
+            shard = shards.pop()
+            layout.place(full, shard, len(shards))
+            del shard
         return full
     me = runtime.mesh.tp.rank
     layout.place(full, local.detach().cpu(), me)
