@@ -138,10 +138,15 @@ def long_script(folder: str, output: str, way: str) -> None:
             accelerator.save_state(output)
         elif way == "all" or accelerator.is_main_process:
             inside.save_pretrained(output)
+    if way == "alone, waited for":
+        accelerator.wait_for_everyone()
     step(*everything)  # where the others wait, in a unit
 
 
-@pytest.mark.parametrize(("world", "way"), [(2, "alone"), (2, "all"), (2, "save_state"), (4, "save_state")])
+LONG_SAVES = [(2, "alone"), (4, "alone, waited for"), (2, "all"), (2, "save_state"), (4, "save_state")]
+
+
+@pytest.mark.parametrize(("world", "way"), LONG_SAVES)
 def test_a_save_outlasts_the_timeout(model_folder: str, world: int, way: str, tmp_path: Path) -> None:
     output = tmp_path / "saved"
     for ended in scripts(world, long_script, model_folder, str(output), way, folder=tmp_path):

@@ -132,6 +132,7 @@ def _wait_for_everyone(original: Any, self: Any) -> None:
     if not torch.distributed.is_initialized():
         return None  # after end_training there is nobody to wait for
     require().sync_points.rendezvous(BARRIER)
+    require().world_wait()  # another unit may save for longer than the barrier waits
     if mesh.dp_size > 1:
         on_device = self.device.type != "cpu" and torch.distributed.get_backend() != "gloo"
         devices = [self.device.index] if on_device else None
