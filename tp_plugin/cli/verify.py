@@ -140,7 +140,7 @@ def _summary(model: nn.Module, config: Any, policy: Policy, plan: Plan) -> list[
 def _sums(plan: Plan) -> str:
     count = len(plan.gradient_sums())
     what = "one parameter" if count == 1 else f"{count} parameters"
-    return f"one of the gradients of {what} that all ranks hold (one for each under ZeRO and FSDP2)"
+    return f"one of the gradients of {what} that all ranks hold (ZeRO: one for each; FSDP2: one for each of its groups)"
 
 
 def _bytes(model: nn.Module, plan: Plan) -> str:

@@ -42,7 +42,8 @@ class WorldWait:
         store, world = dist.distributed_c10d._get_default_store(), self._mesh.world.size
         place, deaths = f"tp_plugin/world/{next(self._mesh.made.waits)}", self._deaths()
         store.add(place, 1)
-        seen, since, pause = -1, time.monotonic(), 0.002
+        begun = since = time.monotonic()
+        seen = -1
         with self._mesh.context.waiting.on("the wait for a save of the world"):
             while (there := store.add(place, 0)) < world:
                 progress = store.add(PROGRESS, 0) + there
@@ -52,5 +53,4 @@ class WorldWait:
                 if news or time.monotonic() - since > self._save_timeout:
                     why = "; ".join(news) or f"nothing was saved for {self._save_timeout:.0f} s (save_timeout)"
                     raise LostRankError(f"{there} of {world} ranks came to the end of a save: {why}")
-                time.sleep(pause)
-                pause = min(1.0, 1.5 * pause)
+                time.sleep(min(1.0, 0.002 + (time.monotonic() - begun) / 20))  # late by a twentieth of the wait
