@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tp_plugin.config.keys import KEYS, TP_PLUGIN, TP_SIZE
+from tp_plugin.config.keys import KEYS, PP_SIZE, TP_PLUGIN, TP_SIZE
 from tp_plugin.config.written import Written
 from tp_plugin.errors import TPError
 
@@ -16,7 +16,7 @@ from tp_plugin.errors import TPError
 def read(file: str | Path) -> Written:
     """The keys in a config file that Accelerate has read already, so that it is known to be well formed."""
     config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    return Written(f"the Accelerate config {file}", config.get(TP_SIZE), config.get(TP_PLUGIN))
+    return Written(f"the Accelerate config {file}", config.get(TP_SIZE), config.get(TP_PLUGIN), config.get(PP_SIZE))
 
 
 def without_our_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,11 +28,12 @@ def without_our_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     for section, values in config.items():
         if not isinstance(values, Mapping) or section in KEYS:
             continue
-        if TP_SIZE in values:
-            raise TPError(
-                f"`{section}.{TP_SIZE}: {values[TP_SIZE]}` has no effect there (Accelerate ignores it); move it to the "
-                f"top level of the config file: `{TP_SIZE}: {values[TP_SIZE]}`"
-            )
+        for key in (TP_SIZE, PP_SIZE):
+            if key in values:
+                raise TPError(
+                    f"`{section}.{key}: {values[key]}` has no effect there (Accelerate ignores it); move it to the "
+                    f"top level of the config file: `{key}: {values[key]}`"
+                )
         theirs = values.get("parallelism_config_tp_size")
         if theirs not in (None, 1) and TP_SIZE in config:
             raise TPError(

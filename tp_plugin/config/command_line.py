@@ -1,4 +1,4 @@
-"""The command line of ``accelerate launch``: ``--tp_size`` and ``--tp_plugin``.
+"""The command line of ``accelerate launch``: ``--tp_size``, ``--pp_size`` and ``--tp_plugin``.
 
 TRL needs no reader of its own: ``trl`` hands Accelerate's parser what it does not know of its file and its arguments.
 """
@@ -9,14 +9,15 @@ import argparse
 
 import yaml
 
-from tp_plugin.config.keys import TP_PLUGIN, TP_SIZE
+from tp_plugin.config.keys import PP_SIZE, TP_PLUGIN, TP_SIZE
 from tp_plugin.config.written import Written
 from tp_plugin.errors import TPError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--tp_size`` and ``--tp_plugin`` to the parser of ``accelerate launch``."""
+    """Add ``--tp_size``, ``--pp_size`` and ``--tp_plugin`` to the parser of ``accelerate launch``."""
     parser.add_argument(f"--{TP_SIZE}", default=None, help="tp_plugin: ranks per tensor-parallel group.")
+    parser.add_argument(f"--{PP_SIZE}", default=None, help="tp_plugin: pipeline stages per model.")
     parser.add_argument(f"--{TP_PLUGIN}", default=None, help='tp_plugin: options, such as "{sequence_parallel: true}".')
 
 
@@ -32,4 +33,4 @@ def read(args: argparse.Namespace) -> Written:
             options = yaml.safe_load(options)
         except yaml.YAMLError as error:
             raise TPError(f"--{TP_PLUGIN}: expected a YAML mapping, found {options!r} ({error})") from error
-    return Written("the command line", getattr(args, TP_SIZE, None), options)
+    return Written("the command line", getattr(args, TP_SIZE, None), options, getattr(args, PP_SIZE, None))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from tp_plugin.config.keys import KEYS, TP_PLUGIN, TP_SIZE
+from tp_plugin.config.keys import KEYS, PP_SIZE, TP_PLUGIN, TP_SIZE
 from tp_plugin.config.written import Written
 from tp_plugin.errors import TPError
 
@@ -16,16 +16,19 @@ def read(config: Mapping[str, Any], origin: str) -> Written:
     """The keys at the top level of a config.
 
     Raises:
-        TPError: ``tp_size`` stands inside a section.
+        TPError: ``tp_size`` or ``pp_size`` stands inside a section.
     """
     for section, values in config.items():
         # (DeepSpeed's own `tensor_parallel` section has a key of this name.)
-        if isinstance(values, Mapping) and TP_SIZE in values and section not in ("tensor_parallel", TP_PLUGIN):
-            raise TPError(
-                f"`{section}.{TP_SIZE}` in {origin} has no effect there; move it to the top level: "
-                f'"{TP_SIZE}": {values[TP_SIZE]!r}'
-            )
-    return Written(origin, config.get(TP_SIZE), config.get(TP_PLUGIN))
+        if not isinstance(values, Mapping) or section in ("tensor_parallel", TP_PLUGIN):
+            continue
+        for key in (TP_SIZE, PP_SIZE):
+            if key in values:
+                raise TPError(
+                    f"`{section}.{key}` in {origin} has no effect there; move it to the top level: "
+                    f'"{key}": {values[key]!r}'
+                )
+    return Written(origin, config.get(TP_SIZE), config.get(TP_PLUGIN), config.get(PP_SIZE))
 
 
 def without_our_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,10 +37,11 @@ def without_our_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mentions_key(path: str | None) -> bool:
-    """Whether the file contains the name of our key; False if it cannot be read, which DeepSpeed will report."""
+    """Whether the file contains the name of one of our sizes; False if it cannot be read, which DeepSpeed will report."""
     try:
         with open(path or "", encoding="utf-8") as file:
-            return f'"{TP_SIZE}"' in file.read()
+            text = file.read()
+            return any(f'"{key}"' in text for key in (TP_SIZE, PP_SIZE))
     except (OSError, UnicodeDecodeError):
         return False
 

@@ -10,7 +10,7 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from tp_plugin.config.keys import ENV_DISABLE, ENV_OPTIONS, ENV_TP_SIZE
+from tp_plugin.config.keys import ENV_DISABLE, ENV_OPTIONS, ENV_PP_SIZE, ENV_TP_SIZE
 
 if TYPE_CHECKING:
     from tp_plugin.config.written import Written
@@ -21,9 +21,14 @@ def is_disabled() -> bool:
     return os.environ.get(ENV_DISABLE, "") not in ("", "0")
 
 
-def tp_size() -> str:
-    """What ``TP_PLUGIN_TP_SIZE`` holds, not validated; "" if it is not set."""
-    return os.environ.get(ENV_TP_SIZE, "").strip()
+def sizes() -> tuple[str, str]:
+    """What ``TP_PLUGIN_TP_SIZE`` and ``TP_PLUGIN_PP_SIZE`` hold, not validated; "" for one that is not set."""
+    return os.environ.get(ENV_TP_SIZE, "").strip(), os.environ.get(ENV_PP_SIZE, "").strip()
+
+
+def asks() -> bool:
+    """Whether these ask for more than one rank per model."""
+    return any(size not in ("", "1") for size in sizes())
 
 
 def read() -> Written:
@@ -35,7 +40,7 @@ def read() -> Written:
     from tp_plugin.config.written import Written
     from tp_plugin.errors import TPError
 
-    origin = f"the environment ({ENV_TP_SIZE}, {ENV_OPTIONS})"
+    origin = f"the environment ({ENV_TP_SIZE}, {ENV_PP_SIZE}, {ENV_OPTIONS})"
     if is_disabled():
         return Written(origin)
     raw = os.environ.get(ENV_OPTIONS, "")
@@ -43,10 +48,13 @@ def read() -> Written:
         options = json.loads(raw) if raw else None
     except json.JSONDecodeError as error:
         raise TPError(f"{ENV_OPTIONS}: expected a JSON mapping, found {raw!r} ({error})") from error
-    return Written(origin, tp_size() or None, options)
+    tp, pp = sizes()
+    return Written(origin, tp or None, options, pp or None)
 
 
 def publish(written: Written) -> None:
     """Set the variables from which :func:`read` gets the same keys, in this process and in those that it starts."""
-    os.environ[ENV_TP_SIZE] = str(written.tp_size)
+    os.environ[ENV_TP_SIZE] = str(1 if written.tp_size is None else written.tp_size)
+    if written.pp_size is not None:
+        os.environ[ENV_PP_SIZE] = str(written.pp_size)
     os.environ[ENV_OPTIONS] = json.dumps(written.options or {})

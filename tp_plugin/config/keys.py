@@ -3,14 +3,20 @@
 TP_SIZE = "tp_size"
 """Key in an Accelerate or DeepSpeed config, and ``--tp_size`` on a command line: ranks per TP group."""
 
+PP_SIZE = "pp_size"
+"""Key beside ``tp_size``, and ``--pp_size``: pipeline stages per model."""
+
 TP_PLUGIN = "tp_plugin"
 """Key of the optional mapping beside ``tp_size``, and ``--tp_plugin`` on a command line."""
 
-KEYS = (TP_SIZE, TP_PLUGIN)
+KEYS = (TP_SIZE, PP_SIZE, TP_PLUGIN)
 """The top-level keys that are ours in a config file."""
 
 ENV_TP_SIZE = "TP_PLUGIN_TP_SIZE"
 """Ranks per TP group; set by the user, or by the launcher for its workers."""
+
+ENV_PP_SIZE = "TP_PLUGIN_PP_SIZE"
+"""Pipeline stages per model; set by the user, or by the launcher for its workers."""
 
 ENV_OPTIONS = "TP_PLUGIN_OPTIONS"
 """The ``tp_plugin`` mapping as JSON; set by the user, or by the launcher for its workers."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tp_plugin.config.keys import TP_PLUGIN, TP_SIZE
+from tp_plugin.config.keys import PP_SIZE, TP_PLUGIN, TP_SIZE
 from tp_plugin.config.written import Written
 from tp_plugin.errors import TPError
 
@@ -30,6 +30,11 @@ class RunConfig:
         fuse: compute linears that share an input, such as q, k and v, as one matrix product.
         save_timeout: seconds that other ranks wait for one that saves, since it last read a tensor or wrote a file.
         fused_head: keep no logits: compute them block by block for the loss, and again for its gradient.
+        pp_size: pipeline stages per model; 1 means off.
+        pipeline_microbatches: into how many a batch is cut; 0 (``auto``): four for each stage.
+        pipeline_schedule: ``1f1b``: backwards run between forwards where the model computes its own loss;
+            ``gpipe``: after all of them. ``auto`` is ``1f1b``.
+        pipeline_split: layers of each stage; empty (``auto``): balanced by cost.
     """
 
     tp_size: int = 1
@@ -45,10 +50,24 @@ class RunConfig:
     fuse: bool = False
     save_timeout: float = 3600.0
     fused_head: bool = False
+    pp_size: int = 1
+    pipeline_microbatches: int = 0
+    pipeline_schedule: str = "auto"
+    pipeline_split: tuple[int, ...] = ()
+
+    @property
+    def unit_size(self) -> int:
+        """Ranks that hold one model; 1 means that the plugin is off."""
+        return self.tp_size * self.pp_size
+
+    @property
+    def sizes(self) -> str:
+        """Of the unit, as messages name them."""
+        return f"tp_size={self.tp_size}" + (f" x pp_size={self.pp_size}" if self.pp_size > 1 else "")
 
     @staticmethod
-    def parse(tp_size: object, options: object = None, origin: str = "") -> RunConfig:
-        """Validate the values of the keys ``tp_size`` and ``tp_plugin``, which were found in ``origin``.
+    def parse(tp_size: object = 1, options: object = None, origin: str = "", pp_size: object = 1) -> RunConfig:
+        """Validate the values of the keys ``tp_size``, ``tp_plugin`` and ``pp_size``, found in ``origin``.
 
         Raises:
             TPError: naming the key, what was found and where, and what to write.
@@ -66,12 +85,20 @@ class RunConfig:
             for key, value in options.items()
             if value is not None
         }
-        return RunConfig(_whole_number(tp_size, TP_SIZE, place, least=1), **values)
+        pp_size = _whole_number(pp_size, PP_SIZE, place, least=1)
+        split = values.get("pipeline_split", ())
+        if split and len(split) != pp_size:
+            raise TPError(
+                f"{TP_PLUGIN}.pipeline_split: expected the layers of each of {PP_SIZE}={pp_size} stages, found "
+                f"{list(split)}{place}"
+            )
+        return RunConfig(_whole_number(tp_size, TP_SIZE, place, least=1), pp_size=pp_size, **values)
 
     def as_written(self, origin: str = "the run's config") -> Written:
         """The keys from which :meth:`parse` makes this config again; defaults are left out of the mapping."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != TP_SIZE}
-        return Written(origin, self.tp_size, {k: v for k, v in values.items() if v != getattr(RunConfig, k)})
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (TP_SIZE, PP_SIZE)}
+        options = {k: v for k, v in values.items() if v != getattr(RunConfig, k)}
+        return Written(origin, self.tp_size, options, self.pp_size if self.pp_size > 1 else None)
 
 
 def _whole_number(value: object, key: str, place: str, least: int = 0) -> int:
@@ -125,6 +152,25 @@ def _policy_name(value: object, key: str, place: str) -> str:
     return value
 
 
+def _microbatches(value: object, key: str, place: str) -> int:
+    return 0 if value == "auto" else _whole_number(value, key, place, least=1)
+
+
+def _schedule(value: object, key: str, place: str) -> str:
+    known = ("auto", "1f1b", "gpipe")
+    if value not in known:
+        raise TPError(f"{key}: expected one of {', '.join(known)}, found {value!r}{place}")
+    return str(value)
+
+
+def _split(value: object, key: str, place: str) -> tuple[int, ...]:
+    if value == "auto":
+        return ()
+    if not isinstance(value, list | tuple) or not value:
+        raise TPError(f"{key}: expected auto or the layers of each stage such as [8, 8], found {value!r}{place}")
+    return tuple(_whole_number(layers, key, place, least=1) for layers in value)
+
+
 def _model_types(value: object, key: str, place: str) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
         raise TPError(f"{key}: expected a list of model types such as [bert], found {value!r}{place}")
@@ -144,5 +190,8 @@ _VALIDATORS: dict[str, Callable[[object, str, str], Any]] = {
     "fuse": _switch,
     "save_timeout": _seconds,
     "fused_head": _switch,
+    "pipeline_microbatches": _microbatches,
+    "pipeline_schedule": _schedule,
+    "pipeline_split": _split,
 }
 """Key in the ``tp_plugin`` mapping → what makes a field of ``RunConfig`` of its value, or refuses it."""

@@ -52,7 +52,7 @@ def _validate_launch_command(original: Any, args: Any) -> Any:
         if all(place.is_empty for place in places.values()):
             return result
         config = resolve(**places)
-        if config.tp_size > 1:
+        if config.unit_size > 1:
             _check(config, args)
             _start_cpu_processes(args)
     except TPError as error:
@@ -83,10 +83,12 @@ def _check(config: RunConfig, args: argparse.Namespace) -> None:
 
         load(config.policy)
     processes = args.num_processes or 1
-    if processes % config.tp_size:
+    size, by = config.unit_size, "tp_size x pp_size" if config.pp_size > 1 else "tp_size"
+    if processes % size:
+        found = f"tp_size: {config.tp_size}" + (f" x pp_size: {config.pp_size}" if config.pp_size > 1 else "")
         raise TPError(
-            f"tp_size: {config.tp_size} does not divide num_processes: {processes}; num_processes is the whole world, "
-            f"tp_size x data-parallel size: write for example num_processes: {config.tp_size} or {2 * config.tp_size}"
+            f"{found} does not divide num_processes: {processes}; num_processes is the whole world, "
+            f"{by} x data-parallel size: write for example num_processes: {size} or {2 * size}"
         )
     if getattr(args, "parallelism_config_tp_size", 1) not in (None, 1):
         raise TPError("`--tp_size` and `--parallelism_config_tp_size` are both set; keep `--tp_size`")

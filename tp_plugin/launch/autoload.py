@@ -24,7 +24,7 @@ def activate() -> None:
     run_by_import(LAUNCHER)
     if environment.is_disabled():
         return
-    if not environment.tp_size():
+    if not any(environment.sizes()):
         from tp_plugin.launch import deepspeed_config
 
         deepspeed_config.look(sys.argv)
@@ -33,7 +33,7 @@ def activate() -> None:
 
 
 def _register_worker() -> None:
-    if environment.tp_size() not in ("", "1"):
+    if environment.asks():
         from tp_plugin.launch import worker
 
         worker.register()

@@ -17,7 +17,7 @@ import sys
 from typing import Any
 
 from tp_plugin.config import environment
-from tp_plugin.config.keys import TP_SIZE
+from tp_plugin.config.keys import PP_SIZE, TP_SIZE
 from tp_plugin.launch.imports import after_import
 
 FLAGS = ("deepspeed", "deepspeed_config", "deepspeed_config_file", "ds_config")
@@ -61,9 +61,9 @@ def _take_over(file: str) -> bool:
     from tp_plugin.config.written import Written
 
     config = deepspeed.as_mapping(file) if deepspeed.mentions_key(file) else None
-    if config is None or TP_SIZE not in config:
+    if config is None or (TP_SIZE not in config and PP_SIZE not in config):
         return False
-    environment.publish(Written(file, config[TP_SIZE], config.get(TP_PLUGIN)))
+    environment.publish(Written(file, config.get(TP_SIZE), config.get(TP_PLUGIN), config.get(PP_SIZE)))
     return True
 
 
@@ -75,12 +75,16 @@ def _watch(name: str, module: Any) -> None:
     @functools.wraps(original)
     def looking(*args: Any, **kwargs: Any) -> Any:
         config = _config_among(name, args, kwargs)
-        asked = config is not None and not environment.tp_size() and f'"{TP_SIZE}"' in json.dumps(config, default=str)
-        if asked and activate(config):
+        if config is not None and not any(environment.sizes()) and _asks(config) and activate(config):
             return getattr(owner, function)(*args, **kwargs)  # which is patched now
         return original(*args, **kwargs)
 
     setattr(owner, function, looking)
+
+
+def _asks(config: dict[str, Any]) -> bool:
+    text = json.dumps(config, default=str)
+    return f'"{TP_SIZE}"' in text or f'"{PP_SIZE}"' in text
 
 
 def _config_among(module: str, args: Any, kwargs: Any) -> dict[str, Any] | None:
@@ -107,7 +111,7 @@ def activate(config: Any, origin: str = "the DeepSpeed config") -> bool:
     from tp_plugin.runtime.runtime import current_mesh
 
     resolved = resolve(environment=environment.read(), deepspeed=deepspeed.read(config, origin))
-    if resolved.tp_size == 1:
+    if resolved.unit_size == 1:
         return False
     state = getattr(sys.modules.get("accelerate.state"), "PartialState", None)
     if state is not None and state._shared_state and current_mesh() is None:
