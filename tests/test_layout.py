@@ -81,7 +81,7 @@ def numbered(layout: ParamLayout) -> torch.Tensor:
 @given(layouts())
 def test_gather_undoes_shard(layout: ParamLayout) -> None:
     tensor = numbered(layout)
-    shards = [layout.shard(tensor, rank) for rank in range(layout.tp)]
+    shards = [layout.shard(tensor, rank) for rank in range(layout.ranks)]
     assert torch.equal(layout.gather(shards), tensor)
     for rank, shard in enumerate(shards):
         assert tuple(shard.shape) == layout.local_shape(rank)
@@ -94,7 +94,7 @@ def test_every_element_has_one_owner(layout: ParamLayout) -> None:
         return
     tensor = numbered(layout)
     total = 0
-    for rank in range(layout.tp):
+    for rank in range(layout.ranks):
         shard = layout.shard(tensor, rank)
         for a, b in layout.owned(rank):
             total += int(shard.narrow(layout.dim, a, b - a).sum())

@@ -55,7 +55,7 @@ def mesh_of(tp: int) -> Mesh:
     group, me = Group("tp", ranks, pg, context), Group("data", (0,), None, context)
     unit_cpu = _Echo("unit_cpu", ranks, pg, context)
     devices: Any = None  # torch's own mesh: nothing here asks for it
-    return Mesh(tp, 1, group, group, unit_cpu, me, me, Group("world", ranks, pg, context), devices, context)
+    return Mesh(tp, 1, group, group, unit_cpu, me, me, Group("world", ranks, pg, context), devices, context, me, me)
 
 
 def use(groups: Mesh) -> Mesh:

@@ -55,6 +55,7 @@ def read() -> Written:
 def publish(written: Written) -> None:
     """Set the variables from which :func:`read` gets the same keys, in this process and in those that it starts."""
     os.environ[ENV_TP_SIZE] = str(1 if written.tp_size is None else written.tp_size)
+    os.environ.pop(ENV_PP_SIZE, None)
     if written.pp_size is not None:
         os.environ[ENV_PP_SIZE] = str(written.pp_size)
     os.environ[ENV_OPTIONS] = json.dumps(written.options or {})

@@ -177,7 +177,7 @@ class _Whole:
         layout = layout_of(self.kept)
         mine = full
         if layout is not None and layout.is_sharded:
-            mine = layout.shard(full, mesh.tp.rank).to(full.device)
+            mine = layout.shard(full, mesh.unit.rank).to(full.device)
         return split_like(mine, self.kept) if self.places else mine
 
     def _written_grad(self, full: torch.Tensor, mesh: Mesh) -> Any:

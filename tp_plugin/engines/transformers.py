@@ -63,7 +63,7 @@ def _generate(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if any(row[3] != values[3] for row in rows):
         rng.synchronize(mesh.unit_cpu)  # now: an assistant that is not sharded draws before the first forward meets
     before = sync_points.helping, sync_points.generating
-    sync_points.helping, sync_points.generating = len(rows) < mesh.tp_size, True
+    sync_points.helping, sync_points.generating = len(rows) < mesh.unit_size, True
     try:
         return original(self, *args, **kwargs)
     finally:

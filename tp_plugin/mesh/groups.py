@@ -20,8 +20,8 @@ from tp_plugin.mesh.deferred_release import DeferredRelease
 from tp_plugin.mesh.patience import all_gather_while
 from tp_plugin.mesh.waiting import Waiting
 
-UNIT = ("tp", "unit_cpu")
-"""Roles whose collectives are of the whole unit."""
+UNIT = ("tp", "pp", "pp_back", "unit", "unit_cpu")
+"""Roles whose ranks are of one unit."""
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before 2.13
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -58,12 +58,19 @@ class Group:
         ranks: global ranks.
         pg: their process group; None only in a group of one.
         context: what it shares with the other groups of the process.
+        is_unit: whether these are all ranks of a unit; default by the role, for units of one stage.
     """
 
     def __init__(
-        self, role: str, ranks: Sequence[int], pg: dist.ProcessGroup | None, context: CommContext | None = None
+        self,
+        role: str,
+        ranks: Sequence[int],
+        pg: dist.ProcessGroup | None,
+        context: CommContext | None = None,
+        is_unit: bool | None = None,
     ):
         self.role, self.ranks, self.pg = role, tuple(ranks), pg
+        self.is_unit = role in ("tp", "unit", "unit_cpu") if is_unit is None else is_unit
         self.context = context or CommContext()
         self.size = len(self.ranks)
         self.rank = self.ranks.index(dist.get_rank()) if self.size > 1 else 0
@@ -149,6 +156,14 @@ class Group:
                 dist.broadcast(tensor, group=self.pg, group_src=src)
         return tensor
 
+    def start_send(self, tensor: torch.Tensor, to: int) -> Pending:
+        """Begin to send ``tensor``, contiguous, to the group's rank ``to``."""
+        return self._start("send", tensor, tensor, lambda: dist.isend(tensor, group=self.pg, group_dst=to))
+
+    def start_receive(self, tensor: torch.Tensor, source: int) -> Pending:
+        """Begin to receive into ``tensor``, contiguous, what the group's rank ``source`` sends."""
+        return self._start("receive", tensor, tensor, lambda: dist.irecv(tensor, group=self.pg, group_src=source))
+
     def all_gather_while(self, tensor: torch.Tensor, reason: Callable[[], bool]) -> list[torch.Tensor]:
         """:meth:`all_gather` on gloo, which the group's timeout does not end while ``reason()`` is true."""
         if self.pg is None or self.size == 1:
@@ -211,7 +226,7 @@ class Group:
     def _enter(self, op: str, tensor: torch.Tensor | None) -> list[Any]:
         """Book a collective; returns what this rank has dropped before it."""
         self.record(op, 0 if tensor is None else tensor.numel() * tensor.element_size())
-        if self.role not in UNIT:
+        if not self.is_unit:
             return []
         self.context.stats.unit_collectives += 1
         return self.context.deferred.before()

@@ -1,4 +1,8 @@
-"""One record says how a parameter is laid out over the TP ranks; slicing, gathering, norms and sums derive from it."""
+"""One record says how a parameter is laid out over the ranks of a unit; slicing, gathering, norms, sums derive from it.
+
+A plan lays parameters over the TP ranks of one stage; :meth:`ParamLayout.on_stages` makes of that what all ranks of a
+unit hold, which is the same thing where there is one stage.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,12 @@ Parts = tuple[tuple[Range, ...], ...]
 
 @dataclass(frozen=True)
 class ParamLayout:
-    """How one whole tensor of ``shape`` lies on ``tp`` ranks.
+    """How one whole tensor of ``shape`` lies on some ranks.
 
     ``dim`` is the split dimension (None: every rank holds the whole tensor). ``parts[rank]`` lists the ranges of
     ``dim`` that the rank holds, in the order in which they lie there; ranges on several ranks are replicas.
-    ``pad_to`` is a local length to which every rank is filled with zeros (vocabulary rows).
+    ``pad_to`` is a local length to which every rank is filled with zeros (vocabulary rows). ``absent`` ranks, which are
+    of other pipeline stages, hold no element, nor padding.
 
     whole dim:   |  q0 q1 q2 q3  |  k0 k1  |      parts = (((0, 2), (4, 5)),      rank 0: q0 q1 k0
     4 ranges of two fused blocks, tp = 2:                  ((2, 4), (5, 6)))      rank 1: q2 q3 k1
@@ -32,6 +37,7 @@ class ParamLayout:
     dim: int | None
     parts: Parts
     pad_to: int | None = None
+    absent: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dim is None:
@@ -55,8 +61,28 @@ class ParamLayout:
         """The layout in which each of ``tp`` ranks holds the whole tensor."""
         return ParamLayout(tuple(shape), None, ((),) * tp)
 
+    def on_stages(self, stages: Sequence[int], count: int) -> ParamLayout:
+        """The layout over the ranks of a unit of ``count`` stages, of a tensor that lies so on these ``stages``.
+
+        Rank ``s * tp + t`` of the unit is TP rank ``t`` of stage ``s``.
+        """
+        everywhere = tuple(stages) == tuple(range(count))
+        if everywhere and (count == 1 or self.dim is None):
+            return self if count == 1 else ParamLayout.replicated(self.shape, self.ranks * count)
+        if not self.shape:
+            raise ValueError("a single number cannot lie on some stages only")
+        dim = self.dim or 0
+        parts = (((0, self.shape[0]),),) * self.ranks if self.dim is None else self.parts
+        nothing: Parts = ((),) * self.ranks
+        held: Parts = ()
+        for stage in range(count):
+            held += parts if stage in stages else nothing
+        absent = tuple(at for at in range(len(held)) if at // self.ranks not in stages)
+        return ParamLayout(self.shape, dim, held, self.pad_to, absent)
+
     @property
-    def tp(self) -> int:
+    def ranks(self) -> int:
+        """On how many ranks it lies."""
         return len(self.parts)
 
     @property
@@ -76,7 +102,8 @@ class ParamLayout:
         """Shape of the tensor that ``rank`` holds, padding included."""
         if self.dim is None:
             return self.shape
-        length = _length(self.parts[rank]) if self.pad_to is None else self.pad_to
+        padded = self.pad_to is not None and rank not in self.absent
+        length = self.pad_to if padded else _length(self.parts[rank])
         return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
 
     def local_numel(self, rank: int) -> int:
@@ -93,6 +120,8 @@ class ParamLayout:
         missing = self.local_shape(rank)[self.dim] - _length(self.parts[rank])
         if missing:
             pieces.append(whole.new_zeros((*self.shape[: self.dim], missing, *self.shape[self.dim + 1 :])))
+        if not pieces:
+            return whole.new_empty(self.local_shape(rank))
         # cat copies even a single piece: a view would keep the whole tensor alive
         return torch.cat(pieces, self.dim)
 
@@ -136,7 +165,7 @@ class ParamLayout:
     def _owned(self) -> tuple[tuple[Range, ...], ...]:
         return tuple(
             _merge([self.to_local(rank, a, b) for a, b, ranks in self.segments if ranks[0] == rank])
-            for rank in range(self.tp)
+            for rank in range(self.ranks)
         )
 
     @cached_property
@@ -153,7 +182,7 @@ class ParamLayout:
     def replica_count(self, rank: int) -> int:
         """On how many ranks the most replicated element of ``rank`` lies."""
         if self.dim is None:
-            return self.tp
+            return self.ranks
         return max((len(ranks) for _, _, ranks in self.segments if rank in ranks), default=1)
 
 

@@ -85,7 +85,7 @@ class BatchGuard:
         """Forward pre-hook (with kwargs) of a model; checks at the outermost call only. Never in a graph."""
         self._runtime.region.enter_forward()
         self._entered += 1
-        if self._registered != self._runtime.progress.registered or self._looks(module):
+        if not self._depth and (self._registered != self._runtime.progress.registered or self._looks(module)):
             self.check()
             self._registered = self._runtime.progress.registered
         self._depth += 1

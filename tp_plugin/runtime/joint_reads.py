@@ -44,7 +44,7 @@ class JointReads:
         if not calls or not self._mesh.is_leader or threading.current_thread() is not threading.main_thread():
             return None
         clock = self._published.clock_of(uid)
-        length = max(layout.local_numel(rank) for rank in range(layout.tp))
+        length = max(layout.local_numel(rank) for rank in range(layout.ranks))
         group, peers = self._mesh.unit_for(local), self._sessions.peers()
         try:
             agreed = self._sessions.entered, uid, clock

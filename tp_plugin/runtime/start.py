@@ -80,6 +80,11 @@ def start(config: RunConfig, tp_size: int | None = None, device_type: str | None
     tp_size = tp_size or config.tp_size
     running = slot.runtime
     if running is not None and running.mesh.is_alive():
+        if running.mesh.pp_size != config.pp_size:
+            raise TPError(
+                f"pp_size={config.pp_size} was asked for, but this run already has pp_size={running.mesh.pp_size}; all "
+                "models of a run share one pp_size"
+            )
         if running.mesh.tp_size != tp_size:
             raise TPError(
                 f"tp_size={tp_size} was asked for, but this run already has tp_size={running.mesh.tp_size}; all models "
@@ -87,7 +92,7 @@ def start(config: RunConfig, tp_size: int | None = None, device_type: str | None
             )
         return running
     stop()
-    mesh = build_mesh(tp_size, device_type, slot.world_groups)
+    mesh = build_mesh(tp_size, device_type, slot.world_groups, config.pp_size)
     slot.runtime, slot.world_groups = build(config, mesh), mesh.made
     return slot.runtime
 

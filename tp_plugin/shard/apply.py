@@ -18,14 +18,17 @@ from tp_plugin.errors import TPError
 from tp_plugin.policy import ParamLayout, Plan, Policy, load, make_plan, policy_for
 from tp_plugin.policy.derived_check import unproven_warning
 from tp_plugin.policy.stacks import between, stacks
+from tp_plugin.policy.stages import Stages, on_stage
 from tp_plugin.runtime.batch_guard import BatchGuard
 from tp_plugin.runtime.runtime import Runtime
 from tp_plugin.runtime.start import start
 from tp_plugin.shard import hooks, lazy_load
 from tp_plugin.shard.audit import audit, drift
 from tp_plugin.shard.build import build_parts
+from tp_plugin.shard.find_stages import find_stages
 from tp_plugin.shard.model_state import ModelState
 from tp_plugin.shard.module_hooks import adopt_hooks
+from tp_plugin.shard.pipeline import Pipeline
 from tp_plugin.shard.replicas import agree_on_weights, take_share_
 from tp_plugin.shard.state_dict import ModuleStateHooks, StateDictHooks, join
 from tp_plugin.shard.topology_warning import warn_of_topology
@@ -55,8 +58,9 @@ def parallelize(
     """
     options = options or current_config()
     tp_size = tp_size or options.tp_size
+    pp_size = options.pp_size
     roots = list(models_in(model)) if policy is None else [("", model)]
-    if tp_size > 1 and not roots:
+    if tp_size * pp_size > 1 and not roots:
         raise TPError(
             f"{type(model).__name__} contains no transformers model, so no policy applies to it; register one for its "
             f"class: tp_plugin.register(tp_plugin.Policy(model_types=({type(model).__name__!r},), …)), or leave it "
@@ -71,19 +75,25 @@ def parallelize(
             known_by = root.config if hasattr(getattr(root, "config", None), "model_type") else kind
             chosen = policy or (load(options.policy) if options.policy else policy_for(known_by))
             experts, whole = options.expert_parallel, options.leave_whole
-            plans.append((root, make_plan(root, chosen, tp_size, expert_parallel=experts, leave_whole=whole)))
+            plan = make_plan(root, chosen, tp_size, expert_parallel=experts, leave_whole=whole)
+            stages = find_stages(root, plan, pp_size, options.pipeline_split) if pp_size > 1 else None
+            plans.append((root, plan, stages))
     runtime = start(options, tp_size)
     with runtime.region.step():
-        derived = unproven_warning([plan for _, plan in plans]) if policy is None and tp_size > 1 else None
+        derived = unproven_warning([plan for _, plan, _ in plans]) if policy is None and tp_size > 1 else None
         if derived and runtime.mesh.rank == 0:
             warnings.warn(derived, stacklevel=2)
         if plans or not sharded:
             # the whole of a wrapper, not only the models in it: a head of its own must start equal on all ranks too
             settled = {id(p) for root in sharded for p in root.parameters()}
-            layouts = {id(p): plan.layouts[name] for root, plan in plans for name, p in root.named_parameters()}
+            layouts = {
+                id(p): unit_layout(plan, stages, name)
+                for root, plan, stages in plans
+                for name, p in root.named_parameters()
+            }
             shared = agree_on_weights(model, runtime.mesh, settled, layouts=layouts, whole_world=loaded_once)
-        for root, plan in plans:
-            shard_model(root, plan, runtime, options, shared)
+        for root, plan, stages in plans:
+            shard_model(root, plan, runtime, options, shared, stages)
         if plans and plans[0][0] is not model:
             plans[0][0].tp_record.wrapper = weakref.ref(model)  # type: ignore[union-attr]
     return model
@@ -115,22 +125,36 @@ def models_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from walk("", module)
 
 
-def shard_model(model: nn.Module, plan: Plan, runtime: Runtime, options: RunConfig, shared: Set[int]) -> None:
+def unit_layout(plan: Plan, stages: Stages | None, name: str) -> ParamLayout:
+    """How the parameter ``name`` lies on the ranks of the unit."""
+    layout = plan.layouts[name]
+    return layout if stages is None else layout.on_stages(stages.parameters[name], stages.count)
+
+
+def shard_model(
+    model: nn.Module, plan: Plan, runtime: Runtime, options: RunConfig, shared: Set[int], stages: Stages | None = None
+) -> None:
     """Carry out ``plan`` on ``model``, whose parameters with ids in ``shared`` are shares. Collective over the unit."""
     mesh = runtime.mesh
     warn_of_topology(model, plan, mesh, runtime.transport.machines)
     split = stacks(model, plan) if options.sequence_parallel else {}
     plan.partial |= between(plan, [layer for layers in split.values() for layer in layers])
+    layouts = {name: unit_layout(plan, stages, name) for name in plan.layouts}
+    here, pipeline = plan, None
+    if stages is not None:
+        here, stage = on_stage(plan, stages, mesh.pp.rank), mesh.pp.rank
+        split = {path: [layers[at] for at in stages.layers(stage)] for path, layers in split.items()}
+        pipeline = Pipeline.of(model, stages, mesh)
 
     for name, parameter in model.named_parameters():
         if id(parameter) not in shared:
-            _slice(parameter, plan.layouts[name], mesh.tp.rank)
+            _slice(parameter, layouts[name], mesh.unit.rank)
     lazy_load.materialize_buffers_(model)
     lazy_load.forget_forward(model)
 
-    state = ModelState(model, plan, runtime)
+    state = ModelState(model, plan, runtime, layouts)
     state.attach()
-    parts = build_parts(model, plan, split, mesh.tp, runtime.remote_logits, options)
+    parts = build_parts(model, here, split, mesh.tp, runtime.remote_logits, options)
     if parts.heads:
         trace_once(type(model).forward)
     model.tp_record = state  # type: ignore[assignment]
@@ -146,8 +170,10 @@ def shard_model(model: nn.Module, plan: Plan, runtime: Runtime, options: RunConf
         rounded=lambda: 0 < drift(state) <= tolerance,
         every=options.guard,
     )
-    hooks.install(model, hooks.table(model, parts, state, guard), parts)
-    adopt_hooks(model, plan, parts, runtime.region)
+    hooks.install(model, hooks.table(model, here, parts, state, guard), parts)
+    adopt_hooks(model, here, parts, runtime.region)
+    if pipeline is not None:
+        pipeline.install(state, options)
 
 
 def _hook_state_dict(model: nn.Module, state: ModelState) -> None:

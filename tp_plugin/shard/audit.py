@@ -96,15 +96,15 @@ def _how_far(state: ModelState, differing: list[Replica], repair: bool) -> list[
 
 
 def _replicas(state: ModelState) -> Iterator[Replica]:
-    tp = state.mesh.tp
-    everyone = tuple(range(tp.size))
+    unit = state.mesh.unit
+    everyone = tuple(range(unit.size))
     for name, parameter in state.index.tensors().items():
         layout = state.index.layouts[name]
         if not layout.is_sharded:
             yield Replica(name, everyone, [held(parameter.detach())])
         for ranks in layout.replica_groups:
             assert layout.dim is not None
-            ranges = layout.replicated_in(tp.rank, ranks) if tp.rank in ranks else ()
+            ranges = layout.replicated_in(unit.rank, ranks) if unit.rank in ranks else ()
             local = all_rows(parameter.detach()) if ranges else parameter.detach()
             views = [local.narrow(layout.dim, a, b - a) for a, b in ranges]
             yield Replica(name, ranks, views, writable=not is_split(parameter))
@@ -132,7 +132,7 @@ def _checksum(views: list[torch.Tensor]) -> int:
 
 def _difference(state: ModelState, replica: Replica, repair: bool) -> float:
     """How far this rank is from the first of the replica's, relative to the largest element there. Collective."""
-    if state.mesh.tp.rank not in replica.ranks:
+    if state.mesh.unit.rank not in replica.ranks:
         return 0.0
     group = state.mesh.replicas(replica.ranks)
     far = 0.0

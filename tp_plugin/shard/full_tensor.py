@@ -30,7 +30,7 @@ def gather_full_tensor(tensor: torch.Tensor, layout: ParamLayout | None, mesh: M
 @on_shards
 def gather_shards(local: torch.Tensor, layout: ParamLayout, group: Group) -> torch.Tensor:
     """The full tensor of all ranks' local ones under ``layout``. Collective over ``group``, the TP group."""
-    sizes = [layout.local_numel(rank) for rank in range(layout.tp)]
+    sizes = [layout.local_numel(rank) for rank in range(layout.ranks)]
     sent = local.new_zeros(max(sizes))  # all-gather takes equal lengths only
     sent[: local.numel()] = local.reshape(-1)
     received = group.all_gather(sent)

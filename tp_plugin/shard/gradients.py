@@ -50,7 +50,7 @@ def agree(gradients: Sequence[tuple[ParamLayout | None, torch.Tensor]], mesh: Me
     Args:
         gradients: with the layouts of their parameters; None: of a head beside the model, which all ranks have whole.
     """
-    if mesh.tp.size > 1:
+    if mesh.unit.size > 1:
         for bucket in buckets(piece for layout, grad in gradients for piece in _replicated(layout, grad, mesh)):
             bucket.broadcast(ROUNDING)
 
@@ -62,7 +62,7 @@ def _replicated(layout: ParamLayout | None, grad: Any, mesh: Mesh) -> Iterator[t
         yield mesh.unit_cpu if on_host and not mesh.unit.takes_host else mesh.unit, local
         return
     assert layout.dim is not None
-    me, rows = mesh.tp.rank, held_rows(grad)
+    me, rows = mesh.unit.rank, held_rows(grad)
     for ranks in layout.replica_groups:
         if me not in ranks or (on_host and not mesh.unit.takes_host):
             continue

@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from tp_plugin.policy import Plan
 from tp_plugin.runtime.batch_guard import BatchGuard
 from tp_plugin.shard.build import Parts
 from tp_plugin.shard.model_state import ModelState
@@ -59,20 +60,20 @@ def install(model: nn.Module, hooks: Iterable[Hook], parts: Parts) -> None:
         parts.our_hooks.add(handle.id)
 
 
-def table(model: nn.Module, parts: Parts, state: ModelState, guard: BatchGuard) -> Iterator[Hook]:
-    """All rows for ``model``."""
+def table(model: nn.Module, plan: Plan, parts: Parts, state: ModelState, guard: BatchGuard) -> Iterator[Hook]:
+    """All rows for ``model``, of which this rank computes what is in ``plan``."""
     yield from _blocks(model, parts)
     yield from _dropouts(parts)
     yield from _residuals(parts)
     yield from _stacks(parts)
     yield from _outputs(parts)
     yield from _vocabulary(parts)
-    yield from _direct_calls(parts, state)
+    yield from _direct_calls(plan, parts, state)
     yield from _model(model, state, guard)
 
 
-def _direct_calls(parts: Parts, state: ModelState) -> Iterator[Hook]:
-    for path in dict.fromkeys((*parts.blocks, *state.plan.embeddings, *parts.heads)):
+def _direct_calls(plan: Plan, parts: Parts, state: ModelState) -> Iterator[Hook]:
+    for path in dict.fromkeys((*parts.blocks, *plan.embeddings, *parts.heads)):
         step = DirectCall(state.runtime.region)
         yield Hook(path, "before", step.enter, first=True)
         yield Hook(path, "after, always", step.leave)

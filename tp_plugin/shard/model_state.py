@@ -64,10 +64,10 @@ class ModelState:
         wrapper: weak reference to what the model was given in; one state watches what is in no sharded model.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, runtime: Runtime):
+    def __init__(self, model: nn.Module, plan: Plan, runtime: Runtime, layouts: dict[str, ParamLayout]):
         self.plan, self.runtime, self.mesh = plan, runtime, runtime.mesh
         self.attached = True
-        self._register(model, plan.layouts)
+        self._register(model, layouts)
         for name, parameter in model.named_parameters():
             size = parameter.element_size()
             runtime.held_bytes += parameter.numel() * size
@@ -142,7 +142,7 @@ class ModelState:
         """See :meth:`ParamIndex.check` and :meth:`Copies.check`; a copied model's entries are attached later."""
         self.copies.check()
         if self.attached and self.alive():
-            self.index.check(self.mesh.tp.rank)
+            self.index.check(self.mesh.unit.rank)
 
     def follow_renames(self) -> None:
         """Follow modules that moved in the model since its tensors were last listed (PEFT unloads adapters)."""
@@ -250,9 +250,9 @@ def read_full_tensor(runtime: Runtime, uid: str, key: str, local: torch.Tensor, 
             layout.place(full, shard, len(shards))
             del shard
         return full
-    me = runtime.mesh.tp.rank
+    me = runtime.mesh.unit.rank
     layout.place(full, local.detach().cpu(), me)
-    for rank in range(layout.tp):
+    for rank in range(layout.ranks):
         if rank != me:
             layout.place(full, runtime.published.read(uid, key, rank), rank)
     return full

@@ -50,7 +50,7 @@ def _shard_optimizer(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None
     others = {str(at): p for at, p in enumerate(parameters) if entry_of(p) is None and not is_split(p)}
     agree_on(others, runtime.mesh)
     if full_matrix_step.needs_full_matrices(optimizer):
-        full_matrix_step.install(optimizer, runtime.mesh.tp)
+        full_matrix_step.install(optimizer, runtime.mesh.unit)
         optimizer.tp_full_matrices = True  # type: ignore[attr-defined]
         return
     _take_over(optimizer, runtime)
@@ -59,7 +59,7 @@ def _shard_optimizer(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None
 def _take_over(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
     """Cut the state that it has, and let its ``state_dict`` be that of the whole model from now on."""
     _refuse_unfit(optimizer)
-    rank = runtime.mesh.tp.rank
+    rank = runtime.mesh.unit.rank
     for parameter in _parameters(optimizer):
         layout = layout_of(parameter)
         if layout is None or not (layout.is_sharded or is_split(parameter)):
@@ -188,7 +188,7 @@ def _give_full(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> 
         for key, value in entry.items():
             if layout is None or not layout.is_sharded or not isinstance(value, torch.Tensor) or is_split(value):
                 continue  # (FSDP2's states become whole in torch's distributed checkpoint API)
-            if tuple(value.shape) == layout.local_shape(runtime.mesh.tp.rank):
+            if tuple(value.shape) == layout.local_shape(runtime.mesh.unit.rank):
                 entry[key] = read_full_tensor(runtime, states.uid, f"{index}/{key}", value, layout)
         full[index] = entry
     runtime.sessions.leave(states.uid)
@@ -197,7 +197,7 @@ def _give_full(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> 
 
 def _take_shards(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     states: OptimizerStates = optimizer.tp_states  # type: ignore[attr-defined]
-    rank = states.runtime.mesh.tp.rank
+    rank = states.runtime.mesh.unit.rank
     state = dict(state_dict["state"])
     for index, parameter in enumerate(_parameters(optimizer)):
         layout = layout_of(parameter)

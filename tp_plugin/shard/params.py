@@ -60,6 +60,30 @@ def _give_hooks(parameter: Any, own: dict[int, Any], seen: GlobalInfo) -> None:
         accumulated[number] = hook if hasattr(hook, "gets_whole") else accumulated_hook(hook, seen)
 
 
+def _summed(name: str, layout: ParamLayout, plan: Plan, mesh: Mesh) -> Iterator[Piece]:
+    """The parts of a gradient of which other ranks have computed other addends: of TP ranks, of a tied weight's stages.
+
+    Raises:
+        TPError: both at once, of which the second sum would be of what the first has not summed.
+    """
+    me, planned = mesh.tp.rank, plan.layouts[name]
+    if name in plan.partial:
+        yield mesh.tp, None, ()
+    else:
+        for ranks in planned.replica_groups:
+            if me in ranks:
+                unit_ranks = tuple(mesh.pp.rank * mesh.tp_size + rank for rank in ranks)
+                yield mesh.replicas(unit_ranks), planned.dim, planned.replicated_in(me, ranks)
+    stages = [stage for stage in range(mesh.pp_size) if stage * mesh.tp_size + me not in layout.absent]
+    if len(stages) > 1:
+        if name in plan.partial or planned.replica_groups:
+            raise TPError(
+                f"parameter {name!r} lies on the pipeline stages {stages}, and its gradient is summed over the TP "
+                "group, too; write pp_size: 1"
+            )
+        yield mesh.replicas([stage * mesh.tp_size + me for stage in stages]), None, ()
+
+
 class ParamIndex:
     """Parameters of one sharded model.
 
@@ -78,17 +102,12 @@ class ParamIndex:
         model = self._model()
         assert model is not None
         groups = sorted({ranks for layout in self.layouts.values() for ranks in layout.replica_groups})
-        replicas = {ranks: mesh.replicas(ranks) for ranks in groups}  # made in one order on all ranks
-        me, self._entries = mesh.tp.rank, []
+        for ranks in groups:
+            mesh.replicas(ranks)  # made in one order on all ranks
+        self._entries = []
         for name, parameter in model.named_parameters():
             layout = self.layouts[name]
-            pieces: list[Piece] = [
-                (replicas[ranks], layout.dim, layout.replicated_in(me, ranks))
-                for ranks in layout.replica_groups
-                if me in ranks
-            ]
-            if name in plan.partial:
-                pieces = [(mesh.tp, None, ())]
+            pieces = [] if mesh.unit.rank in layout.absent else list(_summed(name, layout, plan, mesh))
             seen = GlobalInfo(name, layout, bool(pieces), peers)
             entry = ParamEntry(name, layout, ReplicaSum(pieces, sums) if pieces else None, seen)
             self._entries.append(entry)
@@ -112,7 +131,7 @@ class ParamIndex:
                 if tensor is not None and tensor.grad is not None:
                     yield _elements(tensor.grad), entry.layout
 
-    def check(self, tp_rank: int) -> None:
+    def check(self, rank: int) -> None:
         """Look whether the model has the parameters that were sharded, and no others, and holds shards of them.
 
         Raises:
@@ -124,10 +143,10 @@ class ParamIndex:
             plain = plain_name(name)
             if plain in self.layouts and entry_of(parameter) is not None:
                 layout = self.layouts[plain]
-                if layout.is_sharded and tuple(parameter.shape) == layout.shape != layout.local_shape(tp_rank):
+                if layout.is_sharded and tuple(parameter.shape) == layout.shape != layout.local_shape(rank):
                     raise TPError(
                         f"parameter {plain!r} is whole, {layout.shape}, where {type(model).__name__} computes with "
-                        f"this rank's shard of it, {layout.local_shape(tp_rank)}; write to whole weights inside `with "
+                        f"this rank's shard of it, {layout.local_shape(rank)}; write to whole weights inside `with "
                         "tp_plugin.full_parameters(model, write=True):`, which ends before the model is called or saved"
                     )
                 continue

@@ -60,18 +60,18 @@ def _agree(
     shared = set()
     for name in names:
         tensor, layout = tensors[name], layouts.get(id(tensors[name]))
-        taken = _leaders(tensor, layout or ParamLayout.replicated(tensor.shape, mesh.tp_size), mesh, whole_world)
+        taken = _leaders(tensor, layout or ParamLayout.replicated(tensor.shape, mesh.unit_size), mesh, whole_world)
         if layout is None:
             tensor.copy_(taken)
         else:
-            take_share_(tensor, layout, mesh.tp.rank, taken.to(tensor.device))  # type: ignore[arg-type]
+            take_share_(tensor, layout, mesh.unit.rank, taken.to(tensor.device))  # type: ignore[arg-type]
             shared.add(id(tensor))
     return shared
 
 
 def _leaders(tensor: torch.Tensor, layout: ParamLayout, mesh: Mesh, whole_world: bool) -> torch.Tensor:
     """This rank's share of the leader's ``tensor``: whole ones go through the leader's unit, shares from there on."""
-    rank = mesh.tp.rank
+    rank = mesh.unit.rank
     if not whole_world or mesh.data.rank == 0:
         if mesh.is_leader:
             whole = value_of(tensor).detach().to(tensor.device).contiguous()

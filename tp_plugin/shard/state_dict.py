@@ -64,7 +64,7 @@ class ModuleStateHooks:
         if form() is StateForm.LOCAL:
             return
         give = self.state.lazy_full_tensor if form() is StateForm.LAZY else self.state.full_tensor
-        rank = self.state.mesh.tp.rank
+        rank = self.state.mesh.unit.rank
         for name, _ in module.named_parameters(recurse=False):
             value, key = local_of(state.get(prefix + name)), join(self.path, name)
             # another shape than this rank's shard is a placeholder: ZeRO-3 keeps the data elsewhere
@@ -93,7 +93,7 @@ class ModuleStateHooks:
                     state[prefix + name] = as_global(value.detach(), seen)
                 continue
             if layout.is_sharded and tuple(value.shape) == layout.shape:
-                state[prefix + name] = layout.shard(value, self.state.mesh.tp.rank)
+                state[prefix + name] = layout.shard(value, self.state.mesh.unit.rank)
 
 
 def join(path: str, name: str) -> str:

@@ -34,7 +34,7 @@ def warn_of_topology(model: nn.Module, plan: Plan, mesh: Mesh, machines: Sequenc
         machines: where its ranks are, in rank order.
     """
     places: dict[Machine, list[int]] = {}
-    for rank, machine in zip(mesh.tp.ranks, machines, strict=True):
+    for rank, machine in zip(mesh.tp.ranks, machines[mesh.pp.rank * mesh.tp_size :], strict=False):
         places.setdefault(machine, []).append(rank)
     if len(places) == 1 or not mesh.is_leader or not comes_first("a TP group spans machines"):
         return

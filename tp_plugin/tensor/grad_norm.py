@@ -42,7 +42,7 @@ def sharded_grad_norm(
         if not held(tensor).numel():
             continue
         if layout is not None and layout.is_sharded:
-            counted[is_split(tensor)] += owned_part(tensor, layout, mesh.tp.rank)
+            counted[is_split(tensor)] += owned_part(tensor, layout, mesh.unit.rank)
         elif mesh.is_leader:
             counted[is_split(tensor)].append(held(tensor))
     device, wide = held(tensors[0]).device, _wide(tensors[0].dtype) or tensors[0].dtype

@@ -19,7 +19,7 @@ class ParamEntry:
 
     Attributes:
         name: its first name in the model.
-        layout: how it lies on the TP ranks.
+        layout: how it lies on the ranks of the unit.
         replica_sum: the hook that sums gradients of replicated elements, if there are some.
         seen: as what the script sees it, if that is more than this rank has.
         tensors: those that stand for it, as far as they live.

@@ -81,7 +81,7 @@ def _lead(original: Any, loader: Any, mesh: Mesh) -> Iterator[Any]:
             marks = loader.end_of_dataloader, loader.remainder, _changed(before), _position(loader)
             if _send(mesh, _Batch(data, *marks)):
                 for tensor in tensors:
-                    mesh.tp.broadcast(tensor.contiguous())
+                    mesh.unit.broadcast(tensor.contiguous())
                 _vouch_for(tensors)
             yield batch
 
@@ -95,7 +95,7 @@ def _follow(loader: Any, mesh: Mesh) -> Iterator[Any]:
             rng.restore(message.generators)
         if isinstance(message, _End):
             if message.error is not None:
-                raise DivergenceError(f"the data loader failed on rank {mesh.tp.ranks[0]}: {message.error}")
+                raise DivergenceError(f"the data loader failed on rank {mesh.unit.ranks[0]}: {message.error}")
             loader.iteration = message.iteration
             loader.end()
             return
@@ -108,7 +108,7 @@ def _follow(loader: Any, mesh: Mesh) -> Iterator[Any]:
 
 def _send(mesh: Mesh, message: Any) -> bool:
     """Send to the peers; False if none is at this loader (the main process iterates alone)."""
-    if len(require().sync_points.rendezvous(BATCH)) < mesh.tp_size:
+    if len(require().sync_points.rendezvous(BATCH)) < mesh.unit_size:
         return False
     mesh.unit_cpu.broadcast_object(message)
     return True
@@ -150,7 +150,7 @@ def _receive_device_tensors(data: Any, loader: Any, mesh: Mesh) -> Any:
     tensors: list[torch.Tensor] = []
 
     def fill(slot: _OnDevice) -> torch.Tensor:
-        tensors.append(mesh.tp.broadcast(torch.empty(slot.shape, dtype=slot.dtype, device=device)))
+        tensors.append(mesh.unit.broadcast(torch.empty(slot.shape, dtype=slot.dtype, device=device)))
         return tensors[-1]
 
     filled = recursively_apply(fill, data, test_type=lambda value: isinstance(value, _OnDevice))

@@ -57,7 +57,7 @@ def meet_at(operation: str, value: Any = None) -> Any:
     met = require().sync_points.rendezvous(COLLECTIVE, [zlib.crc32(operation.encode()), kind, content])
     if len({values[0] for values in met}) > 1:
         raise DivergenceError(
-            f"the ranks {list(mesh.tp.ranks)} of a TP group came to different collectives of Accelerate (this one to "
+            f"the ranks {list(mesh.unit.ranks)} of a TP group came to different collectives of Accelerate (this one to "
             f"{operation}); they are one process and must make the same calls"
         )
     if len({values[1] for values in met}) > 1:
@@ -65,7 +65,7 @@ def meet_at(operation: str, value: Any = None) -> Any:
             f"a tensor of {tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else f"{value!r:.80}"
         )
         raise DivergenceError(
-            f"the ranks {list(mesh.tp.ranks)} of a TP group came to {operation} with values of different shapes (this "
+            f"the ranks {list(mesh.unit.ranks)} of a TP group came to {operation} with values of different shapes (this "
             f"one with {found}); they are one process and must give the same. If only the main process has the value, "
             "use broadcast, or pad_across_processes before"
         )

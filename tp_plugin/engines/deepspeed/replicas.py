@@ -54,7 +54,7 @@ def _kept(optimizer: Any) -> list[tuple[ParamLayout | None, torch.Tensor]] | Non
 
 
 def _is_uneven(layout: ParamLayout | None) -> bool:
-    return layout is not None and len({layout.local_numel(rank) for rank in range(layout.tp)}) > 1
+    return layout is not None and len({layout.local_numel(rank) for rank in range(layout.ranks)}) > 1
 
 
 def _splits(layout: ParamLayout | None) -> bool:

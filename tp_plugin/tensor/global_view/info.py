@@ -79,7 +79,7 @@ class GlobalInfo:
     @property
     def rank(self) -> int:
         """This rank in the TP group."""
-        return self.peers.mesh.tp.rank
+        return self.peers.mesh.unit.rank
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -94,7 +94,7 @@ def _part(value: Any, info: GlobalInfo, like: Any) -> Any:
     at = -1 if dim is None else dim - missing
     mine = value
     if dim is not None and at >= 0 and (value.shape[at] != 1 or shape[dim] == 1):
-        pieces = [value.narrow(at, a, b - a) for a, b in info.layout.parts[info.rank]]
+        pieces = [value.narrow(at, a, b - a) for a, b in info.layout.parts[info.rank] or ((0, 0),)]
         padding = info.local_shape[dim] - sum(piece.shape[at] for piece in pieces)
         if padding:
             pieces.append(value.new_ones((*value.shape[:at], padding, *value.shape[at + 1 :])))

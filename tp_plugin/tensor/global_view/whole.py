@@ -43,7 +43,7 @@ def _gathered(local: torch.Tensor, info: GlobalInfo) -> torch.Tensor:
     if info.layout.dim is None:
         return local.clone()
     group = info.peers.mesh.unit_for(local)
-    sizes = [info.layout.local_numel(rank) for rank in range(info.layout.tp)]
+    sizes = [info.layout.local_numel(rank) for rank in range(info.layout.ranks)]
     sent = local.new_zeros(max(sizes))  # all-gather takes equal lengths only
     sent[: local.numel()] = local.reshape(-1)
     received = group.all_gather(sent)

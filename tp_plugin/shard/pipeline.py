@@ -1,0 +1,82 @@
+"""A model's modules that other stages run become holes, and its forward the pipeline's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tp_plugin.config.run_config import RunConfig
+from tp_plugin.errors import TPError
+from tp_plugin.mesh.roles import Mesh
+from tp_plugin.policy.stages import Stages
+from tp_plugin.shard.stage_outputs import StageOutputs
+from tp_plugin.tensor.pipeline.executor import Executor
+from tp_plugin.tensor.pipeline.forward import PipelineForward
+from tp_plugin.tensor.pipeline.holes import AbsentLayer, AbsentModule
+from tp_plugin.tensor.pipeline.messages import Messages
+from tp_plugin.tensor.pipeline.seeds import Seeds
+
+PER_STAGE = 4
+"""Micro-batches for each stage: the share of idle time is (p - 1) / (m + p - 1), under a fifth."""
+
+
+@dataclass
+class Pipeline:
+    """One model's; made while its parameters have their whole shapes."""
+
+    model: nn.Module
+    stages: Stages
+    executor: Executor
+    absent: list[nn.Module]
+
+    @staticmethod
+    def of(model: nn.Module, stages: Stages, mesh: Mesh) -> Pipeline:
+        """Put holes in place of what is elsewhere.
+
+        Raises:
+            TPError: a script's hook is on a module of which this rank may have none of the values.
+        """
+        for path, module in model.named_modules():
+            if path:
+                _refuse_hooks(path, module)
+        executor = Executor(model, model.forward, Messages(mesh.pp, mesh.pp_back), Seeds())
+        stage, layers = mesh.pp.rank, list(model.get_submodule(stages.stack).children())
+        for path in (*stages.before, *stages.after):
+            if stage not in stages.of(path) or (path in stages.after and stage != stages.count - 1) or (
+                path in stages.before and stage
+            ):
+                module = model.get_submodule(path)
+                module.forward = AbsentModule(path, module, lambda: executor.is_running)  # type: ignore[method-assign]
+        own, absent = stages.layers(stage), []
+        for number, layer in enumerate(layers):
+            if number in own:
+                layer.register_forward_pre_hook(executor.seeds.before_layer(number))
+                continue
+            at = {own[0] - 1: executor.receive, own[-1] + 1: executor.take}
+            hole = AbsentLayer(
+                f"{stages.stack}.{number}", lambda: executor.is_running, number, stages.returns_tuples,
+                at.get(number, lambda hidden: hidden),
+            )  # fmt: skip
+            layer.forward = hole  # type: ignore[assignment]
+            absent.append(layer)
+        return Pipeline(model, stages, executor, absent)
+
+    def install(self, state: Any, options: RunConfig) -> None:
+        """Let the model's forward be that of the pipeline."""
+        messages = self.executor.messages
+        outputs = StageOutputs(state.peers, messages, state.runtime.sync_points)
+        count = options.pipeline_microbatches or PER_STAGE * messages.stages
+        late = options.pipeline_schedule == "gpipe"
+        forward = PipelineForward(self.model, self.model.forward, self.executor, count, late, outputs, self.absent)
+        self.model.forward = forward  # type: ignore[method-assign]
+
+
+def _refuse_hooks(path: str, module: nn.Module) -> None:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks):
+        if hooks:
+            raise TPError(
+                f"a hook is registered on {path}, which lies on one pipeline stage only; hooks inside of the model are "
+                "not called on the others: remove it, or write pp_size: 1"
+            )
