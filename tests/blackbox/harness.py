@@ -146,7 +146,10 @@ A plain run that ends so is run again; ours must not end so (parallel/sync_point
 
 
 def _command(out: Path, tp: int, dp: int, entry: str, extra: dict) -> tuple[list[str], dict[str, str]]:
-    """The command line and the environment of one launch; `entry` is the door by which tp_size comes in."""
+    """The command line and the environment of one launch; `entry` is the door by which tp_size comes in.
+
+    By "stages2" the `tp` ranks of a unit are two pipeline stages of half as many TP ranks.
+    """
     world = tp * dp
     env = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "TP_PLUGIN_", "PARALLELISM_"))}
     env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONFAULTHANDLER": "1"}
@@ -170,6 +173,9 @@ def _command(out: Path, tp: int, dp: int, entry: str, extra: dict) -> tuple[list
     elif entry == "command line":
         config["distributed_type"] = "MULTI_CPU"
         options = ["--tp_size", str(tp)]
+    elif entry.startswith("stages"):
+        stages = int(entry.removeprefix("stages"))
+        config |= {"distributed_type": "MULTI_CPU", "tp_size": tp // stages, "pp_size": stages}
     else:
         config |= {"distributed_type": "MULTI_GPU" if entry == "yaml multi_gpu" else "MULTI_CPU", "tp_size": tp}
     path = out / "config.yaml"

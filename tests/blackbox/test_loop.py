@@ -19,6 +19,8 @@ CASES = [
     ("gpt2", 2, 1, "torchrun", "real"),
     pytest.param(("gpt2", 2, 2, "command line", "real"), marks=pytest.mark.full),
     ("gpt2", 4, 1, "yaml", "forked"),
+    ("llama", 2, 2, "stages2", "real"),
+    ("gpt2", 4, 1, "stages2", "forked"),
 ]
 
 

@@ -65,6 +65,14 @@ class RunConfig:
         """Of the unit, as messages name them."""
         return f"tp_size={self.tp_size}" + (f" x pp_size={self.pp_size}" if self.pp_size > 1 else "")
 
+    def refuse_stages(self, engine: str) -> None:
+        """Raise TPError if there are pipeline stages, which ``engine`` does not train."""
+        if self.pp_size > 1:
+            raise TPError(
+                f"{PP_SIZE}: {self.pp_size} together with {engine} is not supported by this version; write "
+                f"distributed_type: MULTI_GPU or MULTI_CPU (DDP over the data-parallel processes), or {PP_SIZE}: 1"
+            )
+
     @staticmethod
     def parse(tp_size: object = 1, options: object = None, origin: str = "", pp_size: object = 1) -> RunConfig:
         """Validate the values of the keys ``tp_size``, ``tp_plugin`` and ``pp_size``, found in ``origin``.

@@ -34,7 +34,7 @@ def install(modeling_utils: Any) -> None:
         if device != HOST:  # else room for the whole model would be made there, and filled
             load_config = dataclasses.replace(load_config, device_map={"": HOST})
         loaded = original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-        if current_config().tp_size > 1:
+        if current_config().unit_size > 1:
             _make_room(modeling_utils, model)
         if device != HOST:
             _send(model, device)
@@ -47,7 +47,7 @@ def install(modeling_utils: Any) -> None:
 
 
 def _to(original: Any, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if current_config().tp_size > 1 and any(map(lies_in_file, self.parameters())):
+    if current_config().unit_size > 1 and any(map(lies_in_file, self.parameters())):
         device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
         swaps = torch.__future__.get_swap_module_params_on_conversion()
         if memory_format is None and not swaps and (device is None or device.type != "meta"):
@@ -107,7 +107,7 @@ def _is_plain(modeling_utils: Any, model: Any, files: Any, load_config: Any) -> 
     )
     devices = {str(device) for device in (load_config.device_map or {}).values()}
     return (
-        options.tp_size > 1
+        options.unit_size > 1
         and not left_whole
         and bool(files)
         and all(str(file).endswith(".safetensors") for file in files)

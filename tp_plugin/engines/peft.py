@@ -58,6 +58,11 @@ def _get_prompt(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     model: Any = next((model for _, model in models_in(self) if is_sharded(model)), None)
     if model is None or self.active_peft_config.peft_type not in ("PREFIX_TUNING", "CARTRIDGE"):
         return original(self, *args, **kwargs)
+    if model.tp_record.mesh.pp_size > 1:
+        raise TPError(
+            f"{self.active_peft_config.peft_type.value.lower().replace('_', ' ')} gives keys and values to every layer, "
+            "which stand on different pipeline stages; write pp_size: 1"
+        )
     tp = model.tp_record.mesh.tp
     hook = self.prompt_encoder[self.active_adapter].register_forward_hook(lambda _, given, made: copy_to_tp(made, tp))
     try:

@@ -100,7 +100,7 @@ def _register_comm_hook(original: Any, self: Any, state: Any, hook: Any) -> Any:
     Raises:
         TPError: the hook is not one of torch's that average each element.
     """
-    if self.process_group in (None, dist.group.WORLD) or _tp_size() == 1:
+    if self.process_group in (None, dist.group.WORLD) or _unit_size() == 1:
         return original(self, state, hook)
     elementwise = getattr(hook, "__module__", "") == default_hooks.__name__
     if not elementwise or not (state is None or isinstance(state, dist.ProcessGroup)):
@@ -209,16 +209,16 @@ class _Replicas:
 
     @staticmethod
     def get_world_size() -> int:
-        return dist.get_world_size() // _tp_size()
+        return dist.get_world_size() // _unit_size()
 
     @staticmethod
     def get_rank() -> int:
-        return process_of(dist.get_rank(), _tp_size())
+        return process_of(dist.get_rank(), _unit_size())
 
 
-def _tp_size() -> int:
+def _unit_size() -> int:
     runtime = current()
-    return runtime.mesh.tp_size if runtime is not None else current_config().tp_size
+    return runtime.mesh.unit_size if runtime is not None else current_config().unit_size
 
 
 def _unscale_grads(original: Any, *args: Any, **kwargs: Any) -> dict[torch.device, torch.Tensor]:

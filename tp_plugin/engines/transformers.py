@@ -104,7 +104,7 @@ def _init(original: Any, self: Any, config: Any, *args: Any, **kwargs: Any) -> N
 
 
 def _is_off() -> bool:
-    return current_config().tp_size == 1
+    return current_config().unit_size == 1
 
 
 def check_before_load(config: Any, options: RunConfig) -> None:
@@ -115,13 +115,14 @@ def check_before_load(config: Any, options: RunConfig) -> None:
         TPError: a quantized model, or a world that ``tp_size`` does not divide.
     """
     model_type = getattr(config, "model_type", None)
-    if options.tp_size == 1 or model_type in options.leave_whole:
+    if options.unit_size == 1 or model_type in options.leave_whole:
         return
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world % options.tp_size:
+    if world % options.unit_size:
+        by = "tp_size x pp_size" if options.pp_size > 1 else "tp_size"
         raise TPError(
-            f"tp_size={options.tp_size} does not divide the world of {world} processes (num_processes); write "
-            "num_processes = tp_size x data-parallel size"
+            f"{options.sizes} does not divide the world of {world} processes (num_processes); write "
+            f"num_processes = {by} x data-parallel size"
         )
     policy = load(options.policy) if options.policy else policy_for(config)
     if policy.towers and model_type not in policy.model_types:
@@ -133,9 +134,9 @@ def check_before_load(config: Any, options: RunConfig) -> None:
 
 def _refuse_quantized(config: Any, options: RunConfig) -> None:
     model_type = config if isinstance(config, str) else getattr(config, "model_type", None)
-    if options.tp_size > 1 and model_type not in options.leave_whole:
+    if options.unit_size > 1 and model_type not in options.leave_whole:
         raise TPError(
-            f"this {model_type} model is to be quantized (quantization_config), and tp_size={options.tp_size} cannot "
+            f"this {model_type} model is to be quantized (quantization_config), and {options.sizes} cannot "
             "split quantized weights; remove quantization_config, or set tp_size: 1"
         )
 

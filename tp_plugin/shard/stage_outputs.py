@@ -34,17 +34,21 @@ class StageOutputs:
                     f"{self._peers.line()}: {name!r} is on the last pipeline stage, and the other ranks are not at this "
                     "line; use it on every process, and log or print the result on the main one"
                 )
-            with torch.no_grad():
-                whole = torch.cat([_gathered(one) for one in made]) if made else torch.empty_like(
-                    fake, memory_format=torch.contiguous_format
-                )
-                return self._messages.from_last(whole.contiguous())
+            self._sync_points.depth += 1  # as in a forward: all ranks are here
+            try:
+                return self._messages.from_last(_whole(fake, made))
+            finally:
+                self._sync_points.depth -= 1
 
         return read() if self._sync_points.wants_full_logits else LazyOutput.of(fake, read, loss)
 
 
-def _gathered(output: torch.Tensor) -> torch.Tensor:
-    return output.gathered() if hasattr(output, "vocabulary") else output  # type: ignore[no-any-return]
+@torch.no_grad()
+def _whole(fake: torch.Tensor, made: list[torch.Tensor]) -> torch.Tensor:
+    """The output on the last stage, elsewhere room for it."""
+    if not made:
+        return torch.empty_like(fake, memory_format=torch.contiguous_format)
+    return torch.cat([one.gathered() if hasattr(one, "vocabulary") else one for one in made]).contiguous()
 
 
 class LazyOutput(torch.Tensor):

@@ -139,6 +139,7 @@ def _about(accelerator: Any, mesh: Mesh) -> dict[str, Any]:
     return {
         "engine": _engine(accelerator),
         "tp_size": mesh.tp_size,
+        "pp_size": mesh.pp_size,
         "dp_size": mesh.dp_size,
         "models": models,
     }

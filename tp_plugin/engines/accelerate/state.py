@@ -94,8 +94,8 @@ def _init(original: Any, self: Any, cpu: bool = False, **kwargs: Any) -> None:
     if not torch.distributed.is_initialized():
         cls._shared_state.clear()
         raise TPError(
-            f"tp_size={options.tp_size} needs {options.tp_size} processes or a multiple, but this is one process; set "
-            f"num_processes: {options.tp_size} and start the script with `accelerate launch` or `torchrun`"
+            f"{options.sizes} needs {options.unit_size} processes or a multiple, but this is one process; set "
+            f"num_processes: {options.unit_size} and start the script with `accelerate launch` or `torchrun`"
         )
     try:
         mesh = start(options, device_type=self.device.type).mesh

@@ -68,6 +68,7 @@ def _config(original: Any, self: Any, config: Any, mpu: Any = None, *args: Any, 
 def _hf_config(original: Any, self: Any, config: Any) -> None:
     original(self, config)
     options = _run_config(self.config)
+    options.refuse_stages("DeepSpeed")
     if options.tp_size > 1:
         refuse(self.config, options.tp_size)
     self.config = without_our_keys(self.config)
@@ -87,6 +88,7 @@ def _initialize(original: Any, *args: Any, **kwargs: Any) -> Any:
     if config is None:
         return original(*args, **kwargs)  # DeepSpeed says what is wrong
     options = _run_config(config)
+    options.refuse_stages("DeepSpeed")
     given["config"] = config = without_our_keys(config)
     if options.tp_size == 1 and any(is_sharded(root) for _, root in models_in(given["model"])):
         options = replace(options, tp_size=require().mesh.tp_size)  # by tp_plugin.parallelize

@@ -25,9 +25,10 @@ def install(dataclasses: Any) -> None:
 
 def _plugin(original: Any, self: Any) -> None:
     original(self)
-    tp_size = current_config().tp_size
-    if tp_size > 1:
-        refuse({"fsdp_version": self.fsdp_version, "fsdp_ignored_modules": self.ignored_modules}, tp_size)
+    options = current_config()
+    options.refuse_stages("FSDP")
+    if options.tp_size > 1:
+        refuse({"fsdp_version": self.fsdp_version, "fsdp_ignored_modules": self.ignored_modules}, options.tp_size)
 
 
 def refuse(settings: Mapping[str, Any], tp_size: int) -> None:
