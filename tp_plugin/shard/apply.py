@@ -33,6 +33,7 @@ from tp_plugin.shard.replicas import agree_on_weights, take_share_
 from tp_plugin.shard.state_dict import ModuleStateHooks, StateDictHooks, join
 from tp_plugin.shard.topology_warning import warn_of_topology
 from tp_plugin.tensor.graphs import trace_once
+from tp_plugin.tensor.pipeline.stage_reads import StageReads
 
 
 def parallelize(
@@ -154,7 +155,8 @@ def shard_model(
 
     state = ModelState(model, plan, runtime, layouts)
     state.attach()
-    parts = build_parts(model, here, split, mesh.tp, runtime.remote_logits, options)
+    reads = runtime.remote_logits if pipeline is None else StageReads(runtime.remote_logits)
+    parts = build_parts(model, here, split, mesh.tp, reads, options)
     if parts.heads:
         trace_once(type(model).forward)
     model.tp_record = state  # type: ignore[assignment]

@@ -34,11 +34,7 @@ class StageOutputs:
                     f"{self._peers.line()}: {name!r} is on the last pipeline stage, and the other ranks are not at this "
                     "line; use it on every process, and log or print the result on the main one"
                 )
-            self._sync_points.depth += 1  # as in a forward: all ranks are here
-            try:
-                return self._messages.from_last(_whole(fake, made))
-            finally:
-                self._sync_points.depth -= 1
+            return self._messages.from_last(_whole(fake, made))
 
         return read() if self._sync_points.wants_full_logits else LazyOutput.of(fake, read, loss)
 

@@ -6,5 +6,6 @@ schedule.py       in which order a stage runs forwards and backwards
 messages.py       hidden states to the next stage, their gradients to the one before
 executor.py       one stage's forwards and backwards on shadows of its parameters
 forward.py        the forward that a script calls
+stage_reads.py    how a stage's ranks agree on their logits
 hand_out.py       gradients that are there already, given to autograd
 """
