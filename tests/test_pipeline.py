@@ -68,12 +68,42 @@ def scripts_own(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return -(entry * kept).sum() / kept.sum() + 0.01 * logits.square().mean()
 
 
+def with_lora(model: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    targets = ["q_proj", "down_proj", "lm_head", "embed_tokens"]
+    model = get_peft_model(model, LoraConfig(target_modules=targets, init_lora_weights=False))
+    return model
+
+
+def checkpointing(model: Any, use_reentrant: bool = False) -> Any:
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    return model.train()
+
+
+def reentrant(model: Any) -> Any:
+    return checkpointing(model, use_reentrant=True)
+
+
+def partly_frozen(model: Any) -> Any:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.0" not in name and "embed" not in name)
+    return model
+
+
+def as_it_is(model: Any) -> Any:
+    return model
+
+
 @sees_whole
-def case(model_type: str, tp: int, options: dict[str, Any], loss: str = "models_own") -> dict[str, Any]:
+def case(
+    model_type: str, tp: int, options: dict[str, Any], loss: str = "models_own", how: str = "as_it_is"
+) -> dict[str, Any]:
     loss_of = globals()[loss]
-    config = config_for(model_type, num_hidden_layers=4)
-    model = build(config, meta=False)
+    model = build(config_for(model_type, num_hidden_layers=4), meta=False)
     plain = copy.deepcopy(model)
+    model, plain = globals()[how](model), globals()[how](plain)
     stop()
     expected, plain_grads = train(plain, loss_of)
     parallelize(model, tp, options=RunConfig(tp, **options))
@@ -127,3 +157,77 @@ def test_a_loss_of_the_scripts_own_of_two_stages_of_two() -> None:
 def test_all_forwards_first() -> None:
     options = {"pp_size": 2, "pipeline_microbatches": 3, "pipeline_schedule": "gpipe"}
     check(run(2, case, "llama", 1, options))
+
+
+@pytest.mark.parametrize("how", ["with_lora", "checkpointing", "reentrant", "partly_frozen"])
+def test_what_scripts_do_to_models(how: str) -> None:
+    check(run(2, case, "llama", 1, {"pp_size": 2, "pipeline_microbatches": 3}, "models_own", how))
+
+
+def test_adapters_and_recomputation_of_two_stages_of_two() -> None:
+    for how in ("with_lora", "checkpointing"):
+        check(run(4, case, "llama", 2, {"pp_size": 2, "pipeline_microbatches": 3}, "models_own", how))
+
+
+def test_four_stages() -> None:
+    check(run(4, case, "qwen2", 1, {"pp_size": 4, "pipeline_microbatches": 5}))
+
+
+PROMPT = torch.tensor([[0, 0, 5, 17, 33, 21], [9, 4, 61, 8, 3, 70]])
+MASK = (torch.arange(6) >= torch.tensor([[2], [0]])).long()
+
+
+@sees_whole
+def generating(tp: int, stages: int) -> list[tuple[Any, Any]]:
+    """Tokens of one process and ours."""
+    from test_generate import generation
+
+    stop()
+    model = build(config_for("llama", num_hidden_layers=4), meta=False).eval()
+    plain = copy.deepcopy(model)
+    parallelize(model, tp, options=RunConfig(tp, pp_size=stages))
+    found = []
+    for settings in (
+        {},
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 9},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+    ):
+        both = []
+        for one in (plain, model):
+            torch.manual_seed(3)
+            with generation():
+                both.append(one.generate(PROMPT, attention_mask=MASK, max_new_tokens=6, min_new_tokens=6, **settings))
+        found.append((both[0].tolist(), both[1].tolist()))
+    with torch.no_grad():
+        logits = [one(PROMPT, attention_mask=MASK).logits for one in (plain, model)]
+    assert (logits[0] - logits[1]).abs().max() < 1e-4
+    stop()
+    return found
+
+
+@pytest.mark.parametrize(("tp", "stages"), [(1, 2), (2, 2)])
+def test_generate(tp: int, stages: int) -> None:
+    for found in run(tp * stages, generating, tp, stages):
+        for plain, ours in found:
+            assert plain == ours
+
+
+@sees_whole
+def losses_with_dropout(stages: int, how: str) -> list[float]:
+    stop()
+    dropout = {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}
+    model = globals()[how](build(config_for("gpt2", n_layer=4, **dropout), meta=False)).train()
+    parallelize(model, 1, options=RunConfig(1, pp_size=stages, pipeline_microbatches=3))
+    torch.manual_seed(5)
+    found, _ = train(model, models_own)
+    stop()
+    return [number for pair in found for number in pair] + [torch.rand(()).item()]
+
+
+@pytest.mark.parametrize("how", ["as_it_is", "checkpointing"])
+def test_dropout_masks_depend_on_no_stage(how: str) -> None:
+    two, four = run(2, losses_with_dropout, 2, how), run(4, losses_with_dropout, 4, how)
+    for found in [*two, *four]:
+        assert found == pytest.approx(two[0], rel=1e-5)

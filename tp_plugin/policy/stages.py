@@ -39,9 +39,12 @@ class Stages:
         return range(self.first_layers[stage], self.first_layers[stage + 1])
 
     def of(self, path: str) -> tuple[int, ...]:
-        """The stages that hold a parameter of that name, or some below the module of that path; without any, all."""
+        """The stages that hold a parameter of that name, or run the module of that path; all, if it has no parameter."""
         if path in self.parameters:
             return self.parameters[path]
+        if path.startswith(f"{self.stack}."):
+            layer = int(path.removeprefix(f"{self.stack}.").split(".")[0])
+            return (next(stage for stage in range(self.count) if layer in self.layers(stage)),)
         below = {stage for name, on in self.parameters.items() if name.startswith(f"{path}.") for stage in on}
         return tuple(sorted(below)) or tuple(range(self.count))
 

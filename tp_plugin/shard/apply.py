@@ -173,7 +173,7 @@ def shard_model(
         every=options.guard,
     )
     hooks.install(model, hooks.table(model, here, parts, state, guard), parts)
-    adopt_hooks(model, here, parts, runtime.region)
+    adopt_hooks(model, here, parts, runtime.region, staged=pipeline is not None)
     if pipeline is not None:
         pipeline.install(state, options)
 

@@ -107,7 +107,7 @@ class _Run:
 
 
 def _traced(model: nn.Module, stack: str, count: int) -> _Run:
-    traced = _on_meta(model)
+    traced = _on_meta(model, stack)
     run = _Run()
     for path, module in traced.named_modules():
         if re.fullmatch(rf"{re.escape(stack)}\.\d+", path):
@@ -115,8 +115,7 @@ def _traced(model: nn.Module, stack: str, count: int) -> _Run:
             module.register_forward_pre_hook(_layer_begins(run, path, number), with_kwargs=True)
             module.register_forward_hook(_layer_ends(run))
         elif not f"{stack}.".startswith(f"{path}." if path else "") and not path.startswith(f"{stack}."):
-            if next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None:
-                module.register_forward_pre_hook(_begins(run, path, count))
+            module.register_forward_pre_hook(_begins(run, path, count))
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             traced(**_inputs(traced))
@@ -173,11 +172,11 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [tensor for one in value.values() for tensor in _tensors(one)] if isinstance(value, dict) else []
 
 
-def _on_meta(model: nn.Module) -> Any:
+def _on_meta(model: nn.Module, stack: str) -> Any:
     """A copy of the model's structure, whose tensors are shapes."""
     traced = meta_twin(model).eval()
-    for module in traced.modules():
-        if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
+    for module in traced.get_submodule(stack).modules():
+        if any(parameter.dim() == 3 and len(parameter) > 1 for parameter in module.parameters(recurse=False)):
             module.forward = _experts  # grouped products take not all shapes and dtypes on the meta device
     return traced
 

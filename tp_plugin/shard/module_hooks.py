@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from tp_plugin.errors import TPError
 from tp_plugin.policy import ParamLayout, Plan
 from tp_plugin.policy.plan import BlockPlan
 from tp_plugin.shard.build import Parts
@@ -37,6 +38,7 @@ class ModuleHooks:
         taken: how they lie behind them, where the forward takes them.
         output: how what comes out lies.
         ours: ids of the handles of our own hooks.
+        on_one_stage: the module's path, if other pipeline stages do not run it.
     """
 
     region: ScriptRegion
@@ -44,6 +46,7 @@ class ModuleHooks:
     taken: Values
     output: Values
     ours: set[int]
+    on_one_stage: str = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHooks:
         return self
@@ -53,7 +56,9 @@ class ModuleHooks:
         for where in (PRE, FORWARD, BACKWARD, BACKWARD_PRE):
             there: dict[int, Any] = getattr(module, where) or {}
             for one in list(there) if number is None else [number] * (number in there):
-                if one not in self.ours:
+                if one not in self.ours and self.on_one_stage:
+                    refuse_hook(self.on_one_stage, there[one])
+                elif one not in self.ours:
                     there[one] = ScriptHook(there[one], self, where)
         before, after = cast(Hooks, module._forward_pre_hooks), cast(Hooks, module._forward_hooks)
         for one in [one for one in before if one in self.ours]:
@@ -149,12 +154,26 @@ def _cut(value: Any, given: Any, seen: Any, change: Callable[[torch.Tensor], tor
     return value
 
 
-def adopt_hooks(model: nn.Module, plan: Plan, parts: Parts, region: ScriptRegion) -> None:
-    """Put :class:`ModuleHooks` on every module of ``model``, and wrap the hooks that are there."""
+def adopt_hooks(model: nn.Module, plan: Plan, parts: Parts, region: ScriptRegion, staged: bool = False) -> None:
+    """Put :class:`ModuleHooks` on every module of ``model``, and wrap the hooks that are there.
+
+    Args:
+        staged: whether the modules inside stand on pipeline stages.
+    """
     for path, module in model.named_modules():
         given, taken, output = _lies(path, plan, parts)
-        module.tp_hooks = at = ModuleHooks(region, given, taken, output, parts.our_hooks)
+        module.tp_hooks = at = ModuleHooks(region, given, taken, output, parts.our_hooks, path if staged else "")
         at.adopt(module)
+
+
+def refuse_hook(path: str, hook: Any) -> None:
+    """Raise TPError for a script's hook on a module that one pipeline stage runs."""
+    if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):  # of transformers, PEFT: harmless elsewhere
+        return
+    raise TPError(
+        f"a hook is registered on {path}, which one pipeline stage runs; hooks inside of the model are not called on the "
+        "others: register it on the model itself, or write pp_size: 1"
+    )
 
 
 def _lies(path: str, plan: Plan, parts: Parts) -> tuple[Values, Values, Values]:

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from tp_plugin.config.run_config import RunConfig
-from tp_plugin.errors import TPError
 from tp_plugin.mesh.roles import Mesh
 from tp_plugin.policy.stages import Stages
+from tp_plugin.shard.module_hooks import refuse_hook
 from tp_plugin.shard.stage_outputs import StageOutputs
 from tp_plugin.tensor.pipeline.executor import Executor
 from tp_plugin.tensor.pipeline.forward import PipelineForward
@@ -39,8 +39,9 @@ class Pipeline:
             TPError: a script's hook is on a module of which this rank may have none of the values.
         """
         for path, module in model.named_modules():
-            if path:
-                _refuse_hooks(path, module)
+            hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
+            for hook in [hook for kind in hooks if path for hook in kind.values()]:
+                refuse_hook(path, hook)
         executor = Executor(model, model.forward, Messages(mesh.pp, mesh.pp_back), Seeds())
         stage, layers = mesh.pp.rank, list(model.get_submodule(stages.stack).children())
         for path in (*stages.before, *stages.after):
@@ -52,7 +53,6 @@ class Pipeline:
         own, absent = stages.layers(stage), []
         for number, layer in enumerate(layers):
             if number in own:
-                layer.register_forward_pre_hook(executor.seeds.before_layer(number))
                 continue
             at = {own[0] - 1: executor.receive, own[-1] + 1: executor.take}
             hole = AbsentLayer(
@@ -66,17 +66,11 @@ class Pipeline:
     def install(self, state: Any, options: RunConfig) -> None:
         """Let the model's forward be that of the pipeline."""
         messages = self.executor.messages
+        layers = list(self.model.get_submodule(self.stages.stack).children())
+        for number in self.stages.layers(messages.stage):
+            layers[number].register_forward_pre_hook(self.executor.seeds.before_layer(number))
         outputs = StageOutputs(state.peers, messages, state.runtime.sync_points)
         count = options.pipeline_microbatches or PER_STAGE * messages.stages
         late = options.pipeline_schedule == "gpipe"
         forward = PipelineForward(self.model, self.model.forward, self.executor, count, late, outputs, self.absent)
         self.model.forward = forward  # type: ignore[method-assign]
-
-
-def _refuse_hooks(path: str, module: nn.Module) -> None:
-    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks):
-        if hooks:
-            raise TPError(
-                f"a hook is registered on {path}, which lies on one pipeline stage only; hooks inside of the model are "
-                "not called on the others: remove it, or write pp_size: 1"
-            )
