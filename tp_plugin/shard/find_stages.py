@@ -185,7 +185,7 @@ def _experts(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
     return hidden_states * 1
 
 
-def _inputs(model: Any) -> dict[str, torch.Tensor]:
+def _inputs(model: Any) -> dict[str, Any]:
     config = model.config
     if getattr(model, "main_input_name", "input_ids") == "pixel_values":
         size = getattr(config, "image_size", 224)
@@ -194,4 +194,7 @@ def _inputs(model: Any) -> dict[str, torch.Tensor]:
         return {"pixel_values": torch.empty(shape, dtype=next(model.parameters()).dtype, device="meta")}
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     ids = torch.zeros(ROWS, int(min(TOKENS, positions)), dtype=torch.long, device="meta")
-    return {"input_ids": ids}
+    inputs = {"input_ids": ids}
+    if model.can_generate():  # with a cache it is not looked for packed sequences, which needs numbers
+        inputs["use_cache"] = True
+    return inputs

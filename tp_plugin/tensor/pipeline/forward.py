@@ -60,6 +60,7 @@ class PipelineForward:
         self._model, self._inner, self._executor, self._outputs = model, inner, executor, outputs
         self._micro_batches, self._always_late, self._absent = micro_batches, always_late, list(absent)
         self._messages = executor.messages
+        self._used: dict[str, bool] = {}
         self._dropouts = Dropouts()
         self.__signature__ = inspect.signature(inner)  # generate and Trainer look at it
 
@@ -179,7 +180,7 @@ class PipelineForward:
             messages.finish()
             return self._gradients(shadows)[0]
 
-        parameters = self._gradients(shadows)[1]
+        parameters = [p for p in self._model.parameters() if p.requires_grad]
         given = [*([] if loss is None else [loss]), *sent]
         outputs = list(Late.apply(backward, len(given), *given, *parameters))
         fields = {} if loss is None else {"loss": outputs.pop(0)}
@@ -187,11 +188,20 @@ class PipelineForward:
 
     def _gradients(self, shadows: dict[str, torch.Tensor]) -> tuple[Gradients, list[torch.Tensor]]:
         """Of all trained parameters, those that this stage does not hold included: they have no elements."""
-        named = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
+        named = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        if self._used.keys() != named.keys():
+            self._used = self._in_use(named, shadows)
         found: Gradients = [
-            shadows[name].grad if name in shadows else torch.zeros_like(parameter) for name, parameter in named
+            shadows[name].grad if name in shadows else torch.zeros_like(p) if self._used[name] else None
+            for name, p in named.items()
         ]
-        return found, [parameter for _, parameter in named]
+        return found, list(named.values())
+
+    def _in_use(self, named: dict[str, Any], shadows: dict[str, torch.Tensor]) -> dict[str, bool]:
+        """Which parameters got a gradient where they are; asked at the first backward, the host waits for it."""
+        mine = [name in shadows and shadows[name].grad is not None for name in named]
+        device = next(iter(named.values())).device
+        return dict(zip(named, self._messages.anywhere(mine, device), strict=True))
 
     def _total(self, passed: list[Passed], batches: MicroBatches) -> torch.Tensor:
         total = torch.zeros((), device=batches.device)

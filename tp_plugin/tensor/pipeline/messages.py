@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from tp_plugin.mesh.groups import Group, Pending
 
@@ -52,6 +53,11 @@ class Messages:
         """Wait until all that was sent is on its way, so that its memory may be used again."""
         while self._under_way:
             self._under_way.pop().wait()
+
+    def anywhere(self, mine: list[bool], device: torch.device) -> list[bool]:
+        """Which of these are true on some stage."""
+        found = torch.tensor(mine, dtype=torch.int32, device=device)
+        return [bool(one) for one in self._forward.all_reduce(found, dist.ReduceOp.MAX).tolist()]
 
     def from_last(self, tensor: torch.Tensor) -> torch.Tensor:
         """The last stage's ``tensor``, in place, on every stage."""
