@@ -75,13 +75,15 @@ def cut(model: nn.Module, inner: Any, call: dict[str, Any], count: int) -> Micro
     rows = len(batch)
     count = min(count, rows)
     labels, counts = call.get("labels"), None
-    if labels is not None and count > 1 and call.get("num_items_in_batch") is None:
+    if labels is not None and count > 1:
         counts = _counted(model, inner, call)
         if counts is None:
             _tell_of_one_micro_batch(type(model).__name__)
             count = 1
-        elif _takes_count(inner):
-            call, counts = {**call, "num_items_in_batch": counts.sum()}, None
+        elif _takes_count(inner) and not labels.is_floating_point():
+            if call.get("num_items_in_batch") is None:
+                call = {**call, "num_items_in_batch": counts.sum()}
+            counts = None
     calls = [{name: _part(name, value, rows, count, at) for name, value in call.items()} for at in range(count)]
     sizes = [len(part) for part in torch.arange(rows, device="cpu").tensor_split(count)]
     shares: list[Any] = [1.0] * count
