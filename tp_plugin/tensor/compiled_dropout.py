@@ -25,7 +25,7 @@ def _generator(x: torch.Tensor, seed: torch.Tensor) -> torch.Generator:
     return torch.Generator(x.device).manual_seed(mixed)
 
 
-@torch.library.custom_op("tp_plugin::dropout", mutates_args=())
+@torch.library.custom_op("tp_plugin::dropout", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     """``x`` with each entry dropped with probability ``p``; ``seed``: an integer on the CPU."""
     if p >= 1:
@@ -167,7 +167,7 @@ def _recording() -> Iterator[None]:
         yield
 
 
-@torch.library.custom_op("tp_plugin::attention", mutates_args=())
+@torch.library.custom_op("tp_plugin::attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -189,7 +189,7 @@ def _(query: torch.Tensor, key: Any, value: torch.Tensor, *others: Any) -> torch
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-@torch.library.custom_op("tp_plugin::attention_backward", mutates_args=())
+@torch.library.custom_op("tp_plugin::attention_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def attention_backward(
     grad: torch.Tensor,
     query: torch.Tensor,
