@@ -5,9 +5,8 @@ It does nothing in a group of one, books what it does in :class:`CommStats`, and
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +67,7 @@ class Group:
         self.rank = self.ranks.index(dist.get_rank()) if self.size > 1 else 0
         self.traced_name = f"{role}/{pg.group_name if pg is not None else ''}"
         traced_ops.groups[self.traced_name] = self
+        self._words: dict[str, str] = {}
 
     @functools.cached_property
     def takes_host(self) -> bool:
@@ -84,8 +84,7 @@ class Group:
     def all_reduce(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
         """All-reduce ``tensor`` in place and return it."""
         if self.size > 1:
-            with self._running("all_reduce", tensor):
-                dist.all_reduce(tensor, op=op, group=self.pg)
+            self._run("all_reduce", tensor, lambda: dist.all_reduce(tensor, op=op, group=self.pg))
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -101,8 +100,7 @@ class Group:
             return stacked
         tensor = tensor.contiguous()
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        with self._running("all_gather", tensor):
-            _all_gather(gathered.view(-1), tensor.view(-1), group=self.pg)
+        self._run("all_gather", tensor, lambda: _all_gather(gathered.view(-1), tensor.view(-1), group=self.pg))
         return gathered
 
     def reduce_scatter(self, chunks: torch.Tensor) -> torch.Tensor:
@@ -113,8 +111,7 @@ class Group:
             scattered: torch.Tensor = traced_ops.reduce_scatter(chunks, self.traced_name, self.size)
             return scattered
         mine = torch.empty_like(chunks[0])
-        with self._running("reduce_scatter", chunks):
-            _reduce_scatter(mine.view(-1), chunks.view(-1), group=self.pg)
+        self._run("reduce_scatter", chunks, lambda: _reduce_scatter(mine.view(-1), chunks.view(-1), group=self.pg))
         return mine
 
     def start_all_reduce(self, tensor: torch.Tensor) -> Pending:
@@ -144,8 +141,7 @@ class Group:
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Broadcast ``tensor`` in place from the group's rank ``src`` and return it."""
         if self.size > 1:
-            with self._running("broadcast", tensor):
-                dist.broadcast(tensor, group=self.pg, group_src=src)
+            self._run("broadcast", tensor, lambda: dist.broadcast(tensor, group=self.pg, group_src=src))
         return tensor
 
     def broadcast_object(self, value: Any, src: int = 0) -> Any:
@@ -153,8 +149,7 @@ class Group:
         if self.size == 1:
             return value
         box = [value]
-        with self._running("broadcast_object"):
-            dist.broadcast_object_list(box, group=self.pg, group_src=src)
+        self._run("broadcast_object", None, lambda: dist.broadcast_object_list(box, group=self.pg, group_src=src))
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -162,8 +157,7 @@ class Group:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with self._running("all_gather_object"):
-            dist.all_gather_object(values, value, group=self.pg)
+        self._run("all_gather_object", None, lambda: dist.all_gather_object(values, value, group=self.pg))
         return values
 
     def record(self, op: str, size: int) -> None:
@@ -178,19 +172,23 @@ class Group:
         def wait() -> None:
             with self.context.waiting.on(what, self.role in UNIT):
                 work.wait()
-            self.context.deferred.after(dropped, result.device)
+            if dropped:
+                self.context.deferred.after(dropped, result.device)
 
         return Pending(result, wait)
 
-    @contextlib.contextmanager
-    def _running(self, op: str, tensor: torch.Tensor | None = None) -> Iterator[None]:
+    def _run(self, op: str, tensor: torch.Tensor | None, call: Callable[[], Any]) -> None:
         dropped = self._enter(op, tensor)
         with self.context.waiting.on(self._what(op), self.role in UNIT):
-            yield
-        self.context.deferred.after(dropped, torch.device("cpu") if tensor is None else tensor.device)
+            call()
+        if dropped:
+            self.context.deferred.after(dropped, torch.device("cpu") if tensor is None else tensor.device)
 
     def _what(self, op: str) -> str:
-        return f"{op} of the {self.role} group {list(self.ranks)}"
+        found = self._words.get(op)
+        if found is None:
+            found = self._words[op] = f"{op} of the {self.role} group {list(self.ranks)}"
+        return found
 
     def _enter(self, op: str, tensor: torch.Tensor | None) -> list[Any]:
         """Book a collective; returns what this rank has dropped before it."""
