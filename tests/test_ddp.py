@@ -95,6 +95,7 @@ CASES = {
     "experts": ("mixtral", {}, {"expert_parallel": True}, ""),
     "overlap": ("llama", {**LLAMA, "attention_bias": False, "mlp_bias": False}, {"overlap": True, "fuse": True}, ""),
     "communication hook": ("llama", LLAMA, {}, "hook"),
+    "fused head": ("llama", {}, {"fused_head": True}, ""),
     "prefix": ("llama", {"num_key_value_heads": 1}, {"adapter": "prefix"}, ""),
     "compiled by accelerate": ("llama", LLAMA, {}, "accelerate"),
     "compiled by regions": ("llama", LLAMA, {}, "regions"),
@@ -103,7 +104,7 @@ CASES = {
 }
 
 
-USUAL = ("sequence", "communication hook")
+USUAL = ("sequence", "communication hook", "fused head")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in USUAL else pytest.mark.full) for n in CASES])

@@ -55,7 +55,7 @@ def rows_case(size: int, tp: int, padding: int | None) -> list[float]:
     """Outputs and gradients of an embedding whose rows are split, the last rank's padded or empty."""
     from tp_plugin.config.run_config import RunConfig
     from tp_plugin.runtime.start import start, stop
-    from tp_plugin.tensor.embedding import VocabularyRows
+    from tp_plugin.tensor.embedding import ParallelEmbeddingForward, VocabularyRows
 
     stop()
     group = start(RunConfig(tp)).mesh.tp
@@ -67,9 +67,7 @@ def rows_case(size: int, tp: int, padding: int | None) -> list[float]:
     local.padding_idx = padding
     with torch.no_grad():
         local.weight[: stop - start] = whole.weight[start:stop]
-    rows = VocabularyRows(size, start, stop, padding, group)
-    local.register_forward_pre_hook(rows.before)
-    local.register_forward_hook(rows.after)
+    ParallelEmbeddingForward.install(local, VocabularyRows(size, start, stop, padding, group))
     ids = torch.cat([torch.arange(size), torch.tensor([0, size - 1])]).view(1, -1)
     factors = torch.randn(1, size + 2, 6, generator=torch.Generator().manual_seed(1))
     found = []

@@ -13,15 +13,15 @@ import torch
 from models import adapted, batch, build, config_for, unpatched
 from workers import run
 
-STEPS, MICRO = 6, 2
-OPTIONS_OF_OURS = {"sequence_parallel", "expert_parallel", "overlap", "fuse"}
+STEPS, MICRO, LAYERS = 6, 2, 2
+OPTIONS_OF_OURS = {"sequence_parallel", "expert_parallel", "overlap", "fuse", "fused_head"}
 
 
 def _install() -> None:
     """Patch what a worker with a ``tp_size`` patches, once; without a mesh the patches do nothing."""
     import torch.distributed.checkpoint.state_dict
     import torch.distributed.fsdp
-    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_state
+    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group, _fsdp_state
 
     from tp_plugin.engines import torch_utils
     from tp_plugin.engines.fsdp2 import checkpoint, wrapping
@@ -30,6 +30,7 @@ def _install() -> None:
     if not hasattr(torch.distributed.fsdp.fully_shard, "tp_patched"):
         wrapping.install(torch.distributed.fsdp)
         wrapping.install_param(_fsdp_param)
+        wrapping.install_group(_fsdp_param_group)
         wrapping.install_state(_fsdp_state)
         checkpoint.install(torch.distributed.checkpoint.state_dict)
 
@@ -203,6 +204,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "experts": {"expert_parallel": True},
     "fuse": {"overlap": False, "fuse": True},
     "neither": {"overlap": False},
+    "fused-head": {"fused_head": True},
     "compiled": {"compiled": "whole"},
     "compiled-regions": {"compiled": "regions"},
 }
@@ -309,7 +311,10 @@ def test_bf16() -> None:
     ids=["reshard", "keep", "alone", "sequence"],
 )
 def test_bytes(dp: int, reshard: bool, sequence: bool) -> None:
-    """The formula of engines/fsdp2/wrapping.py; nothing in a DP group of one, and no TP traffic because of FSDP2."""
+    """The formula of engines/fsdp2/wrapping.py; nothing in a DP group of one, and no TP traffic because of FSDP2.
+
+    But that gradients of the norms are summed for each group of parameters that FSDP2 reduces, here for each layer.
+    """
     even = {**LLAMA[1], "vocab_size": 96}
     settings = {"reshard_after_forward": reshard, "sequence_parallel": sequence, "steps": 1}
     found = run(2 * dp, train, 2, "llama", even, settings, False)
@@ -328,7 +333,10 @@ def test_bytes(dp: int, reshard: bool, sequence: bool) -> None:
         moved.pop("all_gather/data", None)  # this test's own, which reads the gradients
         assert moved == ({} if dp == 1 else expected)
         tp_side = {key: size for key, size in result["moved"]["count"].items() if key.endswith("/tp")}
-        assert tp_side == ddp_counts(sequence)
+        expected = ddp_counts(sequence)
+        if sequence:
+            expected["all_reduce/tp"] += MICRO * (LAYERS - 1)
+        assert tp_side == expected
 
 
 def ddp_counts(sequence: bool) -> dict[str, int]:

@@ -331,6 +331,14 @@ def test_a_deepspeed_config_must_agree(place: str) -> None:
         resolve(**{place: Written("here", 4)}, deepspeed=inner)
 
 
+@pytest.mark.parametrize(("written", "every"), [("always", 1), ("off", 0), (False, 0), (10, 10), ("10", 10)])
+def test_how_often_the_guard_compares(written: Any, every: int) -> None:
+    """YAML takes ``off`` for false."""
+    config = RunConfig.parse(2, {"guard": written})
+    assert config == RunConfig(2, guard=every)
+    assert RunConfig.parse(2, config.as_written().options) == config
+
+
 @pytest.mark.parametrize("bad", [0, -1, "x", None, True, 1.5])
 def test_bad_sizes(bad: Any) -> None:
     with pytest.raises(TPError, match="tp_size: expected a whole number"):
@@ -343,6 +351,9 @@ def test_bad_sizes(bad: Any) -> None:
         ({"audit_every": -1}, r"tp_plugin\.audit_every: expected a whole number >= 0"),
         ({"policy": 3}, r"tp_plugin\.policy: expected `module:NAME`"),
         ({"leave_whole": "bert"}, r"tp_plugin\.leave_whole: expected a list"),
+        ({"guard": "never"}, r"tp_plugin\.guard: expected always, off or a whole number of forwards, found 'never'"),
+        ({"guard": -1}, r"tp_plugin\.guard: expected always, off or a whole number"),
+        ({"guard": True}, r"tp_plugin\.guard: expected always, off or a whole number"),
     ],
 )
 def test_bad_options(mapping: dict[str, Any], message: str) -> None:

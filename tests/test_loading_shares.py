@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from memory import LiveBytes
 from models import build, config_for
 from test_loading import DTYPES, MODELS, load, patched, saved_models
 from torch import nn
 from workers import run
+
+from tp_plugin.config.resolve import current_config
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,8 @@ def test_a_row_split_touches_no_foreign_page(tmp_path: Path) -> None:
     ]):  # fmt: skip
         before = _read_so_far()
         local = lazy_load.read_shard(weight, layout, 0)
-        assert 0 <= _read_so_far() - before - local.nbytes < 200_000  # and what this test reads in /proc
+        taken = (local, weight)[dim]  # short pieces are cut out of whole rows
+        assert 0 <= _read_so_far() - before - taken.nbytes < 200_000  # and what this test reads in /proc
         assert mapped_file.pages_read(weight) == 0
         whole = torch.arange(rows * 256, dtype=torch.float32).view(rows, 256)
         assert torch.equal(local, whole.narrow(dim, 0, (1024, 128)[dim]))
@@ -177,3 +181,56 @@ def test_the_host_holds_a_share_and_the_largest_tensor(tmp_path: Path, dtype: to
     build(config, 0).save_pretrained(tmp_path)  # 128 MB
     for case in run(2, memory_case, str(tmp_path), dtype):
         assert case["peak"] <= case["share"] + case["largest"] + 8e6 < 1.1 * 2 * case["share"], case
+
+
+def loaded_once_case(folder: str, way: str) -> dict[str, Any]:
+    """FSDP's RAM-efficient loading: the world's first rank has the weights, the others room for them."""
+    from counted import ledger
+
+    from tp_plugin.runtime.start import start, stop
+    from tp_plugin.shard import lazy_load, parallelize
+    from tp_plugin.shard.mapped_file import pages_read
+
+    stop()
+    rank = torch.distributed.get_rank()
+    plain = load(folder)
+    with patched():
+        model = load(folder)
+        if way == "rooms" and rank > 0:
+            for parameter in model.parameters():
+                lazy_load.materialize_(parameter, torch.zeros(parameter.shape))
+        elif rank == 0 and way == "changed":
+            for one in (plain, model):
+                one.lm_head.weight.data[900] = 5.0
+        elif way == "changed":
+            plain.lm_head.weight.data[900] = 5.0
+        sources = [p.detach() for p in model.parameters() if lazy_load.is_mapped(p)]
+        start(current_config(), 2)
+        with LiveBytes(known=(*model.parameters(), *model.buffers())) as memory:
+            parallelize(model, 2, loaded_once=True)
+    layouts = model.tp_record.plan.layouts
+    for name, parameter in model.named_parameters():
+        expected = layouts[name].shard(plain.get_parameter(name).data, rank % 2)
+        assert type(parameter) is nn.Parameter and torch.equal(parameter, expected), name
+        assert not lazy_load.is_mapped(parameter)
+    sizes = [p.nbytes for p in plain.parameters()]
+    return {
+        "peak": memory.peak, "share": sum(p.nbytes for p in model.parameters()), "largest": max(sizes),
+        "whole": sum(sizes), "count": dict(ledger["count"]), "bytes": dict(ledger["bytes"]),
+        "seen": sum(map(pages_read, sources)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["mapped", "changed", "rooms"])
+def test_what_one_rank_loaded_is_spread_by_shares(folders: dict[str, str], way: str) -> None:
+    cases = run(4, loaded_once_case, folders["llama"], way)
+    for rank, case in enumerate(cases):
+        # beside the share, one whole tensor in the leader's unit, and a share of it on its way to the others
+        assert case["peak"] <= case["share"] + 1.5 * case["largest"] < case["whole"], case
+        sent = case["count"].get("broadcast/data", 0)
+        assert sent == {"mapped": 0, "changed": 1, "rooms": sent}[way]
+        if way == "rooms":
+            assert sent > 20 and case["bytes"]["broadcast/data"] <= case["share"]
+        whole = case["bytes"].get("broadcast/unit_cpu", 0)
+        assert whole == 0 if rank > 1 or way == "mapped" else 0 < whole <= case["whole"]
+        assert case["seen"] == 0 or way != "mapped"

@@ -151,7 +151,7 @@ import torch.utils.data.distributed, torch.distributed.fsdp, torch.distributed.c
 import trl.trainer.distillation_trainer, trl.trainer.grpo_trainer, trl.trainer.rloo_trainer
 import importlib.util
 there = {module for module in worker._PATCHES if importlib.util.find_spec(module.split(".")[0])}
-import huggingface_hub.hub_mixin
+import huggingface_hub.hub_mixin, accelerate.local_sgd
 for optional in ("sentence_transformers.util.distributed", "pylate.utils.distributed"):
     if optional in there:
         importlib.import_module(optional)

@@ -14,6 +14,7 @@ SETTINGS = {
     "plain": {},
     "all": {"temperature": 0.7, "final_logit_softcapping": 2.0, "logit_scale": 0.3},
     "partitioned": {},
+    "fused": {"final_logit_softcapping": 2.0},
 }
 
 
@@ -51,7 +52,7 @@ def scores_case(kind: str) -> dict[str, Any]:
     from tp_plugin.tensor.param_entry import ParamEntry, bind
 
     stop()
-    group = start(RunConfig(2)).mesh.tp
+    group = start(RunConfig(2, fused_head=kind == "fused")).mesh.tp
     torch.manual_seed(0)
     size, width, tokens = 97, 12, 30
     hidden, weight, bias = torch.randn(tokens, width), torch.randn(size, width), torch.randn(size)

@@ -38,7 +38,8 @@ class Pair:
         self.padding = (0, tp * width - vocabulary)
         self.split.weight.data = F.pad(self.plain.weight.data, (0, 0, *self.padding))[self.rows].clone()
         self.split.bias.data = F.pad(self.plain.bias.data, self.padding)[self.rows].clone()
-        columns = VocabularyColumns(Vocabulary(vocabulary, width, mesh.tp, peers))
+        self.vocabulary = Vocabulary(vocabulary, width, mesh.tp, peers)
+        columns = VocabularyColumns(self.vocabulary)
         self.split.register_forward_pre_hook(columns.before)
         self.split.register_forward_hook(columns.after, prepend=True)
 

@@ -257,6 +257,7 @@ SETTINGS = {
     "checkpointing": {"checkpointing": True},
     "sequence-checkpointing": {"sequence_parallel": True, "checkpointing": True},
     "experts": {"expert_parallel": True},
+    "fused-head": {"fused_head": True},
     "compiled": {"compiled": True},
 }
 
@@ -266,7 +267,7 @@ REST = [pytest.param("compiled", stage, marks=pytest.mark.full) for stage in (0,
 
 @pytest.mark.parametrize(
     "name, stage", [("sequence", 1), ("sequence", 3), ("checkpointing", 3), ("sequence-checkpointing", 2),
-                    ("experts", 1), ("experts", 3), *REST],
+                    ("experts", 1), ("experts", 3), ("fused-head", 1), ("fused-head", 3), *REST],
 )  # fmt: skip
 def test_settings(name: str, stage: int) -> None:
     model = ("mixtral", {}) if name == "experts" else LLAMA

@@ -101,19 +101,24 @@ def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 def sees_whole(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a case that is a script: parameters and gradients look whole to it. All others look at shards on purpose."""
+    """Mark a case that is a script: parameters, and what hooks get, look whole to it. All others look at shards."""
     function.sees_whole = True  # type: ignore[attr-defined]
     return function
 
 
 @contextlib.contextmanager
 def _shards_or_whole(case: Callable[..., Any]) -> Iterator[None]:
+    from tp_plugin.shard.module_hooks import ModuleHooks
     from tp_plugin.tensor.global_view import ScriptRegion
 
     if getattr(case, "sees_whole", False):
         yield
         return
-    with unittest.mock.patch.object(ScriptRegion, "add", lambda self, parameter, info: None):
+    patch = unittest.mock.patch.object
+    with (
+        patch(ScriptRegion, "add", lambda self, parameter, info: None),
+        patch(ModuleHooks, "adopt", lambda self, module, number=None: None),
+    ):
         yield
 
 

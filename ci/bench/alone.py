@@ -24,6 +24,9 @@ class _Echo(Group):
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         return [tensor.clone() for _ in range(self.size)]
 
+    def all_gather_while(self, tensor: torch.Tensor, reason: Any) -> list[torch.Tensor]:
+        return self.all_gather(tensor)
+
     def all_reduce(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
         return tensor
 

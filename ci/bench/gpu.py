@@ -1,228 +1,181 @@
 #!/usr/bin/env python
-"""One rank's decoder layer of a tp = 8 world on one GPU, at the shapes of Llama-3-8B and -70B, in bf16.
+"""Everything that only a card can show, one part after the other; writes ci/bench/results/gpu.json and gpu.md.
 
-The other ranks are PyTorch's fake process group (alone.py): what is timed is what the rank computes, without what it
-waits for. Contenders take turns: the unsharded layer, the same through the plugin at tp = 1, this rank's share at tp,
-and the share compiled. Forward and backward; medians.
+Parts: decoder layers of Llama's shapes as one rank of tp 8 (gpu_layer.py), a whole 8B rank's step (gpu_rank.py), every
+way to train against one process by the numbers (gpu_parity.py), the loss kernel (gpu_loss.py). A part that fails or
+takes too long is reported, and the others run.
 
-    python ci/bench/gpu.py                          # writes ci/bench/results/gpu.json and gpu.md
-    python ci/bench/gpu.py --device cpu --tiny      # the same without a GPU, small: does it run?
+    bash ci/gpu.sh                # on a machine with a card; under ten minutes
+    bash ci/gpu.sh --rehearse     # every line of it on CPU, small; writes to a temporary folder
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
-import os
 import platform
-import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "tests")]
-
-import alone  # noqa: E402
-import torch  # noqa: E402
-from formulas import Llama  # noqa: E402
-
-SHAPES = {
-    "Llama-3-8B": Llama(layers=1, hidden=4096, inner=14336, heads=32, groups=8, vocabulary=256),
-    "Llama-3-70B": Llama(layers=1, hidden=8192, inner=28672, heads=64, groups=8, vocabulary=256),
+SHORT = ["--device", "cpu"]
+PARTS: dict[str, tuple[str, list[str], list[str], int]] = {
+    "parity": ("gpu_parity.py", [], SHORT, 300),
+    "rank": ("gpu_rank.py", [], [*SHORT, "--tiny", "--tokens", "16"], 150),
+    "loss": ("gpu_loss.py", [], [*SHORT, "--tiny"], 60),
+    "layer": ("gpu_layer.py", [], [*SHORT, "--tiny", "--rounds", "1", "--no-compile"], 150),
 }
-"""Of the vocabulary nothing is measured."""
-TINY = {"tiny": Llama(layers=1, hidden=128, inner=256, heads=16, groups=8, vocabulary=256)}
-
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
-"""Dense bf16 operations a second, by the vendor's data sheets (SXM where there are several)."""
+"""Part → its program, its arguments on a card and at a rehearsal, and its seconds on a card."""
+REHEARSED = ["--only", "plain loop,ZeRO 3,LoRA,saved and resumed"]
+"""The rest of the cases run on CPU in the tests."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a small shape instead of Llama's")
-    parser.add_argument("--tp", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=0, help="default 8192, tiny 64")
-    parser.add_argument("--rounds", type=int, default=0, help="timed turns; default 30, tiny 5")
-    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled contender")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu")
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--only", choices=PARTS, action="append", help="parts to run; default all")
+    parser.add_argument("--out", type=Path, help="folder of the results")
     args = parser.parse_args()
-    args.tokens = args.tokens or (64 if args.tiny else 8192)
-    args.rounds = args.rounds or (5 if args.tiny else 30)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("this machine has no CUDA device; --device cpu --tiny only shows that the program runs")
-
-    report: dict[str, Any] = {"about": about(args), "shapes": {}}
-    alone.enter(args.tp)
-    for name, llama in (TINY if args.tiny else SHAPES).items():
-        report["shapes"][name] = measure(llama, args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    text = markdown(report)
-    args.out.with_suffix(".md").write_text(text)
-    print(text)
+    card = None if args.rehearse else about_card()
+    if card is None and not args.rehearse:
+        sys.exit("ci/gpu.sh: torch sees no card on this machine; `bash ci/gpu.sh --rehearse` runs every line on CPU")
+    out = args.out or (Path(tempfile.mkdtemp(prefix="gpu-")) if args.rehearse else HERE / "results")
+    report: dict[str, Any] = {"about": {"card": card, **about()}, "parts": {}}
+    for name in args.only or PARTS:
+        report["parts"][name] = run(name, args.rehearse)
+        write(out, report)  # what was found so far outlives a run that is stopped
+    print(markdown(report))
+    print(f"written to {out / 'gpu.json'} and {out / 'gpu.md'}")
+    sys.exit(1 if any(part["status"] for part in report["parts"].values()) else 0)
 
 
-class Contender:
-    """A layer in its mesh, with inputs."""
-
-    def __init__(self, llama: Llama, args: argparse.Namespace, tp: int, through: bool, compiled: bool = False):
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        import tp_plugin
-
-        self.device = torch.device(args.device)
-        self.mesh = alone.use(alone.mesh_of(tp))
-        config = LlamaConfig(
-            vocab_size=llama.vocabulary, hidden_size=llama.hidden, intermediate_size=llama.inner, num_hidden_layers=1,
-            num_attention_heads=llama.heads, num_key_value_heads=llama.groups, attn_implementation="sdpa",
-            max_position_embeddings=args.tokens,
-        )  # fmt: skip
-        torch.manual_seed(0)
-        with self.device:
-            model = LlamaForCausalLM(config).to(torch.bfloat16).train()
-        if through:
-            tp_plugin.parallelize(model, tp_size=tp)
-        self.model, self.layer = model, model.model.layers[0]
-        self.parameters = sum(p.numel() * p.element_size() for p in self.layer.parameters())
-        self.x = torch.randn(args.batch, args.tokens, llama.hidden, device=self.device, dtype=torch.bfloat16)
-        self.x.requires_grad_()
-        self.grad = torch.randn_like(self.x)
-        positions = torch.arange(args.tokens, device=self.device)[None]
-        self.rotary = model.model.rotary_emb(self.x, positions)
-        self.run: Any = torch.compile(self.layer, fullgraph=True) if compiled else self.layer
-        self.times: list[float] = []
-
-    def step(self, timed: bool = False) -> None:
-        """Forward and backward of the layer."""
-        alone.use(self.mesh)
-        self._wait()
-        started = time.perf_counter()
-        self._forward().backward(self.grad)
-        self._wait()
-        if timed:
-            self.times.append(time.perf_counter() - started)
-        self.layer.zero_grad()
-        self.x.grad = None
-
-    def _forward(self) -> torch.Tensor:
-        output = self.run(self.x, position_embeddings=self.rotary)
-        return output[0] if isinstance(output, tuple) else output
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def memory(self) -> dict[str, int]:
-        """Bytes that the forward leaves for the backward, and the most at one time beyond parameters and inputs."""
-        alone.use(self.mesh)
-        if self.device.type == "cpu":
-            from memory import LiveBytes
-
-            with LiveBytes((*self.layer.parameters(), self.x, *self.rotary, self.grad)) as live:
-                output = self._forward()
-                kept = live.live - output.untyped_storage().nbytes()
-                output.backward(self.grad)
-            peak = live.peak
-        else:
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            output = self._forward()
-            kept = torch.cuda.memory_allocated() - before - output.untyped_storage().nbytes()
-            output.backward(self.grad)
-            peak = torch.cuda.max_memory_allocated() - before
-        self.layer.zero_grad()
-        self.x.grad = None
-        return {"kept": kept, "peak": peak}
+def run(name: str, rehearse: bool) -> dict[str, Any]:
+    """The last line of a part's output, which is JSON, its exit status, and how long it took."""
+    program, full, small, seconds = PARTS[name]
+    command = [sys.executable, str(HERE / program), *(small if rehearse else full)]
+    if rehearse and name == "parity":
+        command += REHEARSED
+    print(f"{name}: {' '.join(command[1:])}", flush=True)
+    began = time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600 if rehearse else seconds)
+        output, status = done.stdout, done.returncode
+        tail = (done.stdout + done.stderr)[-3000:]
+    except subprocess.TimeoutExpired as error:
+        output, status, tail = str(error.stdout or ""), 124, f"took longer than {seconds} s"
+    lines = output.strip().splitlines()
+    try:
+        found = json.loads(lines[-1]) if lines else None
+    except json.JSONDecodeError:
+        found = None
+    status = status or int(found is None)
+    print("\n".join(lines[:-1]), flush=True)
+    return {"status": status, "seconds": time.monotonic() - began, "found": found, "tail": tail if status else ""}
 
 
-def measure(llama: Llama, args: argparse.Namespace) -> dict[str, Any]:
-    """All contenders at one shape."""
-    contenders = {
-        "unsharded": Contender(llama, args, 1, through=False),
-        "tp 1 through the plugin": Contender(llama, args, 1, through=True),
-        f"rank of tp {args.tp}": Contender(llama, args, args.tp, through=True),
-    }
-    if not args.no_compile:
-        contenders[f"rank of tp {args.tp}, compiled"] = Contender(llama, args, args.tp, through=True, compiled=True)
-    for turn in range(3 + args.rounds):
-        for contender in contenders.values():
-            contender.step(timed=turn >= 3)
-    whole = statistics.median(contenders["unsharded"].times)
-    peak = _peak(args.device)
-    results = {}
-    for name, contender in contenders.items():
-        tp = contender.mesh.tp_size
-        seconds = statistics.median(contender.times)
-        flops = llama.layer_flops(args.batch, args.tokens) / tp
-        results[name] = {
-            "tp": tp,
-            "seconds": seconds,
-            "to its share of the unsharded": seconds / (whole / tp),
-            "flops per second": flops / seconds,
-            "mfu": flops / seconds / peak if peak else None,
-            "parameters": contender.parameters,
-            "parameters by formula": 2 * llama.layer_parameters(tp),
-            "kept by formula": llama.kept_by_layer_in_bf16(args.batch, args.tokens, tp),
-            **({} if "compiled" in name and args.device == "cpu" else contender.memory()),
-        }
-    return results
+def about_card() -> dict[str, Any] | None:
+    """The first card, and how many there are."""
+    import torch
 
-
-def _peak(device: str) -> float | None:
-    name = torch.cuda.get_device_name() if device == "cuda" else ""
-    return next((flops for card, flops in PEAK.items() if card in name), None)
-
-
-def about(args: argparse.Namespace) -> dict[str, Any]:
-    """The card and the versions."""
-    import transformers
-
-    cuda = args.device == "cuda"
+    if not torch.cuda.is_available():
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split("\n")[0]
+    except OSError:
+        driver = "unknown"
+    memory = torch.cuda.get_device_properties(0).total_memory
     return {
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "memory": torch.cuda.get_device_properties(0).total_memory if cuda else os.sysconf("SC_PHYS_PAGES") * 4096,
-        "cuda": torch.version.cuda if cuda else None,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "batch": args.batch,
-        "tokens": args.tokens,
-        "rounds": args.rounds,
+        "name": torch.cuda.get_device_name(),
+        "memory": memory,
+        "cards": torch.cuda.device_count(),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
     }
+
+
+def about() -> dict[str, Any]:
+    """Date, versions and commit."""
+    import importlib.metadata
+
+    commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    versions = {}
+    for name in ("torch", "transformers", "accelerate", "deepspeed", "peft", "triton"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    today = datetime.date.today().isoformat()
+    return {"date": today, "commit": commit.stdout.strip(), "python": platform.python_version(), "versions": versions}
+
+
+def write(out: Path, report: dict[str, Any]) -> None:
+    """Both files."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "gpu.md").write_text(markdown(report))
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The tables."""
-    found = report["about"]
-    lines = [
-        "# A decoder layer on one GPU, as one rank of a tensor-parallel world",
-        "",
-        f"{found['device']}, torch {found['torch']}, CUDA {found['cuda']}, transformers {found['transformers']}; bf16, "
-        f"{found['batch']} x {found['tokens']} tokens, forward and backward, median of {found['rounds']}. The other "
-        "ranks are PyTorch's fake process group: no time of communication.",
+    found, parts = report["about"], report["parts"]
+    card = found["card"]
+    where = (
+        "a rehearsal on CPU, no card" if card is None else f"{card['cards']} x {card['name']}, driver {card['driver']}"
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    lines = ["# On a card", "", f"{found['date']}, commit {found['commit']}: {where}. {versions}.", ""]
+    lines += ["| part | | seconds |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {'failed' if part['status'] else 'ok'} | {part['seconds']:.0f} |" for name, part in parts.items()
     ]
-    for name, results in report["shapes"].items():
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            "| | ms | to its share of the unsharded | MFU | parameters (to formula) | kept activations (to formula) |"
-            " peak |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for contender, each in results.items():
-            mfu = f"{each['mfu']:.1%}" if each["mfu"] else "–"
-            held = f"{each['parameters'] / 1e6:.1f} MB ({each['parameters'] / each['parameters by formula']:.3f})"
-            kept = (
-                f"{each['kept'] / 1e6:.1f} MB ({each['kept'] / each['kept by formula']:.3f})" if "kept" in each else "–"
-            )
-            peak = f"{each['peak'] / 1e6:.1f} MB" if "peak" in each else "–"
-            ratio = f"{each['to its share of the unsharded']:.3f}"
-            lines.append(f"| {contender} | {1000 * each['seconds']:.2f} | {ratio} | {mfu} | {held} | {kept} | {peak} |")
+    for name, part in parts.items():
+        if part["found"]:
+            lines += ["", f"## {name}", "", *TABLES[name](part["found"])]
+        if part["status"]:
+            lines += ["", "```", part["tail"].strip(), "```"]
     return "\n".join([*lines, ""])
+
+
+def _parity(found: dict[str, Any]) -> list[str]:
+    lines = [f"Ranks talk by `{found['backend']}`.", "", "| | loss | norm | weights | |", "|---|---|---|---|---|"]
+    for name, case in found["cases"].items():
+        apart = case.get("apart", {})
+        numbers = " | ".join(f"{apart[key]:.1e}" if key in apart else "" for key in ("loss", "norm", "weights"))
+        verdict = "failed" if "failed" in case else f"wrong: {case['wrong']}" if case.get("wrong") else "ok"
+        lines.append(f"| {name} | {numbers} | {'left out' if case.get('left out') else verdict} |")
+    return lines
+
+
+def _rank(found: dict[str, Any]) -> list[str]:
+    lines = ["| tokens | ms | card busy, ms | kernels | host waits | peak, GB |", "|---|---|---|---|---|---|"]
+    for tokens, each in found["tokens"].items():
+        busy, peak = each["busy milliseconds"], each["peak bytes"]
+        waits = "" if each["host waits"] is None else f"{len(each['host waits'])} {sorted(set(each['host waits']))}"
+        lines.append(
+            f"| {tokens} | {each['milliseconds']:.1f} | {busy if busy is None else format(busy, '.1f')} | "
+            f"{each['kernels']} | {waits} | {peak if peak is None else format(peak / 1e9, '.2f')} |"
+        )
+    return lines
+
+
+def _loss(found: dict[str, Any]) -> list[str]:
+    return ["```", json.dumps(found, indent=1), "```"]
+
+
+def _layer(found: dict[str, Any]) -> list[str]:
+    import gpu_layer
+
+    return gpu_layer.markdown(found).splitlines()[2:]
+
+
+TABLES = {"parity": _parity, "rank": _rank, "loss": _loss, "layer": _layer}
 
 
 if __name__ == "__main__":

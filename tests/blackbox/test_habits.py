@@ -49,7 +49,7 @@ def test_ddp(bench, checkpoints, dp: int):
 def test_fsdp2(bench, checkpoints):
     args = ("--models", str(checkpoints["llama"].parent), "--model", "llama_tied")
     plain = bench.run("habits_of_scripts", 1, 2, args)
-    run = bench.run("habits_of_scripts", 2, 2, (*args, "--but", ",".join(NOT_UNDER_FSDP2)), entry="fsdp2")
+    run = bench.run("habits_of_scripts", 2, 2, (*args, "--but", ",".join(NOT_UNDER_FSDP2)), entry="fsdp2", timeout=280)
     _compare(run, plain)
 
 

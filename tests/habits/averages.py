@@ -85,3 +85,34 @@ def lion(model: Model) -> None:
             update = state[p].clone().mul_(0.9).add(p.grad, alpha=0.1).sign_()
             p.add_(update, alpha=-1e-3)
             state[p].lerp_(p.grad, 0.01)
+
+
+@gradient_habit
+def moments_of_an_optimizer(model: Model) -> Any:
+    """Norms of moments for a log, a moment that is reset by rows, and one that is scaled."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer.step()
+    found = []
+    with torch.no_grad():
+        for p in weights(model):
+            state = optimizer.state[p]
+            found += [state["exp_avg"].norm(), state["exp_avg_sq"].mean()]
+            assert state["exp_avg"].shape == p.shape
+            state["exp_avg"][0] = 0
+            state["exp_avg_sq"].mul_(2)
+    optimizer.step()
+    found += [state["exp_avg"].abs().max() for state in optimizer.state.values()]
+    return torch.stack(found)
+
+
+@gradient_habit
+def optimizer_of_its_own_resumed(model: Model) -> Any:
+    """An optimizer that is given to nobody: its state is saved whole, and loaded into another."""
+    first = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    first.step()
+    saved = copy.deepcopy(first.state_dict())
+    found = [saved["state"][at]["exp_avg"].norm() for at in sorted(saved["state"])]
+    second = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    second.load_state_dict(saved)
+    second.step()
+    return torch.stack(found)

@@ -78,7 +78,8 @@ class DCPShardView(torch.Tensor):
     def of(local: Any, layout: ParamLayout, rank: int) -> DCPShardView:
         """The view of shape ``layout.shape`` on ``local``, what TP rank ``rank`` holds under ``layout``."""
         view = torch.Tensor._make_wrapper_subclass(DCPShardView, layout.shape, dtype=local.dtype, device=local.device)
-        view.tp_local, view.tp_layout, view.tp_rank = local, layout, rank
+        # an alias: the tensor itself looks whole in the script's region, where it may be saved
+        view.tp_local, view.tp_layout, view.tp_rank = local.detach(), layout, rank
         return view
 
     @classmethod

@@ -153,7 +153,7 @@ def _fill(
             elements = local(piece.name).reshape(-1)
             flat = elements.new_zeros(length) if flat is None else flat
             flat[piece.offset : piece.offset + piece.length] = elements[piece.start : piece.start + piece.length]
-    return torch.zeros(length, dtype=dtype) if flat is None else flat
+    return torch.zeros(length, dtype=dtype, device="cpu") if flat is None else flat
 
 
 def _slice_mapping(slices: list[FlatSlice]) -> OrderedDict[str, Any]:

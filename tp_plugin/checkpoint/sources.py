@@ -148,7 +148,7 @@ def _distributed(folder: Path, trust: bool, **more: Any) -> Source:
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for key, entry in entries.items():
-            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+            tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
             try:
                 load({key: tensor}, storage_reader=Reader(folder), no_dist=True)
             except (CheckpointException, *safe_pickle.DAMAGE) as error:

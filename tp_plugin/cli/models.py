@@ -244,7 +244,7 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
     convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d)}
     with torch.no_grad():
         for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator, device="cpu")
             if parameter.dim() <= 1:
                 parameter.add_(0.3 * noise)
             else:

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tp_plugin.errors import TPError
 from tp_plugin.policy import Plan
+from tp_plugin.runtime.runtime import current
 
 
 @contextlib.contextmanager
@@ -37,9 +38,11 @@ def explain_failures(model: nn.Module, plan: Plan | None, rank: int = 0) -> Iter
         running.pop()
 
     handles = []
-    for path, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(functools.partial(enter, path), prepend=True))
-        handles.append(module.register_forward_hook(leave))  # not called after an exception
+    runtime = current()
+    with contextlib.nullcontext() if runtime is None else runtime.region.step():  # they look at what this rank has
+        for path, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(functools.partial(enter, path), prepend=True))
+            handles.append(module.register_forward_hook(leave))  # not called after an exception
     try:
         yield
     except TPError:

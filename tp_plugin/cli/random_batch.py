@@ -25,7 +25,7 @@ def batch(model: Any, seed: int) -> dict[str, Any]:
     tokens = torch.Tensor()
     if hasattr(text, "vocab_size"):
         known = min(text.vocab_size, getattr(config, "decoder_vocab_size", None) or text.vocab_size)  # by both sides
-        tokens = torch.randint(3, known, (SAMPLES, LENGTH), generator=generator)
+        tokens = torch.randint(3, known, (SAMPLES, LENGTH), generator=generator, device="cpu")
     if "input_ids" in wanted:
         data["input_ids"] = tokens = _with_pictures(tokens, config) if "pixel_values" in wanted else tokens
         if "token_type_ids" in wanted and "pixel_values" in wanted:  # 1: a place of a picture
@@ -35,17 +35,17 @@ def batch(model: Any, seed: int) -> dict[str, Any]:
     if "pixel_values" in wanted:
         seen = getattr(config, "vision_config", config)
         shape = (SAMPLES, getattr(seen, "num_channels", 3), *_pair(seen.image_size))
-        data["pixel_values"] = torch.randn(shape, generator=generator)
+        data["pixel_values"] = torch.randn(shape, generator=generator, device="cpu")
     if "input_features" in wanted:
         shape = (SAMPLES, config.num_mel_bins, 2 * config.max_source_positions)  # a convolution halves the frames
-        data["input_features"] = torch.randn(shape, generator=generator)
+        data["input_features"] = torch.randn(shape, generator=generator, device="cpu")
     if "labels" in wanted:
         data["labels"] = _labels(model, data.get("attention_mask"), tokens, generator)
     elif "decoder_input_ids" in wanted:
         data["decoder_input_ids"] = tokens
     for name in ("start_positions", "end_positions"):  # of an answer in the text
         if name in wanted:
-            data[name] = torch.randint(0, LENGTH - 3, (SAMPLES,), generator=generator)
+            data[name] = torch.randint(0, LENGTH - 3, (SAMPLES,), generator=generator, device="cpu")
     if "return_loss" in wanted:
         data["return_loss"] = True
     return data
@@ -80,9 +80,9 @@ def loss_of(model: nn.Module, seed: int, draws: int | None = None) -> torch.Tens
 def _labels(model: Any, mask: torch.Tensor | None, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     kind = type(model).__name__
     if kind.endswith(("SequenceClassification", "ImageClassification", "AudioClassification")):
-        return torch.randint(0, model.config.num_labels, (SAMPLES,), generator=generator)
+        return torch.randint(0, model.config.num_labels, (SAMPLES,), generator=generator, device="cpu")
     if kind.endswith("TokenClassification"):
-        return torch.randint(0, model.config.num_labels, tokens.shape, generator=generator)
+        return torch.randint(0, model.config.num_labels, tokens.shape, generator=generator, device="cpu")
     if mask is None:  # what a decoder says of a sound
         mask = torch.ones_like(tokens)
         mask[-1, -3:] = 0

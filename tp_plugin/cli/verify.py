@@ -127,7 +127,7 @@ def _summary(model: nn.Module, config: Any, policy: Policy, plan: Plan) -> list[
         + (f", each of {hidden} elements per token" if hidden else "")
         + ("; one all-gather of three numbers per token for the loss" if plan.heads else "")
         + (f"; at most {biases} of gradients of position biases" if biases else "")
-        + (f"; {len(plan.gradient_sums())} of gradients of what all ranks hold" if plan.gradient_sums() else "")
+        + (f"; {_sums(plan)}" if plan.gradient_sums() else "")
         + (f"; {2 * len(plan.sharded_norms)} of one number per token for sharded norms" if plan.sharded_norms else "")
         + ".",
         _bytes(model, plan),
@@ -135,6 +135,12 @@ def _summary(model: nn.Module, config: Any, policy: Policy, plan: Plan) -> list[
     if share == 0:
         lines.append("[red]Nothing is sharded: this policy only replicates the model.[/red]")
     return lines
+
+
+def _sums(plan: Plan) -> str:
+    count = len(plan.gradient_sums())
+    what = "one parameter" if count == 1 else f"{count} parameters"
+    return f"one of the gradients of {what} that all ranks hold (ZeRO: one for each; FSDP2: one for each of its groups)"
 
 
 def _bytes(model: nn.Module, plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,6 +19,7 @@ class RunConfig:
     Attributes:
         tp_size: ranks per TP group; 1 means off.
         policy: ``module:NAME`` of a policy to use instead of the registered one.
+        guard: compare batches and losses within the TP group at every that many forwards; 0 means never.
         audit_every: compare replicas across the TP group every that many training forwards; 0 means never.
         audit_tolerance: relative difference of replicas up to which the audit takes it for rounding.
         audit_repair: give all ranks of the TP group the first one's values where the audit finds a difference.
@@ -26,10 +28,13 @@ class RunConfig:
         sequence_parallel: split the tokens over the TP group between the blocks.
         overlap: compute the gradients of weights while the gradient of their input is all-reduced over the TP group.
         fuse: compute linears that share an input, such as q, k and v, as one matrix product.
+        save_timeout: seconds that other ranks wait for one that saves, since it last read a tensor or wrote a file.
+        fused_head: keep no logits: compute them block by block for the loss, and again for its gradient.
     """
 
     tp_size: int = 1
     policy: str | None = None
+    guard: int = 1
     audit_every: int = 0
     audit_tolerance: float = 1e-5
     audit_repair: bool = False
@@ -38,6 +43,8 @@ class RunConfig:
     sequence_parallel: bool = False
     overlap: bool = True
     fuse: bool = False
+    save_timeout: float = 3600.0
+    fused_head: bool = False
 
     @staticmethod
     def parse(tp_size: object, options: object = None, origin: str = "") -> RunConfig:
@@ -77,11 +84,32 @@ def _whole_number(value: object, key: str, place: str, least: int = 0) -> int:
     return value
 
 
+def _how_often(value: object, key: str, place: str) -> int:
+    if value is False:  # which YAML takes `off` for
+        return 0
+    words = {"always": 1, "off": 0}
+    if isinstance(value, str) and value in words:
+        return words[value]
+    try:
+        return _whole_number(value, key, place)
+    except TPError:
+        raise TPError(
+            f"{key}: expected always, off or a whole number of forwards, found {value!r}{place}; write for example "
+            f"`{key}: always`"
+        ) from None
+
+
 def _fraction(value: object, key: str, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise TPError(
             f"{key}: expected a number from 0 to below 1, found {value!r}{place}; write for example `{key}: 1e-5`"
         )
+    return float(value)
+
+
+def _seconds(value: object, key: str, place: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise TPError(f"{key}: expected seconds, found {value!r}{place}; write for example `{key}: 3600`")
     return float(value)
 
 
@@ -105,6 +133,7 @@ def _model_types(value: object, key: str, place: str) -> tuple[str, ...]:
 
 _VALIDATORS: dict[str, Callable[[object, str, str], Any]] = {
     "policy": _policy_name,
+    "guard": _how_often,
     "audit_every": _whole_number,
     "audit_tolerance": _fraction,
     "audit_repair": _switch,
@@ -113,5 +142,7 @@ _VALIDATORS: dict[str, Callable[[object, str, str], Any]] = {
     "sequence_parallel": _switch,
     "overlap": _switch,
     "fuse": _switch,
+    "save_timeout": _seconds,
+    "fused_head": _switch,
 }
 """Key in the ``tp_plugin`` mapping → what makes a field of ``RunConfig`` of its value, or refuses it."""

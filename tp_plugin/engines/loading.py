@@ -1,8 +1,14 @@
-"""transformers: ``from_pretrained`` maps the checkpoint instead of reading it; ``prepare`` reads this rank's part."""
+"""transformers: ``from_pretrained`` maps the checkpoint instead of reading it; ``prepare`` reads this rank's part.
+
+Scripts and trainers send the model to their device before they prepare it, where a large one has no room. So what lies
+in its file is only told where it is to be (``model.to(device)``, ``device_map={"": device}``): it says that it is
+there, is read to there whole by whoever uses it, and this rank's part of it by ``prepare``.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,13 +16,13 @@ import torch
 from torch import nn
 
 from tp_plugin.config.resolve import current_config
-from tp_plugin.engines.patching import patch
-from tp_plugin.shard.lazy_load import LazyParameter, is_mapped, read_at_forward
+from tp_plugin.engines.patching import patch, wrap
+from tp_plugin.shard.lazy_load import HOST, LazyParameter, is_mapped, lies_in_file, move_, read_at_forward
 from tp_plugin.shard.mapped_file import MOST, open_checkpoint
 
 
 def install(modeling_utils: Any) -> None:
-    """Patch ``PreTrainedModel._load_pretrained_model``."""
+    """Patch ``PreTrainedModel._load_pretrained_model``, and how a module gets to a device."""
     base = modeling_utils.PreTrainedModel
     original = vars(base)["_load_pretrained_model"].__func__
 
@@ -24,13 +30,55 @@ def install(modeling_utils: Any) -> None:
     def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
         if state_dict is None and _is_plain(modeling_utils, model, checkpoint_files, load_config):
             state_dict = _mapped(model, checkpoint_files, load_config)
+        device = HOST if state_dict is None else _one_device(load_config.device_map)
+        if device != HOST:  # else room for the whole model would be made there, and filled
+            load_config = dataclasses.replace(load_config, device_map={"": HOST})
         loaded = original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if current_config().tp_size > 1:
             _make_room(modeling_utils, model)
+        if device != HOST:
+            _send(model, device)
         read_at_forward(model)
         return loaded
 
     patch(base, "_load_pretrained_model", staticmethod(load))
+    wrap(nn.Module, "to", _to)
+    wrap(nn.Module, "cuda", _cuda)
+
+
+def _to(original: Any, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if current_config().tp_size > 1 and any(map(lies_in_file, self.parameters())):
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        swaps = torch.__future__.get_swap_module_params_on_conversion()
+        if memory_format is None and not swaps and (device is None or device.type != "meta"):
+            move_(self, device and indexed(device), dtype)
+    return original(self, *args, **kwargs)
+
+
+def _cuda(original: Any, self: nn.Module, device: Any = None) -> Any:
+    if not any(map(lies_in_file, self.parameters())):
+        return original(self, device)
+    return self.to(torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda"))
+
+
+def indexed(device: torch.device) -> torch.device:
+    """``device`` as a tensor on it names it."""
+    if device.type == "cpu" or device.index is not None:
+        return device
+    return torch.device(device.type, torch.get_device_module(device).current_device())
+
+
+def _send(model: nn.Module, device: torch.device) -> None:
+    """To ``device`` goes what was loaded; what the checkpoint lacks is made there by transformers."""
+    move_(model, device, None)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not lies_in_file(tensor) and not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
+
+
+def _one_device(device_map: Any) -> torch.device:
+    (device,) = {torch.device(device) for device in (device_map or {"": HOST}).values()}
+    return indexed(device)
 
 
 def _make_room(modeling_utils: Any, model: nn.Module) -> None:
@@ -57,9 +105,7 @@ def _is_plain(modeling_utils: Any, model: Any, files: Any, load_config: Any) -> 
     left_whole = (
         getattr(config, "model_type", None) in options.leave_whole or type(model).__name__ in options.leave_whole
     )
-    devices = {
-        torch.device(device).type if device != "disk" else device for device in (load_config.device_map or {}).values()
-    }
+    devices = {str(device) for device in (load_config.device_map or {}).values()}
     return (
         options.tp_size > 1
         and not left_whole
@@ -69,7 +115,8 @@ def _is_plain(modeling_utils: Any, model: Any, files: Any, load_config: Any) -> 
         and getattr(load_config, "device_mesh", None) is None
         and not getattr(load_config, "disable_mmap", None)
         and not any(modeling_utils._is_on_hf_mount(file) for file in files)
-        and devices <= {"cpu"}
+        and len(devices) <= 1
+        and not devices & {"disk", "meta"}
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from tp_plugin.engines.patching import wrap
 from tp_plugin.engines.torch_utils import in_step
 from tp_plugin.mesh.dtensor_utils import is_split
-from tp_plugin.runtime.runtime import current_mesh, require
+from tp_plugin.runtime.runtime import current, current_mesh, require
 from tp_plugin.shard import has_lazy, is_sharded, lazy_full_tensors, materialize, models_in
 
 
@@ -111,7 +111,10 @@ def get_state_dict(original: Any, self: Any, model: Any, unwrap: bool = True) ->
 
 def _save_file(original: Any, tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
     with all_or_nothing() if _unnamed.get() is None else contextlib.nullcontext():
-        return original(materialize(tensors) if has_lazy(tensors) else tensors, nameless(filename), *args, **kwargs)
+        written = original(materialize(tensors) if has_lazy(tensors) else tensors, nameless(filename), *args, **kwargs)
+        if (runtime := current()) is not None:
+            runtime.sessions.progressed()
+        return written
 
 
 def nameless(filename: Any) -> str:

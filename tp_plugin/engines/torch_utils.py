@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tp_plugin.config.resolve import current_config
-from tp_plugin.engines import functional_call
+from tp_plugin.engines import functional_call, gradients, module_hooks
 from tp_plugin.engines.patching import patch, remember, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.dtensor_utils import held, is_split
@@ -57,14 +57,12 @@ def install() -> None:
     wrap(torch.amp.GradScaler, "_unscale_grads_", _unscale_grads)
     patch(torch.utils.data.distributed, "dist", _Replicas())
     wrap(torch.Tensor, "backward", _backward)
-    wrap(torch.autograd, "_engine_run_backward", in_step)
     wrap(torch.optim.Optimizer, "zero_grad", in_step)
     wrap(torch.nn.Module, "zero_grad", in_step)
+    gradients.install()
     functional_call.install()
-    for name in ("clip_grad_norm_", "clip_grad_value_"):
-        wrap(clip_grad, name, in_step)
-        patch(torch.nn.utils, name, getattr(clip_grad, name))
-    wrap(torch.amp.GradScaler, "unscale_", in_step)
+    wrap(torch.autograd, "_engine_run_backward", _run_backward)
+    module_hooks.install()
     wrap(torch.amp.GradScaler, "step", in_step)
     remember(register_optimizer_step_pre_hook(_steps))
     remember(register_optimizer_step_post_hook(_stepped))
@@ -92,6 +90,8 @@ def _data_parallel(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         if any(is_sharded(root) for _, root in models_in(call.arguments["module"])):
             call.arguments["process_group"] = runtime.mesh.grad.pg
     in_step(original, *call.args, **call.kwargs)
+    if runtime is not None:
+        self.tp_members = gradients.read_at_once(self.module.parameters())
 
 
 def _register_comm_hook(original: Any, self: Any, state: Any, hook: Any) -> Any:
@@ -116,8 +116,22 @@ def _register_comm_hook(original: Any, self: Any, state: Any, hook: Any) -> Any:
 def _backward(original: Any, self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     runtime = current()
     if runtime is not None:
-        runtime.last_loss.backward_from(self)
+        runtime.last_micro_batch.backward_from(self)
     return original(self, *args, **kwargs)
+
+
+def _run_backward(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Every backward. What runs in autograd's threads meanwhile is called by this line of the script."""
+    runtime = current()
+    if runtime is None:
+        return original(*args, **kwargs)
+    waiting = runtime.mesh.context.waiting
+    before = waiting.called_at
+    waiting.called_at = before or waiting.script_line()
+    try:
+        return original(*args, **kwargs)
+    finally:
+        waiting.called_at = before
 
 
 def _registered(module: torch.nn.Module, name: str, value: Any) -> None:
@@ -127,12 +141,14 @@ def _registered(module: torch.nn.Module, name: str, value: Any) -> None:
         runtime.progress.registered += 1
 
 
-def _by_script(closure: Any, region: Any) -> Any:
+def _by_script(closure: Any, optimizer: Any, runtime: Any) -> Any:
     """The closure that a script gave an optimizer is the script's code, in the middle of a step."""
 
     def run() -> Any:
-        with region.script():
-            return closure()
+        with runtime.region.script():
+            loss = closure()
+        gradients.make_equal(gradients.stepped(optimizer), runtime)
+        return loss
 
     return run
 
@@ -145,12 +161,13 @@ def _steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
             from tp_plugin.shard.optimizer import check_unprepared
 
             optimizer.tp_checked = True  # type: ignore[attr-defined]
-            check_unprepared(optimizer)
+            check_unprepared(optimizer, runtime)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         runtime.region.enter_optimizer(optimizer, has_closure=closure is not None)
         if closure is not None:
-            mine = _by_script(closure, runtime.region)
+            mine = _by_script(closure, optimizer, runtime)
             return (args, {**kwargs, "closure": mine}) if "closure" in kwargs else ((args[0], mine, *args[2:]), kwargs)
+        gradients.make_equal(gradients.stepped(optimizer), runtime)
     return None
 
 
@@ -159,12 +176,16 @@ def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     runtime = current()
     if runtime is None:
         return
-    stepped = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
+    stepped = {id(parameter) for parameter in gradients.stepped(optimizer)}
     sharded = (tensor for model in runtime.models for tensor in model.index.tensors().values())
     own = next((tensor for tensor in sharded if id(tensor) in stepped), None)
     if own is not None:  # another model's optimizer may step on one rank alone
         runtime.progress.stepped(own.device)
     runtime.region.leave_optimizer(optimizer)
+    if runtime.models:
+        from tp_plugin.shard.optimizer_view import show_states
+
+        show_states(optimizer, runtime.region)
 
 
 def _like(norm: torch.Tensor, tensors: list[Any]) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from tp_plugin.engines.accelerate.operations import DPScopedDist
+from tp_plugin.engines.fsdp2 import config as fsdp2
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.runtime.runtime import current_mesh, require
@@ -54,9 +55,10 @@ def install_utils(trainer_utils: Any) -> None:
 
 
 def install_arguments(training_args: Any) -> None:
-    """Patch ``TrainingArguments``: one rank saves and logs."""
+    """Patch ``TrainingArguments``: one rank saves and logs, and one process is not parallel."""
     patch(training_args, "dist", Distributed())
     cls = training_args.TrainingArguments
+    patch(cls, "parallel_mode", _parallel_mode(vars(cls)["parallel_mode"], training_args.ParallelMode.NOT_PARALLEL))
     for name in ("should_save", "should_log"):
         patch(cls, name, _on_leader(vars(cls)[name]))
     wrap(cls, "main_process_first", _main_process_first)
@@ -130,6 +132,19 @@ def _on_leader(original: property) -> property:
     return property(lambda self: original.fget(self) and _leads(), doc=original.__doc__)  # type: ignore[misc]
 
 
+def _parallel_mode(original: property, not_parallel: Any) -> property:
+    def getter(self: Any) -> Any:
+        mode, mesh = original.fget(self), current_mesh()  # type: ignore[misc]
+        if mesh is None or mesh.dp_size > 1 or fsdp2.is_asked_for():
+            return mode
+        # while the device is chosen it is a rank of several; from then on Trainer gathers nothing, and saves and loads
+        # the generator of this card only
+        several_devices = self.distributed_state.distributed_type.value.startswith("MULTI_")
+        return not_parallel if several_devices and "_setup_devices" in vars(self) else mode
+
+    return property(getter, doc=original.__doc__)
+
+
 @contextlib.contextmanager
 def _main_process_first(original: Any, self: Any, local: bool = True, desc: str = "work") -> Iterator[None]:
     state = getattr(self, "distributed_state", None)
@@ -185,7 +200,9 @@ def _save_checkpoint(original: Any, self: Any, model: Any, trial: Any = None) ->
         folder.mkdir(parents=True, exist_ok=True)
         return original(self, model, trial)
     with require().sessions.together("Trainer's checkpoint"):  # a peer must not step on while its shards are read
-        return original(self, model, trial)
+        saved = original(self, model, trial)
+    require().world_wait()  # the next step's all-reduce has a timeout, which a long save outlasts
+    return saved
 
 
 def _load_best_model(original: Any, self: Any) -> Any:

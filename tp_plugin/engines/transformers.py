@@ -19,7 +19,7 @@ from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.engines.torch_utils import in_step
 from tp_plugin.errors import TPError
 from tp_plugin.policy import check_config, load, policy_for
-from tp_plugin.runtime.batch_guard import digests
+from tp_plugin.runtime.digests import digests
 from tp_plugin.runtime.runtime import current_mesh
 from tp_plugin.runtime.sync_points import GENERATE, Request
 from tp_plugin.shard import is_sharded
@@ -70,6 +70,13 @@ def _generate(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         sync_points.helping, sync_points.generating = before
 
 
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Device maps over all devices in sight. A process has one of its own; the others in sight are those of its peers.
+
+TRL asks for ``auto`` on devices that are neither GPUs nor CPUs.
+"""
+
+
 def _from_pretrained(original: Any) -> classmethod[Any, Any, Any]:
     @functools.wraps(original)
     def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
@@ -83,6 +90,8 @@ def _from_pretrained(original: Any) -> classmethod[Any, Any, Any]:
             config = written.get("model_type")
         if quantized is not None:
             _refuse_quantized(config, current_config())
+        if isinstance(kwargs.get("device_map"), str) and kwargs["device_map"] in _SPREADS and not _is_off():
+            kwargs["device_map"] = None
         return original(cls, name, *args, **kwargs)
 
     return classmethod(from_pretrained)

@@ -83,6 +83,7 @@ class _LogProbs:
         # under ZeRO-3 TRL has gathered the head for now, and partitions it again before the backward
         settings: dict[str, Any] = {"fetched": functools.partial(self.fetched, weight, bias)}
         settings |= {"scale": logit_scale, "softcap": final_logit_softcapping, "temperature": temperature}
+        settings["keep"] = not require().config.fused_head
         tp = require().mesh.tp
         vocabulary = Vocabulary(layout.shape[0], layout.local_shape(tp.rank)[0], tp, require().remote_logits)
         with require().region.step():

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tp_plugin.mesh import traced_ops
 from tp_plugin.mesh.comm_stats import CommStats
 from tp_plugin.mesh.deferred_release import DeferredRelease
+from tp_plugin.mesh.patience import all_gather_while
 from tp_plugin.mesh.waiting import Waiting
 
 UNIT = ("tp", "unit_cpu")
@@ -144,6 +145,22 @@ class Group:
             self._run("broadcast", tensor, lambda: dist.broadcast(tensor, group=self.pg, group_src=src))
         return tensor
 
+    def all_gather_while(self, tensor: torch.Tensor, reason: Callable[[], bool]) -> list[torch.Tensor]:
+        """:meth:`all_gather` on gloo, which the group's timeout does not end while ``reason()`` is true."""
+        if self.pg is None or self.size == 1:
+            return [tensor]
+        gathered: list[torch.Tensor] = self._run(
+            "all_gather", tensor, functools.partial(all_gather_while, self.pg, tensor, reason)
+        )
+        return gathered
+
+    def gather(self, tensor: torch.Tensor, into: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """The equally shaped tensors of all ranks in rank order, on rank 0, which gives room for them; else nothing."""
+        if self.size == 1:
+            return [tensor]
+        self._run("gather", tensor, lambda: dist.gather(tensor, into, group=self.pg, group_dst=0))
+        return into or []
+
     def broadcast_object(self, value: Any, src: int = 0) -> Any:
         """The object that rank ``src`` passed, on every rank."""
         if self.size == 1:
@@ -170,19 +187,20 @@ class Group:
             work = call()
 
         def wait() -> None:
-            with self.context.waiting.on(what, self.role in UNIT):
+            with self.context.waiting.on(what, self.role in UNIT, result):
                 work.wait()
             if dropped:
                 self.context.deferred.after(dropped, result.device)
 
         return Pending(result, wait)
 
-    def _run(self, op: str, tensor: torch.Tensor | None, call: Callable[[], Any]) -> None:
+    def _run(self, op: str, tensor: torch.Tensor | None, call: Callable[[], Any]) -> Any:
         dropped = self._enter(op, tensor)
-        with self.context.waiting.on(self._what(op), self.role in UNIT):
-            call()
+        with self.context.waiting.on(self._what(op), self.role in UNIT, tensor):
+            result = call()
         if dropped:
             self.context.deferred.after(dropped, torch.device("cpu") if tensor is None else tensor.device)
+        return result
 
     def _what(self, op: str) -> str:
         found = self._words.get(op)

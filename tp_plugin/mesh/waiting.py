@@ -1,50 +1,149 @@
-"""Which collective this rank is waiting in, and since when: what the threads that report a hang want to know."""
+"""Which collective this rank is waiting in, and since when: what the threads that report a hang want to know.
+
+A collective of the host blocks the thread that calls it. One of a device returns at once, and the device waits: an
+event behind it says when it is through. Which of them a rank waits in is then the oldest whose event is still to come.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
 from tp_plugin.errors import DivergenceError, LostRankError
+from tp_plugin.mesh import host_copy
+
+OUTSTANDING = 256
+"""Collectives given to a device that are remembered; of more, the oldest and the newest."""
+
+_DEVICE_ERRORS = (
+    "CUDA error", "HIP error", "XPU error", "NPU error", "device-side assert", "out of memory", "unhandled cuda error",
+    "CUBLAS_STATUS", "CUDNN_STATUS",
+)  # fmt: skip
+"""What a backend's error says if this rank's own device failed. (NCCL wraps it in an error of its own.)"""
+
+
+class Wait(NamedTuple):
+    """One collective.
+
+    Attributes:
+        what: it, in words.
+        in_unit: whether only ranks of this rank's unit take part in it.
+        since: ``time.monotonic()`` of when this rank began to wait in it.
+        line: where the script was when the device was given it; empty if the script is still there.
+    """
+
+    what: str
+    in_unit: bool
+    since: float
+    line: str = ""
+
+    def seconds(self) -> float:
+        """For how long this rank has been in it."""
+        return time.monotonic() - self.since
+
+    def __str__(self) -> str:
+        return f"{self.what}, which its device was given at {self.line}" if self.line else self.what
 
 
 class Waiting:
-    """The collective that the main thread is in.
+    """The collectives that this rank is in. Any thread may ask.
 
     Attributes:
-        since: ``time.monotonic()`` of its beginning; None outside of collectives.
-        what: the collective in words.
-        in_unit: whether only ranks of this rank's unit take part in it.
         explain: given the collective and the backend's error, what is known of the other ranks; set by who can ask.
+        script_line: says where the script is; set by who can tell.
+        called_at: where it called the forward or backward that runs: autograd's threads cannot see it, and nobody looks
+            for it at each collective. Empty outside of these.
     """
 
     def __init__(self) -> None:
-        self.since: float | None = None
-        self.what, self.in_unit = "", False
         self.explain: Callable[[str, RuntimeError], str] | None = None
+        self.script_line: Callable[[], str] = str
+        self._host: Wait | None = None
+        self.called_at = ""
+        self._outstanding: deque[tuple[torch.Event, Wait]] = deque()
+        self._moved = 0.0
+        self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def on(self, what: str, in_unit: bool = False) -> Iterator[None]:
-        """Inside, this rank waits in ``what``.
+    def on(self, what: str, in_unit: bool = False, tensor: torch.Tensor | None = None) -> Iterator[None]:
+        """Inside, this rank waits in ``what``; behind it, a device does if ``tensor`` lies on one.
 
         Raises:
             LostRankError: the backend raised; the message says what is known of the other ranks.
+            RuntimeError: the backend's own, with a note, where it is this rank's device that failed.
         """
-        self.what, self.in_unit, self.since = what, in_unit, time.monotonic()
+        self._host = wait = Wait(what, in_unit, time.monotonic())
         try:
             yield
         except RuntimeError as error:
-            self.since = None
-            if self.explain is None or isinstance(error, DivergenceError | torch.OutOfMemoryError):
+            self._host = None
+            if isinstance(error, DivergenceError):
+                raise
+            if _is_of_device(error):
+                _note(error, what)
+                raise
+            if self.explain is None:
                 raise
             raise LostRankError(self.explain(what, error)) from error
         finally:
-            self.since = None
+            self._host = None
+        if tensor is not None and not host_copy.is_on_host(tensor):
+            self._follow(wait, tensor.device)
+
+    def now(self) -> Wait | None:
+        """The collective that this rank has been in for the longest; None outside of collectives."""
+        device, host = self._oldest(), self._host
+        return min((wait for wait in (device, host) if wait is not None), key=lambda wait: wait.since, default=None)
 
     def seconds(self) -> float:
-        """For how long this rank has been in the collective; 0 outside of one."""
-        since = self.since
-        return 0.0 if since is None else time.monotonic() - since
+        """For how long this rank has been in it; 0 outside of one."""
+        wait = self.now()
+        return 0.0 if wait is None else wait.seconds()
+
+    def _follow(self, wait: Wait, device: torch.device) -> None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return  # it runs when the graph does, and its event could not be asked
+        event = torch.Event(device)
+        event.record()
+        with self._lock:
+            self._forget_finished()
+            if len(self._outstanding) >= OUTSTANDING:
+                self._outstanding.pop()
+            self._outstanding.append((event, wait._replace(line=self.called_at or self.script_line())))
+
+    def _oldest(self) -> Wait | None:
+        with self._lock:
+            self._forget_finished()
+            if not self._outstanding:
+                return None
+            wait = self._outstanding[0][1]
+            return wait._replace(since=max(wait.since, self._moved))  # before, the device was busy with others
+
+    def _forget_finished(self) -> None:
+        while self._outstanding and _is_through(self._outstanding[0][0]):
+            self._outstanding.popleft()
+            self._moved = time.monotonic()
+
+
+def _is_through(event: torch.Event) -> bool:
+    try:
+        return event.query()
+    except RuntimeError:
+        return True  # the device has failed, which the thread that uses it is told
+
+
+def _is_of_device(error: RuntimeError) -> bool:
+    kinds = (torch.OutOfMemoryError, torch.AcceleratorError)
+    return isinstance(error, kinds) or any(sign in str(error) for sign in _DEVICE_ERRORS)
+
+
+def _note(error: RuntimeError, what: str) -> None:
+    """Keep the error's kind and text, which scripts look at."""
+    text, *rest = error.args or ("",)
+    error.args = (f"{text}\n(tp_plugin: in {what}. It is this rank's own device that failed, no rank is lost.)", *rest)

@@ -130,9 +130,14 @@ class ParamLayout:
 
     def owned(self, rank: int) -> tuple[Range, ...]:
         """Local ranges that count for ``rank`` when every element must count once: the first holder owns it."""
-        if self.dim is None:
-            return ()
-        return _merge([self.to_local(rank, a, b) for a, b, ranks in self.segments if ranks[0] == rank])
+        return self._owned[rank]
+
+    @cached_property
+    def _owned(self) -> tuple[tuple[Range, ...], ...]:
+        return tuple(
+            _merge([self.to_local(rank, a, b) for a, b, ranks in self.segments if ranks[0] == rank])
+            for rank in range(self.tp)
+        )
 
     @cached_property
     def replica_groups(self) -> tuple[tuple[int, ...], ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import threading
@@ -12,7 +11,9 @@ import torch.distributed as dist
 
 from tp_plugin.errors import DivergenceError
 from tp_plugin.mesh.roles import Mesh
-from tp_plugin.runtime.crash_report import CrashReport
+from tp_plugin.runtime.crash_report import CrashReport, leave
+from tp_plugin.runtime.hang_report import say
+from tp_plugin.runtime.last_micro_batch import OtherMicroBatchError
 from tp_plugin.runtime.sessions import Sessions
 from tp_plugin.runtime.sync_points import END, SyncPoints
 
@@ -26,12 +27,14 @@ class Farewell:
     def __init__(self, mesh: Mesh, sessions: Sessions, sync_points: SyncPoints, crash_report: CrashReport):
         self._mesh, self._sessions, self._sync_points, self._crash_report = mesh, sessions, sync_points, crash_report
         self._pid = os.getpid()
+        self._found: OtherMicroBatchError | None = None
 
     def __call__(self) -> None:
         """Wait for the others.
 
         Peers help with the leader's last forwards and are read meanwhile (after ``destroy_process_group``: only read).
         A rank that waits in vain is not waited for: it is stuck in a collective because this one came to its end.
+        If the last micro-batch was not one on all ranks, the process fails: its last step, and what it saved, is wrong.
         """
         if self._crash_report.crashed or os.getpid() != self._pid:
             return  # what others wait for will not come, or this is a fork of the rank
@@ -49,11 +52,20 @@ class Farewell:
                     file=sys.stderr,
                 )
                 return
+        if self._found is not None:
+            leave(self._mesh.rank, self._found)
+            say(f"rank {self._mesh.rank}, at the end of its script: {self._found}")
+            sys.stdout.flush()
+            os._exit(1)  # an exception here would not fail the process
 
     def _meet(self) -> None:
         if dist.is_initialized():
-            with contextlib.suppress(DivergenceError):  # raised on the rank that is not at its end, too
+            try:
                 self._sync_points.rendezvous(END)
+            except OtherMicroBatchError as error:
+                self._found = error
+            except DivergenceError:
+                pass  # raised on the rank that is not at its end, too
             return
         while not self._mesh.is_leader and (status := self._sessions.status(0)) and not status["leaving"]:
             time.sleep(0.05)

@@ -46,7 +46,7 @@ class HangReport:
         self._notice = float(os.environ.get(ENV_NOTICE_AFTER, NOTICE))
         self._closed = threading.Event()
         transport.serve("where", self._where)
-        mesh.context.waiting.explain = self._explain
+        mesh.context.waiting.explain, mesh.context.waiting.script_line = self._explain, script_line
         threading.Thread(target=self._look, name="tp-hang-report", daemon=True).start()
 
     def close(self) -> None:
@@ -70,8 +70,8 @@ class HangReport:
         return news
 
     def _where(self) -> str:
-        waiting = self._mesh.context.waiting
-        waits = f"for {waiting.seconds():.0f} s in {waiting.what}" if waiting.since is not None else "busy"
+        wait = self._mesh.context.waiting.now()
+        waits = "busy" if wait is None else f"for {wait.seconds():.0f} s in {wait}"
         return f"at {script_line()}, {waits}"
 
     def _explain(self, what: str, error: RuntimeError) -> str:
@@ -80,11 +80,14 @@ class HangReport:
         return f"rank {self._mesh.rank} lost other ranks in {what}{came}: {'; '.join(self.news())} ({error})"
 
     def _look(self) -> None:
-        told = None
+        told: float | None = None
+        since: float | None
         waiting, stats = self._mesh.context.waiting, self._mesh.context.stats
         while not self._closed.wait(min(1.0, self._notice / 4)):
-            since, what = waiting.since, waiting.what
-            if since is None:
+            wait = waiting.now()
+            if wait is not None:
+                since, what = wait.since, str(wait)
+            else:
                 since = self._sessions.parked_since
                 what = f"{self._sessions.parked!r}, for those that made the same call"
             if since is None or since == told or time.monotonic() - since < self._notice or self._sessions.leaving:

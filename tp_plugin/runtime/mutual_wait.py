@@ -1,8 +1,8 @@
 """Ends a wait that nothing can end: ranks of a unit that are in different collectives of theirs, each for the other.
 
-A collective of the unit needs all of its ranks, and a rank in one does nothing else. So if every rank of the unit is in
-a collective of the unit, and not all in the same, none will ever leave it. A blocked main thread cannot raise: the last
-rank of the unit leaves a report and ends its process, and the backend raises on the others.
+A collective of the unit needs all of its ranks, and a rank (or its device) that is in one gets to no other. So if every
+rank of the unit is in a collective of the unit, and not all in the same, none will ever leave it. A blocked main thread
+cannot raise: the last rank of the unit leaves a report and ends its process, and the backend raises on the others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ABORT = 30.0
 """Seconds that all ranks have to be in such a wait. ``TP_PLUGIN_ABORT_AFTER`` in the environment is another number."""
 
 Wait = tuple[str, float, float, str]
-"""A collective of the unit, when this rank began to wait in it, for how many seconds, and the script's line."""
+"""A collective of the unit, when this rank began to wait in it, for how many seconds, and the script's line there."""
 
 
 class MutualWait:
@@ -45,11 +45,10 @@ class MutualWait:
         self._closed.set()
 
     def _mine(self) -> Wait | None:
-        waiting = self._mesh.context.waiting
-        since = waiting.since
-        if since is None or not waiting.in_unit:
+        wait = self._mesh.context.waiting.now()
+        if wait is None or not wait.in_unit:
             return None
-        return waiting.what, since, waiting.seconds(), script_line()
+        return wait.what, wait.since, wait.seconds(), wait.line or script_line()
 
     def _watch(self) -> None:
         before: list[Wait] | None = None

@@ -10,6 +10,7 @@ class Progress:
 
     Attributes:
         training_forwards: top-level training forwards of all sharded models.
+        backwards: that added to gradients.
         registered: parameters that were put into any module. Whoever saw another number looks anew.
         looks_for_drift: whether guards sample replicated weights; a proof compares all of them itself.
         optimizer_steps: steps of all optimizers. Fused kernels change weights without counting in-place versions.
@@ -18,6 +19,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.training_forwards = 0
+        self.backwards = 0
         self.registered = 0
         self.looks_for_drift = True
         self.optimizer_steps = 0

@@ -89,6 +89,19 @@ class PublishedTensors:
             reason = error or "connection closed"
             raise DivergenceError(f"cannot read {key!r}: TP rank {rank} has left ({reason})") from error
 
+    def clock_of(self, uid: str) -> object:
+        """When in the program this rank's tensors of ``uid`` are."""
+        return self._sources[uid].clock()
+
+    def is_at(self, uid: str, theirs: object) -> bool:
+        """Whether they are of the same step as those of a rank whose clock is ``theirs``."""
+        return uid in self._sources and bool(self._sources[uid].is_at(theirs))
+
+    def local(self, uid: str, key: str) -> torch.Tensor:
+        """This rank's tensor ``key`` of ``uid``."""
+        tensor: torch.Tensor = self._sources[uid].local(key)
+        return tensor
+
     def report_live(self) -> LiveReport:
         """What this rank tells the others of its sources at a sync point."""
         gone = 0

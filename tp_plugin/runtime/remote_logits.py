@@ -21,10 +21,11 @@ import torch
 
 from tp_plugin.errors import DivergenceError
 from tp_plugin.mesh.roles import Mesh
+from tp_plugin.runtime.progress import Progress
 from tp_plugin.runtime.script_position import in_torch_collective
 from tp_plugin.runtime.sync_points import SyncPoints
 from tp_plugin.runtime.transport import PeerTransport
-from tp_plugin.tensor.peer_reads import Held, Number
+from tp_plugin.tensor.peer_reads import Held, Number, Output
 
 PATIENCE = 10.0
 """Seconds that a rank waits for others that are nowhere, such as in a barrier of the script's own.
@@ -42,8 +43,8 @@ _VERDICTS = 64
 class RemoteLogits:
     """This rank's part in the reading of logits, a :class:`~tp_plugin.tensor.peer_reads.PeerReads`."""
 
-    def __init__(self, mesh: Mesh, transport: PeerTransport, sync_points: SyncPoints):
-        self._mesh, self._transport, self._sync_points = mesh, transport, sync_points
+    def __init__(self, mesh: Mesh, transport: PeerTransport, sync_points: SyncPoints, progress: Progress):
+        self._mesh, self._transport, self._sync_points, self._progress = mesh, transport, sync_points, progress
         self._stats, self._deferred = mesh.context.stats, mesh.context.deferred
         self._held: weakref.WeakValueDictionary[Number, Held] = weakref.WeakValueDictionary()
         self._newest = (-1, 0)
@@ -67,11 +68,16 @@ class RemoteLogits:
         """Whether a forward of a sharded model is running: then all ranks are at the same operation."""
         return self._sync_points.depth > 0
 
-    def hold(self, data: torch.Tensor) -> Held:
-        """Register a head's output (tokens, columns), so that other ranks may read it for as long as the script may."""
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far."""
+        return self._progress.optimizer_steps
+
+    def hold(self, data: Output, device: torch.device) -> Held:
+        """Register a head's output, so that other ranks may read it for as long as the script may."""
         clock, serial = self._newest
         self._newest = (clock, serial + 1) if clock == self._sync_points.clock else (self._sync_points.clock, 0)
-        held = Held(self._newest, data, self._deferred.put)
+        held = Held(self._newest, data, device, self._deferred.put)
         self._held[held.number] = held
         return held
 
@@ -189,13 +195,17 @@ class RemoteLogits:
             )
         data, ready = found
         if ready is None:
-            return data
-        module = torch.get_device_module(data.device)
-        stream = module.Stream(device=data.device)  # not behind a collective that waits for the reader
+            return _values(data)
+        module = torch.get_device_module(ready.device)
+        stream = module.Stream(device=ready.device)  # not behind a collective that waits for the reader
         with module.stream(stream):
             stream.wait_event(ready)
-            host: torch.Tensor = data.cpu()
+            host: torch.Tensor = _values(data).cpu()
             return host
+
+
+def _values(data: Output) -> torch.Tensor:
+    return data if isinstance(data, torch.Tensor) else data()
 
 
 @functools.cache

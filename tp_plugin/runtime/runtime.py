@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from tp_plugin.config.run_config import RunConfig
     from tp_plugin.mesh.roles import Mesh, WorldGroups
     from tp_plugin.runtime.crash_report import CrashReport
+    from tp_plugin.runtime.digests import Vouched
     from tp_plugin.runtime.farewell import Farewell
     from tp_plugin.runtime.hang_report import HangReport
-    from tp_plugin.runtime.last_loss import LastLoss
+    from tp_plugin.runtime.joint_reads import JointReads
+    from tp_plugin.runtime.last_micro_batch import LastMicroBatch
     from tp_plugin.runtime.mutual_wait import MutualWait
     from tp_plugin.runtime.progress import Progress
     from tp_plugin.runtime.published import PublishedTensors
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
     from tp_plugin.runtime.sessions import Sessions
     from tp_plugin.runtime.sync_points import SyncPoints
     from tp_plugin.runtime.transport import PeerTransport
+    from tp_plugin.runtime.world_wait import WorldWait
     from tp_plugin.tensor.global_view import ScriptRegion
+    from tp_plugin.tensor.replicas import ReplicaSums
 
 
 @dataclass(eq=False)
@@ -40,11 +44,15 @@ class Runtime:
         mesh: the groups by role.
         progress: how far this process has trained.
         region: whether the script runs, to which parameters look whole, or a step does.
-        last_loss: the loss at which the last backward began.
+        replica_sums: gradients that the backward under way has yet to sum over ranks.
+        last_micro_batch: what the ranks have yet to compare of it.
+        vouched: tensors of a device that the leader sent.
         transport: messages between the ranks of the unit.
         published: what other ranks may read here.
         sync_points: where the ranks of the unit meet.
         sessions: calls that they leave together.
+        joint_reads: shards that are gathered in such calls.
+        world_wait: where all units wait for one that saves.
         remote_logits: logits that other ranks hold.
         hang_report, crash_report: what is said of waits and deaths.
         mutual_wait: ends a wait that nothing can end.
@@ -57,11 +65,15 @@ class Runtime:
     mesh: Mesh
     progress: Progress
     region: ScriptRegion
-    last_loss: LastLoss
+    replica_sums: ReplicaSums
+    last_micro_batch: LastMicroBatch
+    vouched: Vouched
     transport: PeerTransport
     published: PublishedTensors
     sync_points: SyncPoints
     sessions: Sessions
+    joint_reads: JointReads
+    world_wait: WorldWait
     remote_logits: RemoteLogits
     hang_report: HangReport
     crash_report: CrashReport

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -15,12 +16,17 @@ _LIBRARIES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}tp_plugin{os.sep}", f"
 
 def script_line() -> str:
     """The line of the script at which the main thread of this process is."""
-    frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
-    innermost = frame
-    while frame is not None and not _is_own(frame.f_code.co_filename):
-        frame = frame.f_back
-    frame = frame or innermost
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}" if frame is not None else "nowhere"
+    innermost: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
+    frame = innermost
+    try:
+        while frame is not None and not _is_own(frame.f_code.co_filename):
+            frame = frame.f_back
+        frame = frame or innermost
+        if frame is None:
+            return "nowhere"
+        return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+    finally:
+        del frame, innermost  # it may be this very frame: a cycle would keep all frames, and what they hold
 
 
 def failing_line(error: BaseException) -> str:
@@ -32,9 +38,11 @@ def failing_line(error: BaseException) -> str:
 
 def in_torch_collective() -> bool:
     """Whether the script itself is in a function of torch.distributed, such as a barrier."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    return frame is not None and frame.f_code.co_filename == dist.distributed_c10d.__file__
+    frames = sys._current_frames()
+    number = threading.main_thread().ident or 0
+    return number in frames and frames.pop(number).f_code.co_filename == dist.distributed_c10d.__file__
 
 
+@functools.cache
 def _is_own(file: str) -> bool:
     return not any(part in file for part in _LIBRARIES)

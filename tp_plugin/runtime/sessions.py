@@ -6,11 +6,12 @@ import contextlib
 import pickle
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tp_plugin.errors import DivergenceError
 from tp_plugin.mesh.roles import Mesh
+from tp_plugin.runtime.last_micro_batch import Known, LastMicroBatch
 from tp_plugin.runtime.script_position import in_torch_collective
 from tp_plugin.runtime.sync_points import SyncPoints
 from tp_plugin.runtime.transport import PeerTransport
@@ -21,7 +22,13 @@ GRACE = 5.0
 BLOCKED = 1.0
 """Seconds in a collective of the script's own after which a rank is taken to wait for the one that asks."""
 
-_SILENT = {"clock": 0, "busy": 0.0, "leaving": False, "open": True, "parked": "", "finished": 0, "failed": None}
+TELL = 1.0
+"""Seconds between two signs of progress to other units."""
+
+_SILENT = {
+    "clock": 0, "busy": 0.0, "leaving": False, "open": True, "parked": "", "finished": 0, "failed": None,
+    "saving": None,
+}  # fmt: skip
 """The status of a peer that does not answer: it is there, and what it does takes long."""
 
 
@@ -32,40 +39,80 @@ class Sessions:
         parked: the call at whose end this rank waits for the others; empty if it does not.
         parked_since: ``time.monotonic()`` of when that began.
         leaving: whether this rank is at the end of its script.
+        entered: calls that this rank has entered so far, and which of them is the outermost that it is in.
+        while_parked: what this rank does for the others while it waits at the end of a call.
+        tell_world: tells other units that a save goes on.
     """
 
-    def __init__(self, mesh: Mesh, transport: PeerTransport, sync_points: SyncPoints):
+    def __init__(
+        self,
+        mesh: Mesh,
+        transport: PeerTransport,
+        sync_points: SyncPoints,
+        last_micro_batch: LastMicroBatch,
+        save_timeout: float,
+    ):
         self._mesh, self._transport, self._sync_points = mesh, transport, sync_points
+        self._last, self._save_timeout = last_micro_batch, save_timeout
         self._open: set[str] = set()
+        self._together: list[str] = []
+        self._progressed = self._told = time.monotonic()
+        self.entered = self.outermost = 0
         self._finished: Counter[tuple[str, int]] = Counter()
         self._failed: dict[tuple[str, int], bytes] = {}
         self.parked = ""
         self.parked_since: float | None = None
         self.leaving = False
+        self.while_parked: Callable[[], None] = lambda: None
+        self.tell_world: Callable[[], object] = lambda: None
+        sync_points.somebody_saves = self._somebody_saves
         transport.serve("status", self._show_status)
         transport.serve("presence", self._show_presence)
+        transport.serve("last micro-batch", self._show_last)
 
     @contextlib.contextmanager
     def together(self, session: str) -> Iterator[None]:
         """A call that ranks leave together: a peer that does nothing in it returns when the leader's work is done.
 
         What one rank raises in it, all that made the call raise: a disk that is full for the leader is full for the
-        process that the unit is.
+        process that the unit is. The leader first looks whether the last micro-batch was one on all ranks.
         """
         self.enter(session)
+        self._together.append(session)
         try:
+            if self._mesh.is_leader:
+                self._compare_last()
             yield
         except Exception as error:
+            self._together.remove(session)
             self.leave(session, error)
             raise
         except BaseException:
+            self._together.remove(session)
             self.close(session)
             raise
+        self._together.remove(session)
         self.leave(session)
+
+    def together_in(self) -> list[str]:
+        """The calls of :meth:`together` that this rank is in, the outermost first."""
+        return list(self._together)
 
     def enter(self, session: str) -> None:
         """This rank begins a call in which shards are read, here or on another rank."""
+        self.entered += 1
+        if not self._open:
+            self.outermost = self.entered
         self._open.add(session)
+        self.progressed()
+
+    def progressed(self) -> None:
+        """A save goes on here: a tensor was read, or a file written."""
+        now = time.monotonic()
+        if now - self._told > TELL:
+            self._told = now
+            self.tell_world()
+        self._progressed = now
 
     def close(self, session: str) -> None:
         """This rank has done its work in a call, and waits for nobody."""
@@ -92,6 +139,7 @@ class Sessions:
             through = [rank for rank, status in statuses.items() if self._is_through(status, at, impatient)]
             failures += [status["failed"] for rank in through if (status := statuses[rank]) and status["failed"]]
             waiting = [rank for rank in waiting if rank not in through]
+            self.while_parked()
             if waiting:
                 time.sleep(0.005)
         self.parked, self.parked_since = "", None
@@ -133,6 +181,11 @@ class Sessions:
         except (EOFError, OSError):
             return None
 
+    def _somebody_saves(self) -> bool:
+        statuses = [self.status(rank) for rank in self.peers()]
+        since = [status["saving"] for status in statuses if status is not None]
+        return any(seconds is not None and seconds < self._save_timeout for seconds in since)
+
     def _is_through(self, status: dict[str, Any] | None, at: tuple[str, int], impatient: bool) -> bool:
         if status is None or status["leaving"] or status["clock"] > self._sync_points.clock:
             return True
@@ -149,7 +202,20 @@ class Sessions:
             "parked": self.parked,
             "finished": self._finished[session, clock],
             "failed": self._failed.get((session, clock)),
+            "saving": time.monotonic() - self._progressed if self._open else None,
         }
+
+    def _compare_last(self) -> None:
+        """Peers may be anywhere; what all know of the same backward is compared, and the rest where they meet."""
+        try:
+            known = [self._show_last(), *(self._transport.ask(rank, "last micro-batch") for rank in self.peers())]
+        except (EOFError, OSError):
+            return  # that rank is gone, or does not answer
+        if len({at for at, _ in known}) == 1:
+            self._last.judge([one for _, one in known])
+
+    def _show_last(self) -> tuple[tuple[int, int], Known]:
+        return (self._sync_points.clock, self._last.backwards), self._last.known()
 
     def _show_presence(self, session: str, begun: int) -> str:
         if session in self._open:

@@ -9,9 +9,11 @@ from tp_plugin.errors import TPError
 from tp_plugin.mesh.roles import Mesh, build_mesh
 from tp_plugin.runtime import crash_report as reports
 from tp_plugin.runtime.crash_report import CrashReport
+from tp_plugin.runtime.digests import Vouched
 from tp_plugin.runtime.farewell import Farewell
 from tp_plugin.runtime.hang_report import HangReport
-from tp_plugin.runtime.last_loss import LastLoss
+from tp_plugin.runtime.joint_reads import JointReads
+from tp_plugin.runtime.last_micro_batch import LastMicroBatch
 from tp_plugin.runtime.mutual_wait import MutualWait
 from tp_plugin.runtime.progress import Progress
 from tp_plugin.runtime.published import PublishedTensors
@@ -20,7 +22,9 @@ from tp_plugin.runtime.runtime import Runtime, slot
 from tp_plugin.runtime.sessions import Sessions
 from tp_plugin.runtime.sync_points import SyncPoints
 from tp_plugin.runtime.transport import PeerTransport
+from tp_plugin.runtime.world_wait import WorldWait
 from tp_plugin.tensor.global_view import ScriptRegion
+from tp_plugin.tensor.replicas import ReplicaSums
 
 
 def build(config: RunConfig, mesh: Mesh) -> Runtime:
@@ -28,9 +32,12 @@ def build(config: RunConfig, mesh: Mesh) -> Runtime:
     progress = Progress()
     transport = PeerTransport(mesh)
     published = PublishedTensors(transport, progress)
-    sync_points = SyncPoints(mesh, published)
-    sessions = Sessions(mesh, transport, sync_points)
-    remote_logits = RemoteLogits(mesh, transport, sync_points)
+    last_micro_batch = LastMicroBatch(mesh)
+    sync_points = SyncPoints(mesh, published, last_micro_batch)
+    sessions = Sessions(mesh, transport, sync_points, last_micro_batch, config.save_timeout)
+    joint_reads = JointReads(mesh, transport, published, sessions)
+    world_wait = WorldWait(mesh, sessions, reports.read, config.save_timeout)
+    remote_logits = RemoteLogits(mesh, transport, sync_points, progress)
     hang_report = HangReport(mesh, transport, sync_points, sessions, reports.read)
     crash_report = CrashReport(mesh.rank, hang_report)
     mutual_wait = MutualWait(mesh, transport, reports.leave)
@@ -41,11 +48,15 @@ def build(config: RunConfig, mesh: Mesh) -> Runtime:
         mesh=mesh,
         progress=progress,
         region=ScriptRegion(),
-        last_loss=LastLoss(),
+        replica_sums=ReplicaSums(),
+        last_micro_batch=last_micro_batch,
+        vouched=Vouched(),
         transport=transport,
         published=published,
         sync_points=sync_points,
         sessions=sessions,
+        joint_reads=joint_reads,
+        world_wait=world_wait,
         remote_logits=remote_logits,
         hang_report=hang_report,
         crash_report=crash_report,

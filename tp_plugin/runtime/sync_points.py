@@ -1,7 +1,8 @@
 """Points at which the ranks of a unit meet, and what happens when they are not at the same one.
 
 A forward, a barrier, a batch, a gather: each begins with one all-gather of a small header over ``unit_cpu``. Ranks that
-diverged learn it there at once, on every rank, instead of hanging in collectives that do not match.
+diverged learn it there at once, on every rank, instead of hanging in collectives that do not match. With it goes what
+they have yet to compare of the last micro-batch.
 
 One divergence is ordinary: ``if accelerator.is_main_process: evaluate(model)``. When the leader is in a forward without
 gradients, or in ``generate``, and its peers are at a later point, the peers help: they make the same call on their
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 from tp_plugin.errors import DivergenceError
 from tp_plugin.mesh.roles import Mesh
+from tp_plugin.runtime.last_micro_batch import WORDS, LastMicroBatch
 from tp_plugin.runtime.published import PublishedTensors
 from tp_plugin.tensor import rng
 
@@ -39,7 +41,7 @@ PLACES = (
 )
 FORWARD, GENERATE, BARRIER, BATCH, TRIGGER, COLLECTIVE, READ, END = range(len(PLACES))
 
-_WIDTH = 6
+_WIDTH = 5
 """Values in a header that belong to its place."""
 
 GRADIENTS = 1
@@ -97,10 +99,13 @@ class SyncPoints:
         depth: how many forwards this rank is inside of.
         leader_alone: in a forward that the leader came to alone, and its peers by its request.
         generating: in ``generate``.
+        somebody_saves: whether another rank of the unit is in a save that goes on; it is waited for beyond the group's
+            timeout. Set by who can ask.
     """
 
-    def __init__(self, mesh: Mesh, published: PublishedTensors):
-        self.mesh, self._published = mesh, published
+    def __init__(self, mesh: Mesh, published: PublishedTensors, last_micro_batch: LastMicroBatch):
+        self.mesh, self._published, self._last = mesh, published, last_micro_batch
+        self.somebody_saves: Callable[[], bool] = lambda: False
         self.clock = 0
         self.place = ""
         self.helping = self.leader_alone = self.generating = False
@@ -112,28 +117,36 @@ class SyncPoints:
         return self.helping or self.leader_alone or self.generating
 
     def rendezvous(
-        self, place: int, values: Sequence[int] = (), request: Callable[[], bytes | None] | None = None
+        self,
+        place: int,
+        values: Sequence[int] = (),
+        request: Callable[[], bytes | None] | None = None,
+        rounded: Callable[[], bool] | None = None,
     ) -> list[list[int]]:
         """Wait for the other ranks at ``place``; returns everyone's ``values`` in rank order (one row: helped).
 
         Args:
             place: one of the constants of this module.
-            values: up to six integers; for a forward or generate (mode bits, model number, digest of the arguments).
+            values: up to five integers; for a forward or generate (mode bits, model number, digest of the arguments).
             request: for a forward or generate, gives what a helper needs (:meth:`Request.of`).
+            rounded: for a forward, see :meth:`LastMicroBatch.compare`.
 
         Raises:
             DivergenceError: on every rank, naming where each is.
+            OtherMicroBatchError: on every rank; they are at one place, but the last micro-batch was not one.
         """
         self.clock += 1
         while True:
             mine = [place, *values, *[0] * (_WIDTH - len(values))]
-            header = torch.tensor([*mine, self.clock, *self._published.report_live()], device="cpu")
+            last = self._last.words()
+            header = torch.tensor([*mine, *last, self.clock, *self._published.report_live()], device="cpu")
             rows = self._gather(header, place)
             self.clock = max(row[-3] for row in rows)
             self._published.release_dead([(count, gone) for *_, count, gone in rows])
             if not self._leader_is_alone(rows):
                 if all(row[0] == place for row in rows):
-                    return [row[1:-3] for row in rows]
+                    self._last.compare([row[1 + _WIDTH :][:WORDS] for row in rows], rounded)
+                    return [row[1 : 1 + _WIDTH] for row in rows]
                 raise DivergenceError(self._where(rows))
             if rows[0][0] in (BATCH, READ):  # by itself: its peers have no part in that, or give their shards meanwhile
                 if self.mesh.is_leader:
@@ -149,7 +162,7 @@ class SyncPoints:
 
     def _gather(self, header: torch.Tensor, place: int) -> list[list[int]]:
         self.place = PLACES[place]
-        rows = self.mesh.unit_cpu.all_gather(header)
+        rows = self.mesh.unit_cpu.all_gather_while(header, self.somebody_saves)
         self.place = ""
         if place == END:
             _outlive_the_interpreter([header, *rows])

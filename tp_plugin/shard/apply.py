@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import torch
 from torch import nn
@@ -25,14 +25,20 @@ from tp_plugin.shard import hooks, lazy_load
 from tp_plugin.shard.audit import audit, drift
 from tp_plugin.shard.build import build_parts
 from tp_plugin.shard.model_state import ModelState
-from tp_plugin.shard.replicas import agree_on_weights
+from tp_plugin.shard.module_hooks import adopt_hooks
+from tp_plugin.shard.replicas import agree_on_weights, take_share_
 from tp_plugin.shard.state_dict import ModuleStateHooks, StateDictHooks, join
 from tp_plugin.shard.topology_warning import warn_of_topology
 from tp_plugin.tensor.graphs import trace_once
 
 
 def parallelize(
-    model: nn.Module, tp_size: int | None = None, policy: Policy | None = None, *, options: RunConfig | None = None
+    model: nn.Module,
+    tp_size: int | None = None,
+    policy: Policy | None = None,
+    *,
+    options: RunConfig | None = None,
+    loaded_once: bool = False,
 ) -> nn.Module:
     """Shard ``model`` over its TP group, in place. Collective over the world; a second call does nothing.
 
@@ -41,6 +47,7 @@ def parallelize(
         tp_size: size of the TP group; default the one the run was configured with.
         policy: how to shard; default the registered policy of each model's type.
         options: the ``tp_plugin:`` mapping of the config.
+        loaded_once: the weights are those of the world's first rank; on others they may be anything.
 
     Raises:
         PolicyError: no policy, or one that does not fit.
@@ -72,9 +79,11 @@ def parallelize(
             warnings.warn(derived, stacklevel=2)
         if plans or not sharded:
             # the whole of a wrapper, not only the models in it: a head of its own must start equal on all ranks too
-            agree_on_weights(model, runtime.mesh, settled={id(p) for root in sharded for p in root.parameters()})
+            settled = {id(p) for root in sharded for p in root.parameters()}
+            layouts = {id(p): plan.layouts[name] for root, plan in plans for name, p in root.named_parameters()}
+            shared = agree_on_weights(model, runtime.mesh, settled, layouts=layouts, whole_world=loaded_once)
         for root, plan in plans:
-            shard_model(root, plan, runtime, options)
+            shard_model(root, plan, runtime, options, shared)
         if plans and plans[0][0] is not model:
             plans[0][0].tp_record.wrapper = weakref.ref(model)  # type: ignore[union-attr]
     return model
@@ -106,20 +115,21 @@ def models_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from walk("", module)
 
 
-def shard_model(model: nn.Module, plan: Plan, runtime: Runtime, options: RunConfig) -> None:
-    """Carry out ``plan`` on ``model``. Collective over the unit."""
+def shard_model(model: nn.Module, plan: Plan, runtime: Runtime, options: RunConfig, shared: Set[int]) -> None:
+    """Carry out ``plan`` on ``model``, whose parameters with ids in ``shared`` are shares. Collective over the unit."""
     mesh = runtime.mesh
     warn_of_topology(model, plan, mesh, runtime.transport.machines)
     split = stacks(model, plan) if options.sequence_parallel else {}
     plan.partial |= between(plan, [layer for layers in split.values() for layer in layers])
 
     for name, parameter in model.named_parameters():
-        _slice(parameter, plan.layouts[name], mesh.tp.rank)
+        if id(parameter) not in shared:
+            _slice(parameter, plan.layouts[name], mesh.tp.rank)
     lazy_load.materialize_buffers_(model)
     lazy_load.forget_forward(model)
 
     state = ModelState(model, plan, runtime)
-    state.index.attach(plan, mesh, state.peers)
+    state.attach()
     parts = build_parts(model, plan, split, mesh.tp, runtime.remote_logits, options)
     if parts.heads:
         trace_once(type(model).forward)
@@ -134,8 +144,10 @@ def shard_model(model: nn.Module, plan: Plan, runtime: Runtime, options: RunConf
         sample=state.sample,
         check=state.check,
         rounded=lambda: 0 < drift(state) <= tolerance,
+        every=options.guard,
     )
     hooks.install(model, hooks.table(model, parts, state, guard), parts)
+    adopt_hooks(model, plan, parts, runtime.region)
 
 
 def _hook_state_dict(model: nn.Module, state: ModelState) -> None:
@@ -176,7 +188,4 @@ def _slice(parameter: nn.Parameter, layout: ParamLayout, rank: int) -> None:
     if not (layout.is_sharded or lazy_load.lies_in_file(parameter)):
         return
     with torch.no_grad():
-        grad, parameter.grad = parameter.grad, None
-        lazy_load.materialize_(parameter, lazy_load.read_shard(parameter, layout, rank))
-        if grad is not None:
-            parameter.grad = layout.shard(grad, rank)
+        take_share_(parameter, layout, rank, lazy_load.read_shard(parameter, layout, rank))

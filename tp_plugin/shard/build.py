@@ -22,7 +22,7 @@ from tp_plugin.policy.layout import Range
 from tp_plugin.tensor import wgrad_overlap
 from tp_plugin.tensor.block import ParallelBlock
 from tp_plugin.tensor.dropout import FollowingDropout
-from tp_plugin.tensor.embedding import AdaptedRows, VocabularyRows
+from tp_plugin.tensor.embedding import AdaptedRows, ParallelEmbeddingForward, VocabularyRows
 from tp_plugin.tensor.experts import ExpertBiasForward
 from tp_plugin.tensor.linear import RowParallelForward, fit_sizes
 from tp_plugin.tensor.norm import TPRMSNorm
@@ -30,7 +30,7 @@ from tp_plugin.tensor.outputs import LayerOutputs
 from tp_plugin.tensor.parallel_residual import ParallelResidual
 from tp_plugin.tensor.peer_reads import PeerReads
 from tp_plugin.tensor.sequence import LayerRegion, Stack
-from tp_plugin.tensor.vocab import Vocabulary, VocabularyColumns
+from tp_plugin.tensor.vocab import FusedForward, Vocabulary, VocabularyColumns
 from tp_plugin.tensor.wgrad_overlap import BlockInput, ColumnParallelForward
 
 
@@ -56,7 +56,6 @@ class Parts:
     residuals: dict[str, ParallelResidual] = field(default_factory=dict)
     stacks: list[StackOfLayers] = field(default_factory=list)
     outputs: dict[str, LayerOutputs] = field(default_factory=dict)
-    embeddings: dict[str, VocabularyRows] = field(default_factory=dict)
     heads: dict[str, VocabularyColumns] = field(default_factory=dict)
     our_hooks: set[int] = field(default_factory=set)
 
@@ -86,7 +85,7 @@ def build_parts(
     for path, layers in stacks.items():
         parts.stacks.append(_stack(path, layers, parts, group))
     parts.outputs = _outputs(model, plan, parts, group)
-    _vocabulary(model, plan, parts, group, peers)
+    _vocabulary(model, plan, parts, group, peers, options)
     return parts
 
 
@@ -183,13 +182,14 @@ def _outputs(model: nn.Module, plan: Plan, parts: Parts, group: Group) -> dict[s
     return found
 
 
-def _vocabulary(model: nn.Module, plan: Plan, parts: Parts, group: Group, peers: PeerReads) -> None:
+def _vocabulary(model: nn.Module, plan: Plan, parts: Parts, group: Group, peers: PeerReads, options: RunConfig) -> None:
     for path in plan.embeddings:
         embedding, layout = model.get_submodule(path), plan.layouts[f"{path}.weight"]
         if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
             raise TPError(f"{path} must be an nn.Embedding without max_norm to be split by vocabulary rows")
         start, stop = _rows(layout, 0, group.rank)
-        parts.embeddings[path] = VocabularyRows(layout.shape[0], start, stop, embedding.padding_idx, group)
+        rows = VocabularyRows(layout.shape[0], start, stop, embedding.padding_idx, group)
+        ParallelEmbeddingForward.install(embedding, rows)
         embedding.num_embeddings = layout.local_shape(group.rank)[0]
     for path, name in plan.adapted_embeddings:
         adapted: Any = model.get_submodule(path)
@@ -202,6 +202,8 @@ def _vocabulary(model: nn.Module, plan: Plan, parts: Parts, group: Group, peers:
         fit_sizes(head, layout, group.rank)
         vocabulary = Vocabulary(layout.shape[0], layout.local_shape(group.rank)[0], group, peers)
         parts.heads[path] = VocabularyColumns(vocabulary)
+        if options.fused_head:
+            FusedForward.install(head, vocabulary)
 
 
 def _rows(layout: ParamLayout, dim: int, rank: int) -> Range:

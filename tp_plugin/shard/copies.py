@@ -17,7 +17,7 @@ class Copies:
         """Note ``copy``, which is returned; it is not kept alive."""
         if not copy.is_inference():
             counter = copy.detach()  # shares the version counter
-            counter.data = torch.empty(0, dtype=copy.dtype)  # but not the memory
+            counter.data = torch.empty(0, dtype=copy.dtype, device=copy.device)  # but not the memory
             self._given[name] = counter, copy._version
         return copy
 

@@ -83,14 +83,15 @@ def _stepped(cls: type, settings: dict[str, Any], start: list[torch.Tensor], cut
     """A matrix and a vector after some steps in the parts that ``cut`` makes of them."""
     wholes = [tensor.clone() for tensor in start]
     parts = [[torch.nn.Parameter(part.clone()) for part in cut(whole)] for whole in wholes]
-    devices = [start[0].device] if start[0].is_cuda else []
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+    device = start[0].device
+    forks = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+    with forks, torch.enable_grad():
         optimizer = cls([{"params": [part for of_one in parts for part in of_one], **settings}])
         if callable(getattr(optimizer, "train", None)):
             optimizer.train()  # schedule-free ones
         for number, scale in enumerate(SCALES):
             for gradient, of_one in zip(_random(1 + number), parts, strict=True):
-                for piece, part in zip(cut(gradient.to(start[0].device) * scale), of_one, strict=True):
+                for piece, part in zip(cut(gradient.to(device) * scale), of_one, strict=True):
                     part.grad = piece.clone()
             optimizer.step()
     for whole, of_one in zip(wholes, parts, strict=True):
@@ -102,4 +103,4 @@ def _stepped(cls: type, settings: dict[str, Any], start: list[torch.Tensor], cut
 def _random(seed: int) -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     for shape in ((6, 8), (8,)):
-        yield torch.randn(shape, generator=generator)
+        yield torch.randn(shape, generator=generator, device="cpu")

@@ -9,13 +9,13 @@
     layers, parallel residual    before, after   two blocks communicate as one
     stacks of layers             before, after   sequence parallelism: tokens split and joined; a stream per layer
     models around layers         after           attention weights of all heads, hidden states of all tokens (first)
-    embeddings                   before, after   token ids → this rank's rows; the sum over the ranks
     output heads                 before, after   f at the hidden states; logits over the full vocabulary (first)
     the model                    before          a deep copy gets its parameters' hooks (first)
     the model, its base model    before, after   the batch guard opens (first of all) and closes, whatever happens
 
-"first" stands before hooks that a script has put on the module. A row-parallel linear, a column-parallel linear that
-overlaps and a sharded norm are no hooks: they wrap the module's forward (tensor/forward.py).
+"first" stands before hooks that a script has put on the module; module_hooks.py orders the others. An embedding, a
+row-parallel linear, a column-parallel linear that overlaps and a sharded norm have no hooks: their forward is wrapped
+(tensor/forward.py).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def table(model: nn.Module, parts: Parts, state: ModelState, guard: BatchGuard) 
 
 
 def _direct_calls(parts: Parts, state: ModelState) -> Iterator[Hook]:
-    for path in dict.fromkeys((*parts.blocks, *parts.embeddings, *parts.heads)):
+    for path in dict.fromkeys((*parts.blocks, *state.plan.embeddings, *parts.heads)):
         step = DirectCall(state.runtime.region)
         yield Hook(path, "before", step.enter, first=True)
         yield Hook(path, "after, always", step.leave)
@@ -122,9 +122,6 @@ def _outputs(parts: Parts) -> Iterator[Hook]:
 
 
 def _vocabulary(parts: Parts) -> Iterator[Hook]:
-    for path, rows in parts.embeddings.items():
-        yield Hook(path, "before", rows.before)
-        yield Hook(path, "after", rows.after)
     for path, columns in parts.heads.items():
         yield Hook(path, "before", columns.before)
         yield Hook(path, "after", columns.after, first=True)

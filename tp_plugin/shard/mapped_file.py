@@ -55,6 +55,10 @@ class File:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self.descriptor).atexit = False
 
+    def will_read(self, offset: int, nbytes: int) -> None:
+        """Have the kernel fetch what :meth:`read` is about to ask for."""
+        os.posix_fadvise(self.descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+
     def read(self, into: memoryview, offset: int) -> None:
         """Fill ``into`` from ``offset`` on."""
         while into:
@@ -114,7 +118,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> dict[str, torch.Tensor] | N
         if offset + nbytes > about.st_size or nbytes != math.prod(shape) * dtype.itemsize:
             return None
         if nbytes < PAGE or offset % dtype.itemsize:
-            tensor = torch.empty(shape, dtype=dtype)
+            tensor = torch.empty(shape, dtype=dtype, device="cpu")
             file.read(bytes_of(tensor), offset)
             read_bytes["small"] += nbytes
         else:

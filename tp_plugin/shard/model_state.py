@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import math
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from tp_plugin.mesh.dtensor_utils import held
+from tp_plugin.mesh.host_copy import HostCopy
 from tp_plugin.policy import ParamLayout, Plan
 from tp_plugin.runtime.published import ELSEWHERE
 from tp_plugin.runtime.runtime import Runtime
@@ -125,11 +127,15 @@ class ModelState:
         """Whether the script still holds the model."""
         return self.model() is not None
 
+    def attach(self) -> None:
+        """Bind the parameters to what is known of them. Collective."""
+        self.index.attach(self.plan, self.mesh, self.peers, self.runtime.replica_sums)
+
     def reattach(self) -> None:
         """Give the parameters of a copied model their entries and hooks, once."""
         if not self.attached:
             self.attached = True
-            self.index.attach(self.plan, self.mesh, self.peers)
+            self.attach()
 
     @on_shards
     def check(self) -> None:
@@ -174,7 +180,7 @@ class ModelState:
             )
         return ELSEWHERE
 
-    def _sample(self) -> list[float]:
+    def _chosen(self) -> torch.Tensor | None:
         """Some elements of replicated parameters: those that ``.data`` was written to have no other sign of it."""
         chosen: list[torch.Tensor] = []
         for name, parameter in self.index.tensors().items():
@@ -183,12 +189,17 @@ class ModelState:
                 continue
             if not self.index.layouts[name].is_sharded and flat.numel() and len(chosen) < SAMPLED:
                 chosen.append(flat[:: -(-flat.numel() // SAMPLES)].float())
-        return self.runtime.progress.to_host(torch.cat(chosen)).tolist() if chosen else []
+        return torch.cat(chosen) if chosen else None
+
+    def _sample(self) -> list[float]:
+        chosen = self._chosen()
+        return [] if chosen is None else self.runtime.progress.to_host(chosen).tolist()
 
     @on_shards
-    def sample(self) -> float:
-        """A number of some elements of replicated parameters, each with a weight of its own."""
-        return math.fsum(value * (1 + at % 7) for at, value in enumerate(self._sample()))
+    def sample(self) -> HostCopy | None:
+        """Some elements of replicated parameters as they are now, for the thread that trains; None without any."""
+        chosen = self._chosen()
+        return None if chosen is None else HostCopy(chosen)
 
     @on_shards
     def local(self, key: str) -> torch.Tensor:
@@ -229,8 +240,16 @@ class ModelState:
 
 @on_shards
 def read_full_tensor(runtime: Runtime, uid: str, key: str, local: torch.Tensor, layout: ParamLayout) -> torch.Tensor:
-    """Assemble a full tensor in host memory, one peer's shard at a time."""
+    """Assemble a full tensor in host memory, by one collective if all ranks came, else one peer's shard at a time."""
+    runtime.sessions.progressed()
+    shards = runtime.joint_reads.read(uid, key, local, layout)
     full = torch.empty(layout.shape, dtype=local.dtype, device="cpu")
+    if shards is not None:
+        while shards:  # each goes as it is placed, and the pages of the full tensor come: never both at once
+            shard = shards.pop()
+            layout.place(full, shard, len(shards))
+            del shard
+        return full
     me = runtime.mesh.tp.rank
     layout.place(full, local.detach().cpu(), me)
     for rank in range(layout.tp):
@@ -241,4 +260,7 @@ def read_full_tensor(runtime: Runtime, uid: str, key: str, local: torch.Tensor, 
 
 def checksum(tensor: torch.Tensor, start: int = 0) -> int:
     """CRC-32 of the bytes of what this rank holds of a tensor, continuing from ``start``."""
-    return zlib.crc32(held(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, start)
+    mine = held(tensor.detach()).cpu().contiguous()
+    size = mine.numel() * mine.element_size()
+    # not numpy(), after which the storage cannot be resized, as FSDP2 resizes those that it frees
+    return zlib.crc32((ctypes.c_ubyte * size).from_address(mine.data_ptr()), start) if size else start

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.dtensor_utils import is_split
+from tp_plugin.mesh.dtensor_utils import is_split, split_like
 from tp_plugin.runtime.published import ELSEWHERE
 from tp_plugin.runtime.runtime import Runtime
 from tp_plugin.shard import full_matrix_step
@@ -17,6 +17,8 @@ from tp_plugin.shard.elementwise import fault
 from tp_plugin.shard.model_state import read_full_tensor
 from tp_plugin.shard.replicas import agree_on
 from tp_plugin.shard.state_form import StateForm, form
+from tp_plugin.tensor.global_view import local_of
+from tp_plugin.tensor.global_view.view import GlobalView, plain_of
 from tp_plugin.tensor.param_entry import entry_of, layout_of
 
 _uids = itertools.count()
@@ -51,26 +53,33 @@ def _shard_optimizer(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None
         full_matrix_step.install(optimizer, runtime.mesh.tp)
         optimizer.tp_full_matrices = True  # type: ignore[attr-defined]
         return
+    _take_over(optimizer, runtime)
+
+
+def _take_over(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
+    """Cut the state that it has, and let its ``state_dict`` be that of the whole model from now on."""
     _refuse_unfit(optimizer)
     rank = runtime.mesh.tp.rank
-    for parameter in parameters:
+    for parameter in _parameters(optimizer):
         layout = layout_of(parameter)
-        if layout is None or not layout.is_sharded:
+        if layout is None or not (layout.is_sharded or is_split(parameter)):
             continue
         state = optimizer.state.get(parameter, {})
         for key, value in state.items():
-            if isinstance(value, torch.Tensor) and tuple(value.shape) == layout.shape:
-                state[key] = layout.shard(value, rank)
+            state[key] = value = local_of(plain_of(value) if isinstance(value, GlobalView) else value)
+            if isinstance(value, torch.Tensor) and not is_split(value) and tuple(value.shape) == layout.shape:
+                mine = layout.shard(value, rank)
+                state[key] = split_like(mine, parameter) if is_split(parameter) else mine
     optimizer.tp_states = OptimizerStates(optimizer, runtime)  # type: ignore[attr-defined]
     optimizer.register_state_dict_post_hook(_give_full)
     optimizer.register_load_state_dict_pre_hook(_take_shards)
 
 
-def check_unprepared(optimizer: torch.optim.Optimizer) -> None:
-    """At the first step of an optimizer that was prepared by nobody: shards must train as the whole does.
+def check_unprepared(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
+    """At the first step of an optimizer that was prepared by nobody: it is fitted as a prepared one.
 
     Raises:
-        TPError: they would not.
+        TPError: shards would not train as the whole does.
     """
     if hasattr(optimizer, "tp_states") or hasattr(optimizer, "tp_full_matrices"):
         return
@@ -81,7 +90,8 @@ def check_unprepared(optimizer: torch.optim.Optimizer) -> None:
             f"optimizer {type(optimizer).__name__} looks at whole matrices, and steps with shards of them: pass it to "
             "accelerator.prepare, which gives it whole ones"
         )
-    _refuse_unfit(optimizer)
+    with runtime.region.step():
+        _take_over(optimizer, runtime)
 
 
 def _refuse_unfit(optimizer: torch.optim.Optimizer) -> None:
@@ -147,8 +157,8 @@ class OptimizerStates:
     def local(self, key: str) -> torch.Tensor:
         """This rank's state tensor."""
         index, name = key.split("/", 1)
-        tensor: torch.Tensor = self._state[self._parameters[int(index)]][name]
-        return tensor
+        # another thread asks, and this one may be in the script's region, where the tensor looks whole
+        return local_of(self._state[self._parameters[int(index)]][name])  # type: ignore[no-any-return]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_nothing, ())  # a pickled optimizer leaves its connections behind
@@ -159,6 +169,11 @@ def _nothing() -> None:
 
 
 def _give_full(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    mine = {
+        at: {key: value if is_split(value) else local_of(value) for key, value in state.items()}
+        for at, state in state_dict["state"].items()
+    }
+    state_dict = {**state_dict, "state": mine}
     if form() is StateForm.LOCAL:
         return state_dict
     states: OptimizerStates = optimizer.tp_states  # type: ignore[attr-defined]
@@ -191,7 +206,7 @@ def _take_shards(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
         state[index] = {
             key: layout.shard(value, rank)
             if isinstance(value, torch.Tensor) and not is_split(value) and tuple(value.shape) == layout.shape
-            else value
+            else local_of(value)
             for key, value in state[index].items()
         }
     return {**state_dict, "state": state}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from tp_plugin.tensor.global_view import GlobalInfo, Peers
 from tp_plugin.tensor.global_view.attributes import accumulated_hook, gradient_hook
 from tp_plugin.tensor.on_shards import on_shards
 from tp_plugin.tensor.param_entry import ParamEntry, bind, entry_of
-from tp_plugin.tensor.replicas import Piece, ReplicaSum
+from tp_plugin.tensor.replicas import Piece, ReplicaSum, ReplicaSums
 
 
 def plain_name(name: str) -> str:
@@ -71,14 +71,15 @@ class ParamIndex:
         self._model = weakref.ref(model)
         self.layouts = dict(layouts)
         self._tensors: dict[str, torch.Tensor] = {}
+        self._entries: list[ParamEntry] = []
 
-    def attach(self, plan: Plan, mesh: Mesh, peers: Peers) -> None:
+    def attach(self, plan: Plan, mesh: Mesh, peers: Peers, sums: ReplicaSums) -> None:
         """Bind every parameter of the model to its entry, and hook the gradient sums of replicas. Collective."""
         model = self._model()
         assert model is not None
         groups = sorted({ranks for layout in self.layouts.values() for ranks in layout.replica_groups})
         replicas = {ranks: mesh.replicas(ranks) for ranks in groups}  # made in one order on all ranks
-        me = mesh.tp.rank
+        me, self._entries = mesh.tp.rank, []
         for name, parameter in model.named_parameters():
             layout = self.layouts[name]
             pieces: list[Piece] = [
@@ -89,7 +90,9 @@ class ParamIndex:
             if name in plan.partial:
                 pieces = [(mesh.tp, None, ())]
             seen = GlobalInfo(name, layout, bool(pieces), peers)
-            bind(parameter, ParamEntry(name, layout, ReplicaSum(pieces) if pieces else None, seen))
+            entry = ParamEntry(name, layout, ReplicaSum(pieces, sums) if pieces else None, seen)
+            self._entries.append(entry)
+            bind(parameter, entry)
             own = _take_hooks(parameter)
             hook_replica_sum(parameter)
             _give_hooks(parameter, own, seen)
@@ -100,6 +103,14 @@ class ParamIndex:
         if model is not None:
             self._tensors = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         return self._tensors
+
+    def gradients(self) -> Iterator[tuple[tuple[int, int], ParamLayout]]:
+        """Where this rank's gradients lie, and the layouts of their parameters."""
+        for entry in self._entries:
+            for reference in entry.tensors:
+                tensor = reference()
+                if tensor is not None and tensor.grad is not None:
+                    yield _elements(tensor.grad), entry.layout
 
     def check(self, tp_rank: int) -> None:
         """Look whether the model has the parameters that were sharded, and no others, and holds shards of them.
@@ -150,12 +161,9 @@ def layouts_of(tensors: Sequence[torch.Tensor], indexes: Iterable[ParamIndex]) -
     Args:
         tensors: parameters, their ``.grad``, or aliases of these (``p.grad.detach()``), which share their elements.
     """
-    of_gradient: dict[object, ParamLayout] = {}
+    of_gradient: dict[tuple[int, int], ParamLayout] = {}
     for index in indexes:
-        for parameter in index.tensors().values():
-            entry = entry_of(parameter)
-            if entry is not None and parameter.grad is not None:
-                of_gradient[_elements(parameter.grad)] = entry.layout
+        of_gradient.update(index.gradients())
     entries = [entry_of(tensor) for tensor in tensors]
     return [
         of_gradient.get(_elements(tensor)) if entry is None else entry.layout
@@ -163,10 +171,10 @@ def layouts_of(tensors: Sequence[torch.Tensor], indexes: Iterable[ParamIndex]) -
     ]
 
 
-def _elements(tensor: torch.Tensor) -> object:
-    """Equal for two live tensors of the same elements; no others are compared."""
+def _elements(tensor: torch.Tensor) -> tuple[int, int]:
+    """Equal for two live tensors of the same elements; those of none are equal, too."""
     local = held(tensor)
-    return local.untyped_storage()._cdata, local.storage_offset(), local.numel()
+    return local.data_ptr(), local.numel()
 
 
 def is_unnamed_shard(tensor: torch.Tensor, indexes: Iterable[ParamIndex]) -> bool:

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from tp_plugin.errors import TPError
+from tp_plugin.tensor.generators import DefaultGenerator
 
 
-def _generator(x: torch.Tensor, seed: torch.Tensor) -> torch.Generator:
+def _mixed(seed: torch.Tensor) -> int:
     # multiplied by an odd constant (Knuth's, for 64 bits): neighbouring seeds have neighbouring streams otherwise
-    mixed = int(seed) * 6364136223846793005 & (1 << 63) - 1
-    return torch.Generator(x.device).manual_seed(mixed)
+    return int(seed) * 6364136223846793005 & (1 << 63) - 1
 
 
 @torch.library.custom_op("tp_plugin::dropout", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -30,7 +30,8 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     """``x`` with each entry dropped with probability ``p``; ``seed``: an integer on the CPU."""
     if p >= 1:
         return torch.zeros_like(x)
-    kept = torch.rand(x.shape, device=x.device, generator=_generator(x, seed)) >= p
+    generator = torch.Generator(x.device).manual_seed(_mixed(seed))
+    kept = torch.rand(x.shape, device=x.device, generator=generator) >= p
     return x * kept.to(x.dtype) / (1 - p)
 
 
@@ -67,7 +68,7 @@ class SeededDropouts(TorchFunctionMode):
 
     def _seed(self) -> torch.Tensor:
         if self.base is None:  # a region that draws nothing leaves the replicated stream as it was
-            self.base = torch.randint(1 << 62, ())
+            self.base = torch.randint(1 << 62, (), device="cpu")
         self.drawn += 1
         return self.base + self.key + self.drawn
 
@@ -141,20 +142,14 @@ class _Seeded:
     """The device's default generator as ``seed`` starts it, put back afterwards: attention takes no other."""
 
     def __init__(self, x: torch.Tensor, seed: torch.Tensor):
-        self.seed = _generator(x, seed).initial_seed()
-        self.cuda = [x.device] if x.is_cuda else []
-        self.fork = torch.random.fork_rng(self.cuda)
+        self.generator, self.start = DefaultGenerator(x.device), _mixed(seed)
 
     def __enter__(self) -> None:
-        self.fork.__enter__()
-        if self.cuda:
-            index = self.cuda[0].index
-            torch.cuda.default_generators[index].manual_seed(self.seed)
-        else:
-            torch.default_generator.manual_seed(self.seed)
+        self.before = self.generator.get()
+        self.generator.seed(self.start)
 
     def __exit__(self, *error: Any) -> None:
-        self.fork.__exit__(*error)
+        self.generator.set(self.before)
 
 
 @contextlib.contextmanager

@@ -10,10 +10,12 @@ from torch import nn
 
 from tp_plugin.mesh.groups import Group
 from tp_plugin.tensor import regions
+from tp_plugin.tensor.device_asserts import asserts_by_itself
+from tp_plugin.tensor.forward import Forward, WrappedForward
 
 
 class VocabularyRows:
-    """Hooks of an embedding that holds the rows ``[start, stop)`` of a vocabulary of ``size`` entries.
+    """What an embedding needs that holds the rows ``[start, stop)`` of a vocabulary of ``size`` entries.
 
     Args:
         size: entries of the whole vocabulary, the ids that one process accepts.
@@ -28,26 +30,15 @@ class VocabularyRows:
         self.local_padding_idx = padding_idx - start if padding_idx is not None and owned else None
         self._elsewhere: list[torch.Tensor] = []
 
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Forward pre-hook. Token ids → local rows; ids of other ranks' rows read row 0 and are zeroed afterwards."""
-        local = self.local(args[0])
-        module.padding_idx = self.local_padding_idx  # type: ignore[assignment]
-        return (local, *args[1:])
-
-    def after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        """Forward hook. Sum over the ranks, of which one has the row and the others zeros: embeddings of all ids."""
-        module.padding_idx = self.padding_idx  # type: ignore[assignment]
-        return self.summed(output)
-
     def local(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids of any shape → numbers of this rank's rows.
 
         Raises:
-            IndexError: an id is outside the vocabulary; all ranks see the same ids, so all of them raise. On CUDA and
+            IndexError: an id is outside the vocabulary; all ranks see the same ids, so all of them raise. On GPUs and
                 in compiled graphs it is an assertion on the device, as in plain torch: nothing waits for the device.
         """
         valid = ((ids >= 0) & (ids < self.size)).all()
-        if ids.is_cuda or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or asserts_by_itself(ids):
             torch._assert_async(valid, "index out of range in self")
         elif not valid:
             raise IndexError("index out of range in self")
@@ -59,6 +50,29 @@ class VocabularyRows:
         """The embeddings of the ids last given to :meth:`local`, from this rank's rows ``output`` (…, width)."""
         rows = output.masked_fill(self._elsewhere.pop().unsqueeze(-1), 0)
         return regions.reduce_from_tp(rows, self.group, fresh=True)
+
+
+class ParallelEmbeddingForward(WrappedForward):
+    """The forward of an embedding: token ids → this rank's rows, the module's own forward, the sum over the ranks.
+
+    Args:
+        rows: which rows those are.
+    """
+
+    def __init__(self, module: nn.Module, own: Forward, rows: VocabularyRows):
+        super().__init__(module, own)
+        self.rows = rows
+
+    def run(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Ids of any shape → their embeddings (…, width). Ids of other ranks' rows read row 0, which is zeroed."""
+        module: Any = self.module
+        local = self.rows.local(ids)
+        module.padding_idx = self.rows.local_padding_idx
+        try:
+            output = self.own(local, *args, **kwargs)
+        finally:
+            module.padding_idx = self.rows.padding_idx
+        return self.rows.summed(output)
 
 
 class AdaptedRows:

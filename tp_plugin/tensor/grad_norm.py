@@ -23,7 +23,7 @@ Layouts = Sequence[ParamLayout | None]
 def total_norm(tensors: Sequence[torch.Tensor], layouts: Layouts, mesh: Mesh, norm_type: float = 2.0) -> torch.Tensor:
     """:func:`sharded_grad_norm` in the dtype of the gradients, in which torch's own norm is given."""
     norm = sharded_grad_norm(tensors, layouts, mesh, norm_type)
-    return norm.to(functools.reduce(torch.promote_types, (t.dtype for t in tensors))) if tensors else norm
+    return norm.to(functools.reduce(torch.promote_types, {t.dtype for t in tensors})) if tensors else norm
 
 
 def sharded_grad_norm(
@@ -36,24 +36,33 @@ def sharded_grad_norm(
     by rows is summed over the data group first, by another one.
     """
     if not tensors:
-        return torch.tensor(0.0)
+        return torch.tensor(0.0, device=torch.get_default_device())  # as torch's
     counted: dict[bool, list[torch.Tensor]] = {False: [], True: []}  # by whether the data group has split it
     for tensor, layout in zip(tensors, layouts, strict=True):
+        if not held(tensor).numel():
+            continue
         if layout is not None and layout.is_sharded:
             counted[is_split(tensor)] += owned_part(tensor, layout, mesh.tp.rank)
         elif mesh.is_leader:
             counted[is_split(tensor)].append(held(tensor))
-    device, wide = held(tensors[0]).device, _wide(tensors[0]) or tensors[0].dtype
+    device, wide = held(tensors[0]).device, _wide(tensors[0].dtype) or tensors[0].dtype
     infinite, largest = math.isinf(norm_type), norm_type > 0
 
     def together(values: torch.Tensor) -> torch.Tensor:
         return values.sum() if not infinite else values.max() if largest else values.min()
 
     def local(mine: list[torch.Tensor]) -> torch.Tensor:
-        norms = [torch.linalg.vector_norm(t, norm_type, dtype=_wide(t)).to(device) for t in mine if t.numel()]
-        if not norms:
+        kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+        for tensor in mine:
+            if tensor.numel():  # FSDP2 may have left no row of what this rank owns
+                kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        if not kinds:
             return torch.full((), math.inf if infinite and not largest else 0.0, dtype=wide, device=device)
-        values = torch.stack(norms).to(wide)
+        norms = [
+            torch.stack(torch._foreach_norm(alike, norm_type, dtype=_wide(dtype))).to(device, wide)
+            for (_, dtype), alike in kinds.items()
+        ]
+        values = torch.cat(norms) if len(norms) > 1 else norms[0]
         return together(values if infinite else values.pow(norm_type))
 
     def over(group: Group, value: torch.Tensor) -> torch.Tensor:
@@ -80,18 +89,22 @@ def owned_part(tensor: torch.Tensor, layout: ParamLayout, rank: int) -> list[tor
     return [tensor.narrow(layout.dim, a, b - a) for a, b in ranges]
 
 
-@functools.lru_cache(maxsize=256)
-def not_owned(layout: ParamLayout, rank: int) -> torch.Tensor | None:
-    """Flat mask of the elements of a shard that another rank counts; None if this rank owns them all."""
+def not_owned(layout: ParamLayout, rank: int) -> list[tuple[int, int]]:
+    """Ranges of a flat shard that another rank counts, merged; empty if this rank owns it all."""
     assert layout.dim is not None
     shape = layout.local_shape(rank)
-    owned = layout.owned(rank)
-    if owned == ((0, shape[layout.dim]),) or not math.prod(shape):
-        return None
-    mask = torch.ones(shape, dtype=torch.bool, device="cpu")
-    for a, b in owned:
-        mask.narrow(layout.dim, a, b - a).fill_(False)
-    return mask.reshape(-1)
+    owned, size = layout.owned(rank), shape[layout.dim]
+    edges = [0, *(edge for ranges in owned for edge in ranges), size]
+    gaps = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+    inner = math.prod(shape[layout.dim + 1 :])
+    found: list[tuple[int, int]] = []
+    for outer in range(math.prod(shape[: layout.dim]) if gaps and inner else 0):
+        for a, b in gaps:
+            start, stop = (outer * size + a) * inner, (outer * size + b) * inner
+            if found and found[-1][1] == start:
+                start = found.pop()[0]
+            found.append((start, stop))
+    return found
 
 
 def extreme(value: torch.Tensor, largest: bool, group: Group) -> torch.Tensor:
@@ -102,6 +115,6 @@ def extreme(value: torch.Tensor, largest: bool, group: Group) -> torch.Tensor:
     return torch.where(nans > 0, math.nan, most if largest else -most)
 
 
-def _wide(tensor: torch.Tensor) -> torch.dtype | None:
+def _wide(dtype: torch.dtype) -> torch.dtype | None:
     # sums of squares of 16-bit gradients are taken in fp32, so that 1 and tp ranks round alike
-    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import weakref
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ class ParamEntry:
         layout: how it lies on the TP ranks.
         replica_sum: the hook that sums gradients of replicated elements, if there are some.
         seen: as what the script sees it, if that is more than this rank has.
+        tensors: those that stand for it, as far as they live.
     """
 
     name: str
     layout: ParamLayout
     replica_sum: ReplicaSum | None = None
     seen: GlobalInfo | None = None
+    tensors: list[weakref.ref[Any]] = field(default_factory=list, init=False)
 
     def copy_to(self, copied: Any) -> None:
         """A copy of the parameter stands for it until the copied model gets entries of its own."""
@@ -40,6 +43,8 @@ def bind(tensor: Any, entry: ParamEntry) -> None:
     Sets ``tensor_model_parallel``, the attribute by which Megatron-LM and DeepSpeed know sharded parameters.
     """
     tensor.tp_entry = entry
+    entry.tensors = [ref for ref in entry.tensors if (living := ref()) is not None and living is not tensor]
+    entry.tensors.append(weakref.ref(tensor))
     tensor.tensor_model_parallel = entry.layout.is_sharded
     if entry.seen is not None:
         entry.seen.peers.show(tensor, entry.seen)

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
+
+Output: TypeAlias = torch.Tensor | Callable[[], torch.Tensor]
+"""This rank's columns of a head's output (tokens, width), or what computes them."""
 
 Number = tuple[int, int]
 """Identifies a head's output; equal on all ranks of the TP group for the output of the same call."""
@@ -22,19 +25,20 @@ class Held:
 
     Attributes:
         number: what the other ranks ask for it by.
-        data: this rank's columns (tokens, width), in the dtype of the head.
-        ready: on a device, the event after which ``data`` has been computed.
+        data: this rank's columns.
+        ready: on a device, the event after which ``data`` can be read.
 
     Args:
+        device: where the columns are.
         release: called with the number and ``(data, ready)`` when this object is dropped. Another rank may be behind
             and still read what is gone here, so the data is kept until all ranks have met in a collective.
     """
 
-    def __init__(self, number: Number, data: torch.Tensor, release: Callable[[Number, Any], None]):
+    def __init__(self, number: Number, data: Output, device: torch.device, release: Callable[[Number, Any], None]):
         self.number, self.data = number, data
         self.ready: torch.Event | None = None
-        if data.device.type != "cpu":
-            self.ready = torch.Event(data.device)
+        if device.type != "cpu":
+            self.ready = torch.Event(device)
             self.ready.record()
         weakref.finalize(self, release, number, (data, self.ready)).atexit = False
 
@@ -45,6 +49,10 @@ class PeerReads(Protocol):
     @property
     def wants_full(self) -> bool:
         """Whether logits are to be gathered at once, because the ranks will not meet again before they are read."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of this process so far: some of them change weights without counting in-place versions."""
 
     @property
     def in_forward(self) -> bool:
@@ -66,7 +74,7 @@ class PeerReads(Protocol):
             DivergenceError: that rank has left, or has dropped it and gone on.
         """
 
-    def hold(self, data: torch.Tensor) -> Held:
-        """Register a head's output (tokens, width), so that other ranks may read it while the result is alive."""
+    def hold(self, data: Output, device: torch.device) -> Held:
+        """Register a head's output on ``device``, so that other ranks may read it while the result is alive."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PeerReads: ...

@@ -88,8 +88,8 @@ def reduce_from_tp(x: torch.Tensor, group: Group, fresh: bool = False) -> torch.
     """
     if group.size == 1:
         return x
-    # a graph is functional, and its compiler reuses what is free; a view's base may be another's
-    in_place = fresh and not torch.compiler.is_compiling() and x.is_contiguous() and not x._is_view()
+    # a view's base may be another's; a graph is functional, and its compiler reuses what is free
+    in_place = not torch.compiler.is_compiling() and fresh and x.is_contiguous() and not x._is_view()
     summed: torch.Tensor = ReduceFromTP.apply(x, group, in_place)
     return summed
 

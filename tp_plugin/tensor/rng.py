@@ -19,34 +19,9 @@ from torch import nn
 
 from tp_plugin.mesh.groups import Group
 from tp_plugin.tensor.compiled_dropout import SeededDropouts
+from tp_plugin.tensor.generators import DefaultGenerator, of_accelerator
 
-_NOTHING = torch.empty(0, dtype=torch.uint8)
-
-
-class _Stream:
-    """The default generator of one device."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def get(self) -> torch.Tensor:
-        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
-
-    def set(self, state: torch.Tensor) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state, self.device)
-        else:
-            torch.set_rng_state(state)
-
-    def seed(self, seed: int) -> None:
-        if self.device.type == "cuda":
-            index = self.device.index if self.device.index is not None else torch.cuda.current_device()
-            torch.cuda.default_generators[index].manual_seed(seed)
-        else:
-            torch.default_generator.manual_seed(seed)
-
-    def advance(self) -> None:
-        torch.rand(1, device=self.device)
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class ShardedRegion:
@@ -54,9 +29,9 @@ class ShardedRegion:
 
     def __init__(self, block: str, tp_rank: int):
         self._key = hashlib.blake2b(f"{block}/{tp_rank}".encode(), digest_size=16).digest()
-        self._number = torch.tensor(int.from_bytes(self._key[:7], "little"))
+        self._number = torch.tensor(int.from_bytes(self._key[:7], "little"), device="cpu")
         self._traced: SeededDropouts | None = None
-        self._stream: _Stream | None = None
+        self._stream: DefaultGenerator | None = None
         self._replicated = self._seeded = self._paused = _NOTHING
 
     def begin(self, device: torch.device) -> None:
@@ -67,11 +42,10 @@ class ShardedRegion:
             return
         if self._stream is not None:
             self.end()  # an exception left the region open
-        self._stream = _Stream(device)
+        self._stream = DefaultGenerator(device)
         self._replicated = self._stream.get()
         digest = hashlib.blake2b(self._replicated.numpy().tobytes(), key=self._key, digest_size=8).digest()
-        self._stream.seed(int.from_bytes(digest, "little") >> 1)
-        self._seeded = self._stream.get()
+        self._seeded = self._stream.seed(int.from_bytes(digest, "little") >> 1)
 
     def end(self) -> None:
         """Switch back to the replicated stream; does nothing outside the region."""
@@ -142,11 +116,12 @@ class Dropouts:
 
 
 def snapshot() -> dict[str, Any]:
-    """The states of torch's (CPU and current CUDA device), numpy's and Python's global generators."""
+    """The states of torch's (CPU and current accelerator), numpy's and Python's global generators."""
     states: dict[str, Any] = {"torch": torch.get_rng_state()}
     states |= {"numpy": np.random.get_state(), "python": random.getstate()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
+    device = of_accelerator()
+    if device is not None:
+        states["accelerator"] = device.get()
     return states
 
 
@@ -155,15 +130,18 @@ def restore(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     np.random.set_state(states["numpy"])
     random.setstate(states["python"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
+    if "accelerator" in states:
+        device = torch.accelerator.current_accelerator()
+        assert device is not None, "a rank without the others' accelerator"
+        DefaultGenerator(device).set(states["accelerator"])
 
 
 def fingerprint() -> int:
     """63 bits that tell whether two ranks' generators are in the same state."""
     digest = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=8)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        digest.update(torch.cuda.get_rng_state().numpy().tobytes())
+    device = of_accelerator()
+    if device is not None:
+        digest.update(device.get().numpy().tobytes())
     _, keys, *position = np.random.get_state(legacy=True)
     digest.update(np.asarray(keys).tobytes())
     _, words, gauss = random.getstate()

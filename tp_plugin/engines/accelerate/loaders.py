@@ -2,6 +2,7 @@
 
 The leaders run Accelerate's own program for dp processes, random collators and workers included; with each batch a peer
 gets what else came of fetching it: the end-of-epoch marks, and the generators' states where fetching drew from them.
+Tensors that lie on a device are vouched for: the guard of the forward knows them by the number of this sending.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from tp_plugin.engines.accelerate.operations import leaders_only
 from tp_plugin.engines.patching import wrap
 from tp_plugin.errors import DivergenceError
+from tp_plugin.mesh import host_copy
 from tp_plugin.mesh.roles import Mesh
 from tp_plugin.runtime.runtime import current_mesh, require
 from tp_plugin.runtime.sync_points import BATCH
@@ -80,6 +82,7 @@ def _lead(original: Any, loader: Any, mesh: Mesh) -> Iterator[Any]:
             if _send(mesh, _Batch(data, *marks)):
                 for tensor in tensors:
                     mesh.tp.broadcast(tensor.contiguous())
+                _vouch_for(tensors)
             yield batch
 
 
@@ -111,6 +114,12 @@ def _send(mesh: Mesh, message: Any) -> bool:
     return True
 
 
+def _vouch_for(tensors: list[torch.Tensor]) -> None:
+    """Of the tensors of a batch, in order, on all ranks."""
+    runtime = require()
+    runtime.vouched.add(tensors, runtime.sync_points.clock)
+
+
 def _position(loader: Any) -> dict[str, Any] | None:
     """Of a StatefulDataLoader: what it would go on from after this batch."""
     return loader.dl_state_dict if getattr(loader, "use_stateful_dataloader", False) else None
@@ -124,7 +133,7 @@ def _detach_device_tensors(batch: Any, tensors: list[torch.Tensor]) -> Any:
     from accelerate.utils import recursively_apply
 
     def take(tensor: torch.Tensor) -> Any:
-        if tensor.device.type == "cpu":
+        if host_copy.is_on_host(tensor):
             return tensor
         tensors.append(tensor)
         return _OnDevice(tensor.shape, tensor.dtype)
@@ -138,7 +147,12 @@ def _receive_device_tensors(data: Any, loader: Any, mesh: Mesh) -> Any:
 
     device = getattr(loader, "device", None) or PartialState().device
 
-    def fill(slot: _OnDevice) -> torch.Tensor:
-        return mesh.tp.broadcast(torch.empty(slot.shape, dtype=slot.dtype, device=device))
+    tensors: list[torch.Tensor] = []
 
-    return recursively_apply(fill, data, test_type=lambda value: isinstance(value, _OnDevice))
+    def fill(slot: _OnDevice) -> torch.Tensor:
+        tensors.append(mesh.tp.broadcast(torch.empty(slot.shape, dtype=slot.dtype, device=device)))
+        return tensors[-1]
+
+    filled = recursively_apply(fill, data, test_type=lambda value: isinstance(value, _OnDevice))
+    _vouch_for(tensors)
+    return filled

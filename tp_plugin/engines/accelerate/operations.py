@@ -8,6 +8,7 @@ the leader of its source process to the whole world, because the value may exist
 from __future__ import annotations
 
 import contextlib
+import functools
 import pickle
 import zlib
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ import torch.distributed as dist
 
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import DivergenceError
-from tp_plugin.runtime.batch_guard import digest
+from tp_plugin.mesh import host_copy
+from tp_plugin.runtime.digests import digest
 from tp_plugin.runtime.runtime import current_mesh, require
 from tp_plugin.runtime.sync_points import COLLECTIVE
 from tp_plugin.tensor.vocab import Logits
@@ -67,7 +69,8 @@ def meet_at(operation: str, value: Any = None) -> Any:
             f"one with {found}); they are one process and must give the same. If only the main process has the value, "
             "use broadcast, or pad_across_processes before"
         )
-    if len({values[2] for values in met}) == 1:
+    on_device = isinstance(value, torch.Tensor) and not host_copy.is_on_host(value)
+    if len({values[2] for values in met}) == 1 and not on_device:
         return value
     if isinstance(value, torch.Tensor):
         return mesh.unit_for(value).broadcast(value.detach().clone(memory_format=torch.contiguous_format))
@@ -75,12 +78,15 @@ def meet_at(operation: str, value: Any = None) -> Any:
 
 
 def _digest(value: Any) -> tuple[int, int]:
-    """Checksums of what must be equal within a group, and of what is the leader's else."""
+    """Checksums of what must be equal within a group, and of what is the leader's else.
+
+    What lies on a device is not looked at, as the host would wait for it: the leader's is sent.
+    """
     if value is None:
         return 0, 0
     if isinstance(value, torch.Tensor):
-        shape, dtype, content = digest(value)
-        return zlib.crc32(repr((shape, dtype)).encode()), content
+        content = digest(value)[2] if host_copy.is_on_host(value) else 0
+        return zlib.crc32(repr((tuple(value.shape), str(value.dtype))).encode()), content
     return 1, zlib.crc32(pickle.dumps(value))
 
 
@@ -146,9 +152,29 @@ class TorchWithScopedDist:
         return getattr(torch, name)
 
 
+class _OneProcess:
+    """A ``PartialState`` on which Accelerate's operations take the one process for all there is."""
+
+    def __init__(self, state: Any):
+        from accelerate.utils import DistributedType
+
+        self._state, self.distributed_type = state, DistributedType.NO
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+
+def _state(original: Any) -> Any:
+    """One process gathers and reduces nothing, whatever the type of its run: as without us, no shape changes."""
+    state, mesh = original(), current_mesh()
+    alone = mesh is not None and mesh.dp_size == 1 and state.distributed_type.value.startswith("MULTI_")
+    return _OneProcess(state) if alone else state
+
+
 def install_operations(operations: Any) -> None:
     """Patch ``accelerate.utils.operations``."""
     patch(operations, "torch", TorchWithScopedDist())
+    patch(operations, "PartialState", functools.partial(_state, operations.PartialState))
     wrap(operations, "broadcast", _broadcast)
     wrap(operations, "broadcast_object_list", _broadcast_object_list)
 
@@ -159,7 +185,7 @@ def install_random(random: Any) -> None:
 
 
 def _undistributed() -> bool:
-    # with dp = 1 Accelerate sees no distributed run and would not broadcast, but the TP group still has several ranks
+    # with dp = 1 these operations see no distributed run and would not broadcast, but the TP group has several ranks
     mesh = current_mesh()
     return mesh is not None and mesh.dp_size == 1 and not _leaders_only.get()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def install(accelerator: Any) -> None:
     wrap(cls, "prepare", _prepare)
     wrap(cls, "prepare_model", _prepare_model)
     wrap(cls, "prepare_optimizer", _prepare_optimizer)
+    wrap(cls, "join_uneven_inputs", _join_uneven_inputs)
     wrap(cls, "save_model", saving.save_model)
     wrap(cls, "get_state_dict", saving.get_state_dict)
     wrap(cls, "check_trigger", _check_trigger)
@@ -36,6 +38,18 @@ def install(accelerator: Any) -> None:
         wrap(cls, name, in_step)  # the engine's own code
     fsdp2.install(accelerator)
     patch(cls, "is_last_process", property(lambda self: self.state.is_last_process))
+
+
+def install_local_sgd(local_sgd: Any) -> None:
+    """Patch ``accelerate.local_sgd``: one process averages with nobody, and its model has no ``no_sync``."""
+    wrap(local_sgd.LocalSGD, "__init__", _local_sgd)
+
+
+def _local_sgd(
+    original: Any, self: Any, accelerator: Any, model: Any, local_sgd_steps: int, enabled: bool = True
+) -> None:
+    mesh = current_mesh()
+    original(self, accelerator, model, local_sgd_steps, enabled and (mesh is None or mesh.dp_size > 1))
 
 
 def install_checkpointing(checkpointing: Any) -> None:
@@ -87,12 +101,23 @@ def _prepare(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     return original(self, *args, **kwargs)
 
 
-def _prepare_model(original: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+def _prepare_model(
+    original: Any, self: Any, model: Any, device_placement: Any = None, evaluation_mode: bool = False
+) -> Any:
     _shard(self, model)
     mesh = current_mesh()
     if mesh is not None and mesh.dp_size > 1:
         self.ddp_handler = over_grad_group(self.ddp_handler, mesh)
-    return original(self, model, *args, **kwargs)
+    elif mesh is not None and self.distributed_type.value == "MULTI_CPU":
+        evaluation_mode = True  # which is without DDP: on GPUs Accelerate itself leaves out one over a single process
+    return original(self, model, device_placement, evaluation_mode)
+
+
+def _join_uneven_inputs(original: Any, self: Any, joinables: Any, *args: Any, **kwargs: Any) -> Any:
+    mesh = current_mesh()
+    if mesh is not None and mesh.dp_size == 1:
+        return contextlib.nullcontext(joinables)  # one process joins nobody, and is not warned
+    return original(self, joinables, *args, **kwargs)
 
 
 def _prepare_optimizer(original: Any, self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -111,13 +136,12 @@ def _shard(accelerator: Any, model: nn.Module) -> None:
 
         assert getattr(deepspeed.initialize, "tp_patched", False), "ZeRO would reduce gradients over the whole world"
     options = current_config()
-    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
-        fsdp2.spread_what_was_loaded(model, runtime.mesh)
+    loaded_once = fsdp2.is_loaded_once(accelerator)
     if type(model).__name__ in options.leave_whole or (_is_beside(model) and runtime.held_bytes):
-        agree_on_weights(model, runtime.mesh)
+        agree_on_weights(model, runtime.mesh, whole_world=loaded_once)
         materialize_all_(model)
         return
-    parallelize(model, options.tp_size, options=options)
+    parallelize(model, options.tp_size, options=options, loaded_once=loaded_once)
     for optimizer in accelerator._optimizers:  # prepared before its model
         _shard_optimizer(optimizer)
 

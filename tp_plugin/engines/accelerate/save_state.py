@@ -26,6 +26,7 @@ from tp_plugin.engines.tied_names import tied_names
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.roles import Mesh
 from tp_plugin.runtime.runtime import current_mesh, require
+from tp_plugin.runtime.sync_points import BARRIER
 from tp_plugin.shard import lazy_full_tensors, local_states, models_in
 from tp_plugin.shard.params import plain_name
 from tp_plugin.tensor import rng
@@ -79,17 +80,18 @@ def _write(write: Any, accelerator: Any, folder: Path, mesh: Mesh) -> None:
         if joint:
             accelerator.wait_for_everyone()
         problem = None
-        try:
-            with contextlib.nullcontext() if collective else _once(accelerator):
-                write(folder / atomic_dir.ASIDE)
-        except Exception as error:
-            if collective:
-                raise  # the others are in collectives of the engine: the launcher ends them
-            problem = error
+        with sessions.together(SESSION) if joint and not collective else contextlib.nullcontext():
+            try:
+                with contextlib.nullcontext() if collective else _once(accelerator):
+                    write(folder / atomic_dir.ASIDE)
+            except Exception as error:
+                if collective:
+                    raise  # the others are in collectives of the engine: the launcher ends them
+                problem = error
     finally:
         sessions.close(SESSION)
     if joint:
-        accelerator.wait_for_everyone()
+        _meet(accelerator)
     problems = mesh.world.gather_objects(problem and str(problem)) if joint and not collective else [problem]
     if any(problems):
         if local_main:
@@ -102,6 +104,13 @@ def _write(write: Any, accelerator: Any, folder: Path, mesh: Mesh) -> None:
         accelerator.wait_for_everyone()
         if local_main and (folder / atomic_dir.ASIDE).exists():  # machines that share no folder
             atomic_dir.finish(folder, _about(accelerator, mesh))
+
+
+def _meet(accelerator: Any) -> None:
+    """As long as one writes, the others are in no collective that ends by a timeout."""
+    require().sync_points.rendezvous(BARRIER)
+    require().world_wait()
+    accelerator.wait_for_everyone()
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """``PartialState`` in terms of data-parallel processes.
 
-With dp = 1 the script sees an undistributed run (``DistributedType.NO``): it takes the code path that it takes on one
-process, and only what the TP group must do together (barriers, triggers) still crosses ranks. A DeepSpeed run stays
-one.
+The distributed type stays what Accelerate made it, also with dp = 1: on ``DistributedType.NO`` transformers would take
+all GPUs of the node for this process's own (``cuda:0``, ``nn.DataParallel``), and TRL would spread the model over them.
+So one process looks as ``torchrun --nproc_per_node 1`` makes it look: nothing is wrapped in DDP, and only what the TP
+group must do together (barriers, triggers) crosses ranks.
 """
 
 from __future__ import annotations
@@ -112,10 +113,8 @@ def show(state: Any, mesh: Mesh) -> None:
 
     state.num_processes = mesh.dp_size
     state.process_index = mesh.data.rank
-    if fsdp2.is_asked_for():  # Accelerate makes an FSDP run of one of several GPUs only
-        state.distributed_type = DistributedType.MULTI_GPU
-    elif mesh.dp_size == 1 and state.distributed_type.value.startswith("MULTI_"):
-        state.distributed_type = DistributedType.NO
+    if fsdp2.is_asked_for() and state.distributed_type.value in ("NO", "MULTI_CPU"):
+        state.distributed_type = DistributedType.MULTI_GPU  # Accelerate makes an FSDP run of one of several GPUs only
 
 
 def _refuse_engines() -> None:
@@ -133,7 +132,9 @@ def _wait_for_everyone(original: Any, self: Any) -> None:
     if not torch.distributed.is_initialized():
         return None  # after end_training there is nobody to wait for
     require().sync_points.rendezvous(BARRIER)
+    require().world_wait()  # another unit may save for longer than the barrier waits
     if mesh.dp_size > 1:
-        devices = [torch.cuda.current_device()] if torch.distributed.get_backend() == "nccl" else None
+        on_device = self.device.type != "cpu" and torch.distributed.get_backend() != "gloo"
+        devices = [self.device.index] if on_device else None
         torch.distributed.barrier(device_ids=devices)
     return None

@@ -14,8 +14,8 @@ from tp_plugin.config import environment
 from tp_plugin.config.deepspeed import as_mapping, read, without_our_keys
 from tp_plugin.config.resolve import current_config, resolve
 from tp_plugin.config.run_config import RunConfig
-from tp_plugin.engines import torch_utils
-from tp_plugin.engines.deepspeed import checkpoint, norms, script_access
+from tp_plugin.engines import gradients, torch_utils
+from tp_plugin.engines.deepspeed import checkpoint, norms, replicas, script_access
 from tp_plugin.engines.deepspeed.config import check_batch_sizes, refuse
 from tp_plugin.engines.deepspeed.groups import Mpu
 from tp_plugin.engines.patching import wrap
@@ -39,6 +39,7 @@ def install_engine(engine: Any) -> None:
     """Patch ``deepspeed.runtime.engine``: clipping without ZeRO, checkpoints."""
     norms.install_engine(engine)
     checkpoint.install_engine(engine)
+    replicas.install(engine)
     for name in ("forward", "backward", "step", "save_checkpoint", "load_checkpoint", "save_16bit_model"):
         wrap(engine.DeepSpeedEngine, name, torch_utils.in_step)
 
@@ -113,6 +114,7 @@ def _initialize_sharded(original: Any, call: Any, config: dict[str, Any], option
     given["mpu"] = Mpu(runtime.mesh)
     _use_torch_adam_on_cpu(config)
     engine, *rest = original(*call.args, **call.kwargs)
+    gradients.read_at_once(model.parameters())
     for parameter in model.parameters():
         if hasattr(parameter, "ds_id"):
             runtime.region.exempt(parameter)  # ZeRO-3 leaves it empty outside of GatheredParameters

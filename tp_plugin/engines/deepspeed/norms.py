@@ -2,7 +2,8 @@
 
 DeepSpeed counts a parameter with ``tensor_model_parallel`` on every rank and others on rank 0 of the model-parallel
 group. What it cannot know is a shard of which a part is held by other ranks too (KV heads replicated, because there are
-fewer than ranks): here those elements are blanked, on all ranks but their first holder, before it takes the norm.
+fewer than ranks): here those elements are blanked, on all ranks but their first holder, before it takes the norm. Known
+are their ranges, made once and kept where the gradients are.
 """
 
 from __future__ import annotations
@@ -78,19 +79,29 @@ def install_unfused(unfused_optimizer: Any) -> None:
 
 def counted(parameter: torch.Tensor, fragment: torch.Tensor, offset: int = 0) -> torch.Tensor:
     """``fragment``, which begins at element ``offset`` of a flat local gradient, without what other ranks count."""
-    mask = _mask(parameter)
-    if mask is None:
+    edges = _edges(parameter, offset, fragment.numel(), fragment.device)
+    if edges is None:
         return fragment
-    part = mask[offset : offset + fragment.numel()].to(fragment.device)
-    part = torch.nn.functional.pad(part, (0, fragment.numel() - part.numel()))  # ZeRO-3 pads the last partition
-    return fragment.reshape(-1).masked_fill(part, 0)
+    steps = torch.zeros(fragment.numel() + 1, dtype=torch.int8, device=fragment.device)
+    steps[edges[0]], steps[edges[1]] = 1, -1
+    return fragment.reshape(-1).masked_fill(steps.cumsum(0, dtype=torch.int8)[:-1].ne(0), 0)
 
 
-def _mask(parameter: torch.Tensor) -> torch.Tensor | None:
+def _edges(parameter: Any, offset: int, length: int, device: torch.device) -> torch.Tensor | None:
+    """Starts and stops of the ranges of a fragment that other ranks count, (2, n), made once; None: there are none."""
+    made: dict[Any, torch.Tensor | None] = parameter.__dict__.setdefault("tp_skipped", {})
+    key = offset, length, device
+    if key not in made:
+        inside = [(max(a - offset, 0), min(b - offset, length)) for a, b in _skipped(parameter)]
+        inside = [(a, b) for a, b in inside if a < b]
+        made[key] = torch.tensor(inside, device="cpu").T.contiguous().to(device) if inside else None
+    return made[key]
+
+
+def _skipped(parameter: Any) -> list[tuple[int, int]]:
+    """Ranges of a flat shard that other ranks count."""
     layout, mesh = layout_of(parameter), current_mesh()
-    if layout is None or mesh is None or not layout.is_sharded:
-        return None
-    return not_owned(layout, mesh.tp.rank)
+    return [] if layout is None or mesh is None or not layout.is_sharded else not_owned(layout, mesh.tp.rank)
 
 
 def _direct_12(original: Any, self: Any, gradients: Any, params: Any, norm_type: float = 2) -> Any:
@@ -106,7 +117,7 @@ def _direct_12(original: Any, self: Any, gradients: Any, params: Any, norm_type:
 def _offloaded_12(original: Any, self: Any, params: Any) -> Any:
     for parameter in params:
         number = self.get_param_id(parameter)
-        if number in self.norm_for_param_grads and _mask(parameter) is not None:
+        if number in self.norm_for_param_grads and _skipped(parameter):
             group, offset, at, count = self.grad_position[number]
             fragment = self.single_partition_of_fp32_groups[group].grad.view(-1).narrow(0, at, count)
             self.norm_for_param_grads[number] = torch.linalg.vector_norm(counted(parameter, fragment, offset))
@@ -122,7 +133,7 @@ def _direct_3(original: Any, self: Any, gradients: Any, params: Any, norm_type: 
 def _offloaded_3(original: Any, self: Any, params: Any) -> Any:
     for parameter in params:
         number = self.get_param_id(parameter)
-        if number in self.norm_for_param_grads and _mask(parameter) is not None:
+        if number in self.norm_for_param_grads and _skipped(parameter):
             group, at, count = self.grad_position[number]
             fragment = self.fp32_partitioned_groups_flat[group].grad.view(-1).narrow(0, at, count)
             offset = require().mesh.data.rank * parameter.partition_numel()
@@ -148,14 +159,14 @@ def _norm_mask(original: Any, self: Any, group: Any) -> torch.Tensor:
     mesh = current_mesh()
     if mesh is None:
         return original(self, group)  # type: ignore[no-any-return]
-    skipped = []
+    skipped, at = [(0, 0)], 0
     for parameter in group:
-        mask = _mask(parameter)
-        if mask is None:
-            layout = layout_of(parameter)
-            replicated = (layout is None or not layout.is_sharded) and not mesh.is_leader
-            mask = torch.full((parameter.numel(),), replicated)
-        skipped.append(mask)
-    edges = torch.diff(torch.cat(skipped).to(torch.int8), prepend=torch.zeros(1), append=torch.zeros(1))
-    starts, stops = (edges == 1).nonzero(), (edges == -1).nonzero()
-    return torch.cat([starts, stops], dim=1).to(group[0].device)
+        layout, size = layout_of(parameter), parameter.numel()
+        is_replicated = layout is None or not layout.is_sharded
+        mine = _skipped(parameter) if not is_replicated else [] if mesh.is_leader else [(0, size)]
+        for start, stop in ((at + a, at + b) for a, b in mine):
+            begin = skipped.pop()[0] if skipped[-1][1] == start else start
+            skipped.append((begin, stop))
+        at += size
+    ranges = [pair for pair in skipped if pair[0] < pair[1]]
+    return torch.tensor(ranges, dtype=torch.int64, device="cpu").reshape(-1, 2).to(group[0].device)

@@ -185,7 +185,7 @@ def _take(rest: Any, state: dict[str, dict[str, Any]], names: _Names, options: A
         if not first:
             local = torch.empty(shape, dtype=stands.dtype, device=like.device)
         else:
-            whole = state[name][key] if state else torch.empty(layout.shape, dtype=stands.dtype)
+            whole = state[name][key] if state else torch.empty(layout.shape, dtype=stands.dtype, device="cpu")
             if spread:
                 whole = mesh.unit_cpu.broadcast(whole.cpu().contiguous())
             local = layout.shard(whole, mesh.tp.rank).to(like.device).contiguous()

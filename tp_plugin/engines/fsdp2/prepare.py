@@ -9,7 +9,6 @@ from torch import nn
 
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
-from tp_plugin.mesh.roles import Mesh
 from tp_plugin.runtime.runtime import current_mesh
 from tp_plugin.shard import local_states
 
@@ -42,18 +41,9 @@ class _TorchSavedOnce:
             torch.save(content, file, *args, **kwargs)
 
 
-def spread_what_was_loaded(model: nn.Module, mesh: Mesh) -> None:
-    """Give every TP group's leader the weights of rank 0, which alone has read them (``cpu_ram_efficient_loading``).
-
-    The leaders give them to their groups before they slice.
-    """
-    if mesh.dp_size == 1 or not mesh.is_leader:
-        return
-    device = torch.device("cpu") if mesh.data.takes_host else torch.device(mesh.devices.device_type)
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            sent = tensor.to(device, copy=True, memory_format=torch.contiguous_format)
-            tensor.copy_(mesh.data.broadcast(sent))
+def is_loaded_once(accelerator: Any) -> bool:
+    """Whether only the first rank's weights count (``cpu_ram_efficient_loading``)."""
+    return bool(accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading)
 
 
 def refuse_optimizer(optimizer: torch.optim.Optimizer) -> None:

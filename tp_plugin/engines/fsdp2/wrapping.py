@@ -52,6 +52,18 @@ def install_param(fsdp_param: Any) -> None:
     wrap(fsdp_param.FSDPParam, "init_unsharded_param", _init_unsharded_param)
 
 
+def install_group(fsdp_param_group: Any) -> None:
+    """Patch ``FSDPParamGroup``: it reduces gradients that are summed over replicas before."""
+    wrap(fsdp_param_group.FSDPParamGroup, "post_backward", _post_backward)
+
+
+def _post_backward(original: Any, self: Any, *unused: Any) -> None:
+    runtime = current()
+    if runtime is not None:
+        runtime.replica_sums.flush()
+    original(self, *unused)
+
+
 def _fully_shard(original: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
     mesh = current_mesh()
     if mesh is None:
@@ -113,6 +125,7 @@ def _init_unsharded_param(original: Any, self: Any) -> None:
     original(self)
     if made and current() is not None:
         rebind(self.sharded_param, self._unsharded_param)
+        self._unsharded_param.tp_gathered = True  # it is there only while its modules run
         hook_replica_sum(self._unsharded_param)
 
 

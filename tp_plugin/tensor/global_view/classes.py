@@ -67,6 +67,9 @@ def _dtensor() -> type:
             with torch.no_grad():
                 return super().__repr__() if info is None else repr(whole_of(self, info))
 
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            return GlobalTensor.__deepcopy__(self, memo)  # type: ignore[arg-type]
+
         def to_local(self, **kwargs: Any) -> Any:
             """Refused: it would be less than the script expects.
 

@@ -17,8 +17,8 @@ all the same, with the exact gradient, but each rank then holds all columns. Wri
 
 from tp_plugin.tensor.peer_reads import Held, PeerReads
 from tp_plugin.tensor.vocab import reductions, views  # register what can be done with logits
-from tp_plugin.tensor.vocab.head import VocabularyColumns
+from tp_plugin.tensor.vocab.head import FusedForward, VocabularyColumns
 from tp_plugin.tensor.vocab.logits import Logits
 from tp_plugin.tensor.vocab.vocabulary import Vocabulary
 
-__all__ = ["Held", "Logits", "PeerReads", "Vocabulary", "VocabularyColumns", "reductions", "views"]
+__all__ = ["FusedForward", "Held", "Logits", "PeerReads", "Vocabulary", "VocabularyColumns", "reductions", "views"]

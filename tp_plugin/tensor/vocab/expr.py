@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from tp_plugin.tensor.peer_reads import Number
+from tp_plugin.errors import TPError
+from tp_plugin.tensor.peer_reads import Number, PeerReads
 from tp_plugin.tensor.vocab.vocabulary import Columns
 
 Rows = slice | torch.Tensor
@@ -29,8 +30,10 @@ class Expr:
     """One deferred value; ``dtype`` is that of its blocks."""
 
     dtype: torch.dtype
-    depth = 0
-    """Temporaries of a block's size that computing a block takes, about."""
+    cost = 0
+    """Bytes of temporaries that computing a block takes for each of its elements, about."""
+    stored = 0
+    """Bytes that an element of the head's output takes, of which this is computed."""
 
     def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
         """These rows and columns; the result may share memory with an operand, so do not write into it."""
@@ -54,9 +57,64 @@ class HeadOutput(Operand):
     start: int
     number: Number
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.stored = self.dtype.itemsize
+
     def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
         first, last = columns
         return self.data[:, first - self.start : last - self.start][rows]
+
+
+@dataclass(eq=False)
+class HeadProduct(Expr):
+    """A head's output on this rank that is in no memory: computed where it is needed, of the head's input.
+
+    Attributes:
+        x: the input (tokens, n), in the dtype of the product.
+        weight, bias: this rank's (columns, n) and (columns,).
+        start: its first column.
+        number: what other ranks know it by.
+        peers: tells of optimizer steps.
+        made: what :meth:`_now` was when the head was called.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    dtype: torch.dtype
+    start: int
+    number: Number
+    peers: PeerReads
+    made: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        self.cost = self.stored = self.dtype.itemsize
+        if self.made is None:
+            self.made = self._now()
+
+    def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
+        """See the class.
+
+        Raises:
+            TPError: the input or the weights are no longer those of the head's call.
+        """
+        some = slice(columns[0] - self.start, columns[1] - self.start)
+        with torch.no_grad(), torch.autocast(self.x.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias[some].to(self.dtype)
+            found = F.linear(self.x[rows], self.weight[some].to(self.dtype), bias)
+        if self._now() != self.made:  # behind it: another rank's thread may read while this one trains on
+            raise TPError(
+                "under `tp_plugin: {fused_head: true}` logits are computed when they are read, and the head's weights "
+                "(or its input) have changed since the forward; read outputs.logits before the optimizer's step, or "
+                "leave fused_head out"
+            )
+        return found
+
+    def _now(self) -> tuple[int, ...]:
+        tensors = (self.x, self.weight, self.bias)
+        versions = (0 if each is None or each.is_inference() else each._version for each in tensors)
+        return (*versions, self.peers.steps)
 
 
 @dataclass(eq=False)
@@ -85,22 +143,25 @@ class PerRow(Operand):
 class Apply(Expr):
     """``function`` of the blocks of expressions among ``args``, and of numbers and tensors without dimensions.
 
-    With ``of_columns`` it is given ``columns`` as well. It takes about ``temporaries`` of a block's size.
+    With ``of_block`` it is given ``columns`` and ``dtype`` as well: where the block lies, and what to round to in the
+    end. Beside the result it takes about ``extra`` bytes of temporaries for an element.
     """
 
     function: Callable[..., torch.Tensor]
     args: tuple[Any, ...]
     dtype: torch.dtype
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    of_columns: bool = False
-    temporaries: int = 1
+    of_block: bool = False
+    extra: int = 0
 
     def __post_init__(self) -> None:
-        self.depth = self.temporaries + sum(arg.depth for arg in self.args if isinstance(arg, Expr))
+        of = [arg for arg in self.args if isinstance(arg, Expr)]
+        self.cost = self.dtype.itemsize + self.extra + sum(arg.cost for arg in of)
+        self.stored = max((arg.stored for arg in of), default=0)
 
     def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
         args = [arg.block(rows, columns) if isinstance(arg, Expr) else arg for arg in self.args]
-        kwargs = {**self.kwargs, "columns": columns} if self.of_columns else self.kwargs
+        kwargs = {**self.kwargs, "columns": columns, "dtype": self.dtype} if self.of_block else self.kwargs
         return self.function(*args, **kwargs)
 
     def gradient(self, position: int, grad: Expr) -> Expr:
@@ -109,7 +170,7 @@ class Apply(Expr):
         if self.function is torch.Tensor.to:
             return cast(grad, dtype)
         of = {"function": self.function, "position": position, "kwargs": self.kwargs}
-        return Apply(derivative, (grad, *self.args), dtype, of, temporaries=3 + self.depth)
+        return Apply(derivative, (grad, *self.args), dtype, of, extra=2 * dtype.itemsize + self.cost)
 
 
 def derivative(
@@ -133,7 +194,8 @@ class TakeRows(Expr):
     has_gaps: bool = False
 
     def __post_init__(self) -> None:
-        self.dtype, self.depth = self.of.dtype, self.of.depth + 1
+        self.dtype, self.stored = self.of.dtype, self.of.stored
+        self.cost = self.of.cost + self.dtype.itemsize
 
     def block(self, rows: Rows, columns: Columns) -> torch.Tensor:
         index = self.index[rows]
@@ -144,7 +206,18 @@ class TakeRows(Expr):
 
 def cast(expr: Expr, dtype: torch.dtype) -> Expr:
     """``expr`` in ``dtype``."""
+    if isinstance(expr, Apply) and expr.of_block and torch.promote_types(expr.dtype, dtype) == expr.dtype:
+        return dataclasses.replace(expr, dtype=dtype)
     return expr if expr.dtype == dtype else Apply(torch.Tensor.to, (expr, dtype), dtype)
+
+
+def exact(expr: Expr) -> Expr:
+    """``expr`` before casts that changed no value."""
+    while isinstance(expr, Apply) and expr.function is torch.Tensor.to:
+        if torch.promote_types(expr.args[0].dtype, expr.dtype) != expr.dtype:
+            break
+        expr = expr.args[0]
+    return expr
 
 
 @dataclass(frozen=True)
@@ -176,7 +249,7 @@ def newest(value: Any) -> Number | None:
     found: list[Number] = []
 
     def note(node: Any) -> Any:
-        if isinstance(node, HeadOutput):
+        if isinstance(node, HeadOutput | HeadProduct):
             found.append(node.number)
         return node
 
@@ -186,7 +259,7 @@ def newest(value: Any) -> Number | None:
 
 def signature(value: Any) -> str:
     """The same for the same computation on every rank, and for another one another."""
-    if isinstance(value, HeadOutput):
+    if isinstance(value, HeadOutput | HeadProduct):
         return str(value.number)
     if isinstance(value, torch.Tensor):
         return digest(value)
@@ -210,8 +283,8 @@ def add_one_hot(block: torch.Tensor, at: torch.Tensor, weight: torch.Tensor, col
     """Add ``weight`` (rows, k) in place at the entries ``at`` (rows, k) of which ``block`` has columns."""
     first, last = columns
     if first < last:
-        inside = (at >= first) & (at < last)
-        block.scatter_add_(-1, (at - first).clamp(0, last - first - 1), weight.masked_fill(~inside, 0))
+        place, outside = _place(at, columns)
+        block.scatter_add_(-1, place, weight.masked_fill(outside, 0))
     return block
 
 
@@ -220,23 +293,18 @@ def take(block: torch.Tensor, at: torch.Tensor, columns: Columns) -> torch.Tenso
     first, last = columns
     if first == last:
         return block.new_zeros(at.shape)
-    inside = (at >= first) & (at < last)
-    return block.gather(-1, (at - first).clamp(0, last - first - 1)).masked_fill(~inside, 0)
+    place, outside = _place(at, columns)
+    return block.gather(-1, place).masked_fill(outside, 0)
+
+
+def _place(at: torch.Tensor, columns: Columns) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the entries ``at`` are in a block of ``columns``, and which of them are elsewhere."""
+    first, last = columns
+    place = at - first
+    inside = place.clamp(0, last - first - 1)
+    return inside, inside != place
 
 
 def pad(block: torch.Tensor, width: int) -> torch.Tensor:
     """Zero columns up to ``width``."""
     return block if block.shape[-1] == width else F.pad(block, (0, width - block.shape[-1]))
-
-
-PIECES = 10
-"""Blocks that a rank's rows or columns are computed in, for each temporary of a block's size."""
-
-SMALLEST = 1 << 16
-"""Elements of a block that is not worth dividing."""
-
-
-def pieces(length: int, other: int, depth: int) -> Iterator[tuple[int, int]]:
-    """Ranges of a dimension of ``length``, so that blocks with ``depth`` temporaries stay small."""
-    step = max(-(-length // (PIECES * (1 + depth))), min(length, SMALLEST // max(other, 1)), 1)
-    return ((first, min(first + step, length)) for first in range(0, length, step))

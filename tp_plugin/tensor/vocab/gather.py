@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tp_plugin.tensor.vocab.expr import ALL, Expr, HeadOutput, newest, pad, signature, visit
+from tp_plugin.tensor.vocab.expr import ALL, Expr, HeadOutput, HeadProduct, newest, pad, signature, visit
 from tp_plugin.tensor.vocab.vocabulary import Vocabulary
 
 
@@ -26,7 +26,7 @@ def gather(expr: Expr, vocabulary: Vocabulary, device: torch.device) -> torch.Te
         return torch.cat(parts, -1)
 
     def of_rank(rank: int, node: Any) -> Any:
-        if not isinstance(node, HeadOutput) or rank == group.rank:
+        if not isinstance(node, HeadOutput | HeadProduct) or rank == group.rank:
             return node
         return HeadOutput(vocabulary.peers.read(rank, node.number, device), columns[rank][0], node.number)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from tp_plugin.tensor.device_asserts import asserts_by_itself
 from tp_plugin.tensor.vocab.elementwise import cast, elementwise
 from tp_plugin.tensor.vocab.gather import together
 from tp_plugin.tensor.vocab.logits import Logits
@@ -30,24 +32,34 @@ def _per_row(found: torch.Tensor, logits: Logits, keepdim: bool = False) -> torc
 
 
 def _dtype_of(func: Handler, logits: Logits) -> torch.dtype:
-    """What torch makes of logits of this dtype; autocast may choose another one."""
-    table = torch.zeros(1, 2, dtype=logits.dtype, device=logits.device)
-    dtype: torch.dtype = func(table).dtype
-    return dtype
+    """What torch's ``func`` of a dimension makes of logits of this dtype; autocast may choose another one."""
+    kind = logits.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return _dtype_under(autocast, func, logits.dtype, logits.device)
+
+
+def _plain_cross_entropy(table: torch.Tensor, dim: int) -> torch.Tensor:
+    return F.cross_entropy(table, torch.zeros(1, dtype=torch.int64, device=table.device))
+
+
+@functools.cache  # finding it out takes some launches on a device
+def _dtype_under(autocast: object, func: Handler, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    found: torch.dtype = func(torch.zeros(1, 2, dtype=dtype, device=device), -1).dtype
+    return found
 
 
 @handles("log_softmax")
 def _log_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
     if not _ready("log_softmax", input, dim):
         return NotImplemented
-    return cast(log_probabilities(input), dtype or _dtype_of(lambda table: table.log_softmax(-1), input))
+    return cast(log_probabilities(input), dtype or _dtype_of(torch.log_softmax, input))
 
 
 @handles("softmax")
 def _softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
     if not _ready("softmax", input, dim):
         return NotImplemented
-    return cast(log_probabilities(input).exp(), dtype or _dtype_of(lambda table: table.softmax(-1), input))
+    return cast(log_probabilities(input).exp(), dtype or _dtype_of(torch.softmax, input))
 
 
 @handles("logsumexp")
@@ -96,7 +108,7 @@ def _gather(input: Any, dim: Any, index: Any, *, sparse_grad: bool = False) -> A
     if moved.shape[:-1] != input.lead or not together("gather", input.vocabulary, input.expr, index):
         return NotImplemented
     at = moved.reshape(input.rows, -1)
-    _check_range(at, None, input.vocabulary.size, "index {} is out of bounds for dimension -1 with size {}")
+    _check_range(at, input.vocabulary.size, "index {} is out of bounds for dimension -1 with size {}")
     return entries(input, at).reshape(moved.shape).movedim(-1, input.axis)
 
 
@@ -156,10 +168,10 @@ def _cross_entropy(
         return NotImplemented
     labels, ignored = _labels(input, target, ignore_index)
     log_sum, entry, *total = statistics(input, labels, label_smoothing > 0)
-    loss = log_sum - entry
+    loss = torch.sub(log_sum, entry, alpha=1 - label_smoothing)
     if label_smoothing:
-        loss = (1 - label_smoothing) * loss + label_smoothing * (log_sum - total[0] / input.vocabulary.size)
-    dtype = _dtype_of(lambda table: F.cross_entropy(table, labels.new_zeros(1)), input)
+        loss = torch.sub(loss, total[0], alpha=label_smoothing / input.vocabulary.size)
+    dtype = _dtype_of(_plain_cross_entropy, input)
     return _reduce(loss, ignored, reduction, target.shape).to(dtype)
 
 
@@ -193,8 +205,9 @@ def _labels(logits: Logits, target: torch.Tensor, ignore_index: int) -> tuple[to
     """One label per row, 0 where it is to be ignored, and where that is."""
     labels = target.reshape(-1)
     ignored = labels == ignore_index
-    _check_range(labels, ignored, logits.vocabulary.size, "Target {} is out of bounds.")
-    return labels.masked_fill(ignored, 0), ignored
+    labels = labels.masked_fill(ignored, 0)
+    _check_range(labels, logits.vocabulary.size, "Target {} is out of bounds.")
+    return labels, ignored
 
 
 def _reduce(loss: torch.Tensor, ignored: torch.Tensor, reduction: str, shape: torch.Size) -> torch.Tensor:
@@ -204,14 +217,12 @@ def _reduce(loss: torch.Tensor, ignored: torch.Tensor, reduction: str, shape: to
     return loss.sum() / (~ignored).sum() if reduction == "mean" else loss.sum()
 
 
-def _check_range(at: torch.Tensor, ignored: torch.Tensor | None, size: int, message: str) -> None:
-    wrong = (at < 0) | (at >= size)
-    if ignored is not None:
-        wrong &= ~ignored
-    if at.is_cuda:
-        torch._assert_async(~wrong.any(), message.format("?", size))
-    elif wrong.any():
-        raise IndexError(message.format(at[wrong][0].item(), size))
+def _check_range(at: torch.Tensor, size: int, message: str) -> None:
+    inside = at == at.clamp(0, size - 1)
+    if asserts_by_itself(at):
+        torch._assert_async(inside.all(), message.format("?", size))
+    elif not inside.all():
+        raise IndexError(message.format(at[~inside][0].item(), size))
 
 
 @handles("kl_div")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tp_plugin.tensor import regions
-from tp_plugin.tensor.vocab.head import Fetched, deferred
+from tp_plugin.tensor.vocab.head import Fetched, deferred, fused, stays
 from tp_plugin.tensor.vocab.reductions import log_probabilities
 from tp_plugin.tensor.vocab.statistics import largest, row_sums, statistics
 from tp_plugin.tensor.vocab.vocabulary import Vocabulary
@@ -28,6 +28,7 @@ def scores(
     softcap: float | None = None,
     temperature: float = 1.0,
     fetched: Fetched = contextlib.nullcontext,
+    keep: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Numbers of each token's distribution over a split vocabulary, (tokens,) each, in fp32. Collective over the group.
 
@@ -36,17 +37,22 @@ def scores(
         weight, bias: this rank's rows of the head, (columns, width) and (columns,).
         targets: one vocabulary entry per token, (tokens,).
         wanted: of ``entropy``, ``is_top1``, ``mean_logits`` and ``log_sum_sq_probs``; ``log_probs`` comes always.
+        keep: hold the logits in memory, instead of computing them for each of the numbers and again for its gradient.
         fetched: what gathers the weight for the backward, where it is partitioned in between; now it is there.
 
     One all-gather of three numbers per token; two reductions more for the entropy, two for ``is_top1``, one for each of
     the others.
     """
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     entered = regions.copy_to_tp(hidden, vocabulary.group)
-    with torch.no_grad():
-        own = F.linear(entered.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    logits: Any = deferred(entered, weight, bias, own, vocabulary, fetched).float()
+    logits: Any
+    if keep or not stays(weight):
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        with torch.no_grad():
+            own = F.linear(entered.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        logits = deferred(entered, weight, bias, own, vocabulary, fetched).float()
+    else:
+        logits = fused(entered, weight, bias, vocabulary).float()
     logits = logits if scale == 1 else logits * scale
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     logits = logits if temperature == 1 else logits / temperature

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from tp_plugin.tensor.vocab.expr import Apply, Expr, PerRow, add_one_hot, pieces, take
+from tp_plugin.tensor.vocab import kernels
+from tp_plugin.tensor.vocab.blocks import pieces
+from tp_plugin.tensor.vocab.expr import Apply, Expr, HeadProduct, PerRow, add_one_hot, exact, take
 from tp_plugin.tensor.vocab.logits import Logits, in_graph
 from tp_plugin.tensor.vocab.vocabulary import Columns, Vocabulary
 
@@ -21,11 +23,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize <= 4 else torch.float64
 
 
-def blocks(expr: Expr, rows: int, vocabulary: Vocabulary) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Rows and this rank's columns of them; nothing if it has only padding."""
+def blocks(
+    expr: Expr, rows: int, vocabulary: Vocabulary, device: torch.device, cost: int = 4
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows and this rank's columns of them; nothing if it has only padding.
+
+    Args:
+        cost: bytes of temporaries for an element, beside those of ``expr``, that the caller takes for a block.
+    """
     first, last = vocabulary.mine
     if first < last:
-        for top, bottom in pieces(rows, last - first, expr.depth):
+        for top, bottom in pieces(rows, last - first, expr.stored or expr.dtype.itemsize, expr.cost + cost, device):
             yield slice(top, bottom), expr.block(slice(top, bottom), (first, last))
 
 
@@ -35,57 +43,32 @@ def statistics(logits: Logits, labels: torch.Tensor | None = None, with_sum: boo
     As in Megatron-LM's vocab-parallel cross-entropy (Shoeybi et al. 2019, section 3), but with each rank's own maximum:
     one all-gather of one number more than the result has per row.
     """
-    vocabulary = logits.vocabulary
+    vocabulary, expr, device = logits.vocabulary, exact(logits.expr), logits.device
     dtype = wide(logits.dtype)
     # the largest entry, the sum of exponentials relative to it, the entry at the label, the sum
-    mine = torch.zeros(2 if labels is None else 3 + with_sum, logits.rows, dtype=dtype, device=logits.device)
-    mine[0] = -torch.inf
-    for rows, raw in blocks(logits.expr, logits.rows, vocabulary):
-        block = raw.to(dtype)
-        mine[0, rows] = block.amax(-1)
-        if labels is not None:
-            mine[2, rows] = take(block, labels[rows, None], vocabulary.mine).squeeze(-1)
-        if with_sum:
-            mine[3, rows] = block.sum(-1)
-        mine[1, rows] = (block - _finite(mine[0, rows]).unsqueeze(-1)).exp_().sum(-1)
+    mine = torch.empty(2 if labels is None else 3 + with_sum, logits.rows, dtype=dtype, device=device)
+    if vocabulary.mine[0] == vocabulary.mine[1]:
+        mine[0], mine[1:] = -torch.inf, 0
+    for rows, block in blocks(expr, logits.rows, vocabulary, device, kernels.cost(expr.dtype, dtype, device)):
+        kernels.row_statistics(block, None if labels is None else labels[rows], vocabulary.mine, mine[:, rows])
+        del block  # before the next is computed
     everyone = torch.stack(vocabulary.group.all_gather(mine))
-    highest = _finite(everyone[:, 0].amax(0))
+    highest = kernels.finite(everyone[:, 0].amax(0))
     # added in one order on every rank: the results are equal
     found = everyone[:, 1:].sum(0)
-    found[0] = highest + (everyone[:, 1] * (_finite(everyone[:, 0]) - highest).exp()).sum(0).log()
+    total = (everyone[:, 1] * (kernels.finite(everyone[:, 0]) - highest).exp_()).sum(0)
+    torch.add(highest, total.log_(), out=found[0])
     at = None if labels is None else PerRow(labels.unsqueeze(-1), is_broadcast=False)
     return in_graph(found, [logits], (logits.expr, found[0].clone(), at), _statistics_backward)
 
 
-def _finite(highest: torch.Tensor) -> torch.Tensor:
-    # of entries that are all -inf (or of none) the sum of exponentials is 0, relative to anything
-    return highest.masked_fill(highest == -torch.inf, 0)
-
-
 def _statistics_backward(saved: Any, grads: torch.Tensor, position: int) -> Expr:
     expr, log_sum, labels = saved
-    weights = [PerRow(grad.unsqueeze(-1), is_broadcast=at != 1) for at, grad in enumerate(grads)]
-    args = (expr, PerRow(log_sum.unsqueeze(-1)), labels, *weights)
-    return Apply(_statistics_gradient, args, expr.dtype, of_columns=True)
-
-
-def _statistics_gradient(
-    block: torch.Tensor,
-    log_sum: torch.Tensor,
-    labels: torch.Tensor | None,
-    of_log_sum: torch.Tensor,
-    of_entry: torch.Tensor | None = None,
-    of_sum: torch.Tensor | None = None,
-    *,
-    columns: Columns,
-) -> torch.Tensor:
-    """The gradient of a block, from those of a row's log-sum-exp, of its entry at the label, and of its sum."""
-    found = (block.to(log_sum.dtype) - log_sum).exp_().mul_(of_log_sum)
-    if of_sum is not None:
-        found.add_(of_sum)
-    if labels is not None and of_entry is not None:
-        add_one_hot(found, labels, of_entry, columns)
-    return found.to(block.dtype)
+    weights = [PerRow(grad.unsqueeze(-1), is_broadcast=False) for grad in grads]
+    args = (exact(expr), PerRow(log_sum.unsqueeze(-1), is_broadcast=False), labels, *weights)
+    extra = kernels.cost(args[0].dtype, log_sum.dtype, log_sum.device)
+    fresh = {"in_place": isinstance(args[0], HeadProduct)}
+    return Apply(kernels.statistics_gradient, args, expr.dtype, fresh, of_block=True, extra=extra)
 
 
 def row_sums(logits: Logits) -> torch.Tensor:
@@ -98,7 +81,7 @@ def row_sums(logits: Logits) -> torch.Tensor:
 def sum_rows(expr: Expr, rows: int, vocabulary: Vocabulary, device: torch.device) -> torch.Tensor:
     """:func:`row_sums` outside of the graph."""
     found = torch.zeros(rows, dtype=wide(expr.dtype), device=device)
-    for some, block in blocks(expr, rows, vocabulary):
+    for some, block in blocks(expr, rows, vocabulary, device):
         found[some] = block.sum(-1, dtype=found.dtype)
     return vocabulary.group.all_reduce(found)
 
@@ -107,17 +90,17 @@ def entries(logits: Logits, at: torch.Tensor) -> torch.Tensor:
     """The entries ``at`` (rows, k) of every row. One all-reduce."""
     dtype = logits.dtype
     found = torch.zeros(at.shape, dtype=dtype, device=at.device)
-    for rows, block in blocks(logits.expr, logits.rows, logits.vocabulary):
+    for rows, block in blocks(logits.expr, logits.rows, logits.vocabulary, logits.device):
         found[rows] = take(block, at[rows], logits.vocabulary.mine)
 
     def gradient(at: torch.Tensor, grad: torch.Tensor, position: int) -> Expr:
-        return Apply(_one_hot, (PerRow(at, False), PerRow(grad, False)), dtype, of_columns=True)
+        return Apply(_one_hot, (PerRow(at, False), PerRow(grad, False)), dtype, of_block=True)
 
     return in_graph(logits.vocabulary.group.all_reduce(found), [logits], at, gradient)
 
 
-def _one_hot(at: torch.Tensor, weight: torch.Tensor, columns: Columns) -> torch.Tensor:
-    return add_one_hot(weight.new_zeros(len(at), columns[1] - columns[0]), at, weight, columns)
+def _one_hot(at: torch.Tensor, weight: torch.Tensor, columns: Columns, dtype: torch.dtype) -> torch.Tensor:
+    return add_one_hot(weight.new_zeros(len(at), columns[1] - columns[0]), at, weight, columns).to(dtype)
 
 
 def largest(logits: Logits, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +111,7 @@ def largest(logits: Logits, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     vocabulary = logits.vocabulary
     highest = torch.full((logits.rows, k), -torch.inf, dtype=logits.dtype, device=logits.device)
     places = torch.zeros((logits.rows, k), dtype=torch.int64, device=logits.device)
-    for rows, block in blocks(logits.expr, logits.rows, vocabulary):
+    for rows, block in blocks(logits.expr, logits.rows, vocabulary, logits.device):
         found, at = _top(block, min(k, block.shape[-1]))
         highest[rows, : at.shape[1]] = found
         places[rows, : at.shape[1]] = at + vocabulary.mine[0]
