@@ -182,39 +182,35 @@ class Group:
         self.context.stats.record(op, self.role, size)
 
     def _start(self, op: str, put: torch.Tensor, result: torch.Tensor, call: Callable[[], Any]) -> Pending:
-        dropped, what = self._enter(op, put), self._what(op)
-        with self.context.waiting.on(what):
-            work = call()
+        what, dropped = self._enter(op, put)
+        waiting = self.context.waiting
+        work = waiting.run(what, False, None, call)
 
         def wait() -> None:
-            with self.context.waiting.on(what, self.role in UNIT, result):
-                work.wait()
+            waiting.run(what, self.role in UNIT, result, work.wait)
             if dropped:
                 self.context.deferred.after(dropped, result.device)
 
         return Pending(result, wait)
 
     def _run(self, op: str, tensor: torch.Tensor | None, call: Callable[[], Any]) -> Any:
-        dropped = self._enter(op, tensor)
-        with self.context.waiting.on(self._what(op), self.role in UNIT, tensor):
-            result = call()
+        what, dropped = self._enter(op, tensor)
+        result = self.context.waiting.run(what, self.role in UNIT, tensor, call)
         if dropped:
             self.context.deferred.after(dropped, torch.device("cpu") if tensor is None else tensor.device)
         return result
 
-    def _what(self, op: str) -> str:
-        found = self._words.get(op)
-        if found is None:
-            found = self._words[op] = f"{op} of the {self.role} group {list(self.ranks)}"
-        return found
-
-    def _enter(self, op: str, tensor: torch.Tensor | None) -> list[Any]:
-        """Book a collective; returns what this rank has dropped before it."""
-        self.record(op, 0 if tensor is None else tensor.numel() * tensor.element_size())
+    def _enter(self, op: str, tensor: torch.Tensor | None) -> tuple[str, list[Any]]:
+        """Book a collective; returns it in words, and what this rank has dropped before it."""
+        stats = self.context.stats
+        stats.record(op, self.role, 0 if tensor is None else tensor.numel() * tensor.element_size())
+        what = self._words.get(op)
+        if what is None:
+            what = self._words[op] = f"{op} of the {self.role} group {list(self.ranks)}"
         if self.role not in UNIT:
-            return []
-        self.context.stats.unit_collectives += 1
-        return self.context.deferred.before()
+            return what, []
+        stats.unit_collectives += 1
+        return what, self.context.deferred.before()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return self  # a copied model communicates in the same groups
