@@ -86,7 +86,7 @@ class Waiting:
             self._follow(Wait(*began), tensor.device)
 
     def run(self, what: str, in_unit: bool, tensor: torch.Tensor | None, call: Callable[[], Any]) -> Any:
-        """What ``call`` returns: meanwhile this rank waits in ``what``; behind it, a device does if ``tensor`` is there.
+        """What ``call`` returns: meanwhile this rank waits in ``what``, behind it a device does if ``tensor`` is there.
 
         Raises:
             LostRankError: the backend raised; the message says what is known of the other ranks.
