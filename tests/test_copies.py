@@ -32,7 +32,8 @@ class Copies(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name in COPIES and isinstance(result, torch.Tensor) and result.numel() >= self.least:
             file = caller()
-            gloos_own = name == "copy_" and file.endswith("mesh/groups.py")  # it scatters what it has reduced
+            # it scatters what it has reduced
+            gloos_own = name == "copy_" and file.endswith(("mesh/groups.py", "mesh/waiting.py"))
             of_norms = file.endswith("mesh/buckets.py")  # gradients of parameters
             self.found += PLUGIN in file and not gloos_own and not of_norms
         return result
