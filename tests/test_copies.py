@@ -32,7 +32,8 @@ class Copies(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name in COPIES and isinstance(result, torch.Tensor) and result.numel() >= self.least:
             file = caller()
-            gloos_own = name == "copy_" and file.endswith("mesh/groups.py")  # it scatters what it has reduced
+            # it scatters what it has reduced
+            gloos_own = name == "copy_" and file.endswith(("mesh/groups.py", "mesh/waiting.py"))
             of_norms = file.endswith("mesh/buckets.py")  # gradients of parameters
             self.found += PLUGIN in file and not gloos_own and not of_norms
         return result
@@ -121,3 +122,39 @@ def test_copies_of_a_layer(name: str) -> None:
     for found in run(2, copies_case, model_type, overrides, options, method, size, length):
         assert found["apart"] <= 1e-4, found
         assert (found["forward"], found["backward"]) == (forward, backward), found
+
+
+def watched_case(how: str) -> tuple[float, float]:
+    """Run on every rank: the gradient at a block's input as a script sees it by a hook, and how far parameters' are."""
+    fresh()
+    whole = build(config_for("llama", use_cache=False)).train()
+    sharded = tp_plugin.parallelize(copy.deepcopy(whole), tp_size=2)
+    seen: dict[bool, torch.Tensor] = {}
+    for model in (whole, sharded):
+
+        def watch(module: Any, args: Any, kwargs: Any, model: Any = model) -> None:
+            x = kwargs["hidden_states"]
+            if how == "hook":
+                x.register_hook(lambda grad: seen.__setitem__(model is sharded, grad.clone()))
+            else:
+                x.retain_grad()
+                seen[model is sharded] = x
+
+        model.model.layers[1].self_attn.register_forward_pre_hook(watch, with_kwargs=True)
+        model(**batch(2, 12)).loss.backward()
+    layouts, rank = sharded.tp_record.plan.layouts, torch.distributed.get_rank()
+    apart = 0.0
+    for (name, parameter), mine in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+        want = layouts[name].shard(parameter.grad, rank)
+        apart = max(apart, ((mine.grad - want).norm() / parameter.grad.norm()).item())
+    one, mine = (seen[is_sharded] if how == "hook" else seen[is_sharded].grad for is_sharded in (False, True))
+    summed = mine.clone()
+    torch.distributed.all_reduce(summed)
+    return ((summed - one).norm() / one.norm()).item(), apart
+
+
+@pytest.mark.parametrize("how", ["hook", "retain_grad"])
+def test_a_watched_gradient_comes_by_autograd(how: str) -> None:
+    """It is the rank's part, and stays what it is while the ranks' sum is made."""
+    for at_input, apart in run(2, watched_case, how):
+        assert at_input <= 1e-4 and apart <= 1e-4

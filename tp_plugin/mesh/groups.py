@@ -5,9 +5,8 @@ It does nothing in a group of one, books what it does in :class:`CommStats`, and
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +75,7 @@ class Group:
         self.rank = self.ranks.index(dist.get_rank()) if self.size > 1 else 0
         self.traced_name = f"{role}/{pg.group_name if pg is not None else ''}"
         traced_ops.groups[self.traced_name] = self
+        self._words: dict[str, str] = {}
 
     @functools.cached_property
     def takes_host(self) -> bool:
@@ -92,8 +92,7 @@ class Group:
     def all_reduce(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
         """All-reduce ``tensor`` in place and return it."""
         if self.size > 1:
-            with self._running("all_reduce", tensor):
-                dist.all_reduce(tensor, op=op, group=self.pg)
+            self._run("all_reduce", tensor, lambda: dist.all_reduce(tensor, op=op, group=self.pg))
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -109,8 +108,7 @@ class Group:
             return stacked
         tensor = tensor.contiguous()
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        with self._running("all_gather", tensor):
-            _all_gather(gathered.view(-1), tensor.view(-1), group=self.pg)
+        self._run("all_gather", tensor, lambda: _all_gather(gathered.view(-1), tensor.view(-1), group=self.pg))
         return gathered
 
     def reduce_scatter(self, chunks: torch.Tensor) -> torch.Tensor:
@@ -121,8 +119,7 @@ class Group:
             scattered: torch.Tensor = traced_ops.reduce_scatter(chunks, self.traced_name, self.size)
             return scattered
         mine = torch.empty_like(chunks[0])
-        with self._running("reduce_scatter", chunks):
-            _reduce_scatter(mine.view(-1), chunks.view(-1), group=self.pg)
+        self._run("reduce_scatter", chunks, lambda: _reduce_scatter(mine.view(-1), chunks.view(-1), group=self.pg))
         return mine
 
     def start_all_reduce(self, tensor: torch.Tensor) -> Pending:
@@ -152,8 +149,7 @@ class Group:
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Broadcast ``tensor`` in place from the group's rank ``src`` and return it."""
         if self.size > 1:
-            with self._running("broadcast", tensor):
-                dist.broadcast(tensor, group=self.pg, group_src=src)
+            self._run("broadcast", tensor, lambda: dist.broadcast(tensor, group=self.pg, group_src=src))
         return tensor
 
     def start_send(self, tensor: torch.Tensor, to: int) -> Pending:
@@ -168,15 +164,16 @@ class Group:
         """:meth:`all_gather` on gloo, which the group's timeout does not end while ``reason()`` is true."""
         if self.pg is None or self.size == 1:
             return [tensor]
-        with self._running("all_gather", tensor):
-            return all_gather_while(self.pg, tensor, reason)
+        gathered: list[torch.Tensor] = self._run(
+            "all_gather", tensor, functools.partial(all_gather_while, self.pg, tensor, reason)
+        )
+        return gathered
 
     def gather(self, tensor: torch.Tensor, into: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
         """The equally shaped tensors of all ranks in rank order, on rank 0, which gives room for them; else nothing."""
         if self.size == 1:
             return [tensor]
-        with self._running("gather", tensor):
-            dist.gather(tensor, into, group=self.pg, group_dst=0)
+        self._run("gather", tensor, lambda: dist.gather(tensor, into, group=self.pg, group_dst=0))
         return into or []
 
     def broadcast_object(self, value: Any, src: int = 0) -> Any:
@@ -184,8 +181,7 @@ class Group:
         if self.size == 1:
             return value
         box = [value]
-        with self._running("broadcast_object"):
-            dist.broadcast_object_list(box, group=self.pg, group_src=src)
+        self._run("broadcast_object", None, lambda: dist.broadcast_object_list(box, group=self.pg, group_src=src))
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -193,8 +189,7 @@ class Group:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with self._running("all_gather_object"):
-            dist.all_gather_object(values, value, group=self.pg)
+        self._run("all_gather_object", None, lambda: dist.all_gather_object(values, value, group=self.pg))
         return values
 
     def record(self, op: str, size: int) -> None:
@@ -202,34 +197,35 @@ class Group:
         self.context.stats.record(op, self.role, size)
 
     def _start(self, op: str, put: torch.Tensor, result: torch.Tensor, call: Callable[[], Any]) -> Pending:
-        dropped, what = self._enter(op, put), self._what(op)
-        with self.context.waiting.on(what):
-            work = call()
+        what, dropped = self._enter(op, put)
+        waiting = self.context.waiting
+        work = waiting.run(what, False, None, call)
 
         def wait() -> None:
-            with self.context.waiting.on(what, self.role in UNIT, result):
-                work.wait()
-            self.context.deferred.after(dropped, result.device)
+            waiting.run(what, self.role in UNIT, result, work.wait)
+            if dropped:
+                self.context.deferred.after(dropped, result.device)
 
         return Pending(result, wait)
 
-    @contextlib.contextmanager
-    def _running(self, op: str, tensor: torch.Tensor | None = None) -> Iterator[None]:
-        dropped = self._enter(op, tensor)
-        with self.context.waiting.on(self._what(op), self.role in UNIT, tensor):
-            yield
-        self.context.deferred.after(dropped, torch.device("cpu") if tensor is None else tensor.device)
+    def _run(self, op: str, tensor: torch.Tensor | None, call: Callable[[], Any]) -> Any:
+        what, dropped = self._enter(op, tensor)
+        result = self.context.waiting.run(what, self.role in UNIT, tensor, call)
+        if dropped:
+            self.context.deferred.after(dropped, torch.device("cpu") if tensor is None else tensor.device)
+        return result
 
-    def _what(self, op: str) -> str:
-        return f"{op} of the {self.role} group {list(self.ranks)}"
-
-    def _enter(self, op: str, tensor: torch.Tensor | None) -> list[Any]:
-        """Book a collective; returns what this rank has dropped before it."""
-        self.record(op, 0 if tensor is None else tensor.numel() * tensor.element_size())
+    def _enter(self, op: str, tensor: torch.Tensor | None) -> tuple[str, list[Any]]:
+        """Book a collective; returns it in words, and what this rank has dropped before it."""
+        stats = self.context.stats
+        stats.record(op, self.role, 0 if tensor is None else tensor.numel() * tensor.element_size())
+        what = self._words.get(op)
+        if what is None:
+            what = self._words[op] = f"{op} of the {self.role} group {list(self.ranks)}"
         if not self.is_unit:
-            return []
-        self.context.stats.unit_collectives += 1
-        return self.context.deferred.before()
+            return what, []
+        stats.unit_collectives += 1
+        return what, self.context.deferred.before()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return self  # a copied model communicates in the same groups

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -64,7 +64,7 @@ class Waiting:
     def __init__(self) -> None:
         self.explain: Callable[[str, RuntimeError], str] | None = None
         self.script_line: Callable[[], str] = str
-        self._host: Wait | None = None
+        self._host: tuple[str, bool, float] | None = None
         self.called_at = ""
         self._outstanding: deque[tuple[torch.Event, Wait]] = deque()
         self._moved = 0.0
@@ -72,33 +72,52 @@ class Waiting:
 
     @contextlib.contextmanager
     def on(self, what: str, in_unit: bool = False, tensor: torch.Tensor | None = None) -> Iterator[None]:
-        """Inside, this rank waits in ``what``; behind it, a device does if ``tensor`` lies on one.
+        """Inside, this rank waits in ``what``: as :meth:`run`, for code that is no one call."""
+        self._host = began = what, in_unit, time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            self._host = None
+            self._explained(error, what)
+            raise
+        finally:
+            self._host = None
+        if tensor is not None and not host_copy.is_on_host(tensor):
+            self._follow(Wait(*began), tensor.device)
+
+    def run(self, what: str, in_unit: bool, tensor: torch.Tensor | None, call: Callable[[], Any]) -> Any:
+        """What ``call`` returns: meanwhile this rank waits in ``what``, behind it a device does if ``tensor`` is there.
 
         Raises:
             LostRankError: the backend raised; the message says what is known of the other ranks.
             RuntimeError: the backend's own, with a note, where it is this rank's device that failed.
         """
-        self._host = wait = Wait(what, in_unit, time.monotonic())
+        self._host = began = what, in_unit, time.monotonic()  # every collective of a step comes here: few calls
         try:
-            yield
+            result = call()
         except RuntimeError as error:
             self._host = None
-            if isinstance(error, DivergenceError):
-                raise
-            if _is_of_device(error):
-                _note(error, what)
-                raise
-            if self.explain is None:
-                raise
-            raise LostRankError(self.explain(what, error)) from error
+            self._explained(error, what)
+            raise
         finally:
             self._host = None
         if tensor is not None and not host_copy.is_on_host(tensor):
-            self._follow(wait, tensor.device)
+            self._follow(Wait(*began), tensor.device)
+        return result
+
+    def _explained(self, error: RuntimeError, what: str) -> None:
+        """Raise what is known of it, if it is of the other ranks; else note it and return."""
+        if isinstance(error, DivergenceError):
+            return
+        if _is_of_device(error):
+            _note(error, what)
+        elif self.explain is not None:
+            raise LostRankError(self.explain(what, error)) from error
 
     def now(self) -> Wait | None:
         """The collective that this rank has been in for the longest; None outside of collectives."""
-        device, host = self._oldest(), self._host
+        device, began = self._oldest(), self._host
+        host = None if began is None else Wait(*began)
         return min((wait for wait in (device, host) if wait is not None), key=lambda wait: wait.since, default=None)
 
     def seconds(self) -> float:

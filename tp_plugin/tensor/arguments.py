@@ -44,14 +44,18 @@ class Arguments:
         """
         if "*" in names:
             return dict(self._differentiable())
-        given = {name: self.tensor(name) for name in names}
-        return {(self._place(name),): tensor for name, tensor in given.items() if tensor is not None}
+        found: dict[Place, torch.Tensor] = {}
+        for name in names:
+            tensor = self.tensor(name)
+            if tensor is not None:
+                found[(self._place(name),)] = tensor
+        return found
 
     def replace(self, place: Place, value: torch.Tensor) -> None:
         """Put ``value`` where another tensor stood."""
         first, *inner = place
         store: Any = self.args if isinstance(first, int) else self.kwargs
-        store[first] = _replaced(store[first], inner, value)
+        store[first] = _replaced(store[first], inner, value) if inner else value
 
     def _place(self, name: str) -> int | str:
         return name if name in self.kwargs else self.positions[name]

@@ -46,9 +46,12 @@ class ParallelBlock:
         self.bypass = BypassCheck(path) if "*" in plan.inputs else None
         self._draws = rng.Dropouts()
         self._to_come = 0
+        self._inside = False
+        self._others_keep = True
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Forward pre-hook (with kwargs) of the block's entry."""
+        self._inside = True
         arguments = Arguments(args, kwargs, self.positions)
         entering = arguments.inputs(self.plan.inputs)
         if self.residual is not None and len(entering) == 1:
@@ -92,6 +95,7 @@ class ParallelBlock:
 
     def start(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of a block's module that begins at modules below."""
+        self._inside = True
         self._to_come = len(self.plan.input_of) + len(self.plan.output_of)
 
     def enter_linear(self, block: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -115,7 +119,7 @@ class ParallelBlock:
     def _gather(self, x: torch.Tensor) -> torch.Tensor:
         assert self.stack is not None
         (entered,) = self.block_input.enter([x], self.stack)
-        self.regather = self.stack.keep(x, entered)
+        self.regather = self.stack.keep(x, entered, self._others_keep)
         if self.block_input.run is not None:
             self.block_input.run.regather = self.regather
         return entered
@@ -155,10 +159,14 @@ class ParallelBlock:
             self.bypass.leave(output)
 
     def end(self) -> None:
-        """Behind the block's sharded part."""
+        """Behind the block's sharded part; again at the end of the block."""
+        if not self._inside:
+            return
+        self._inside = False
         self.region.end()
         if self.residual is None:
             self.block_input.end()
         if self.regather is not None:
-            self.regather.end()
+            # a model does not change once it is sharded, so that none will keep it where none has
+            self._others_keep = self.regather.end()
             self.regather = None

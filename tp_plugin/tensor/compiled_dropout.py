@@ -25,7 +25,7 @@ def _mixed(seed: torch.Tensor) -> int:
     return int(seed) * 6364136223846793005 & (1 << 63) - 1
 
 
-@torch.library.custom_op("tp_plugin::dropout", mutates_args=())
+@torch.library.custom_op("tp_plugin::dropout", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     """``x`` with each entry dropped with probability ``p``; ``seed``: an integer on the CPU."""
     if p >= 1:
@@ -162,7 +162,7 @@ def _recording() -> Iterator[None]:
         yield
 
 
-@torch.library.custom_op("tp_plugin::attention", mutates_args=())
+@torch.library.custom_op("tp_plugin::attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -184,7 +184,7 @@ def _(query: torch.Tensor, key: Any, value: torch.Tensor, *others: Any) -> torch
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-@torch.library.custom_op("tp_plugin::attention_backward", mutates_args=())
+@torch.library.custom_op("tp_plugin::attention_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def attention_backward(
     grad: torch.Tensor,
     query: torch.Tensor,

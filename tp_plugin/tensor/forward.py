@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_plugin.tensor.global_view import is_global
+from tp_plugin.tensor.global_view import any_global
 
 Forward = Callable[..., torch.Tensor]
 
@@ -37,7 +37,7 @@ class WrappedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """:meth:`run` in a step. Where the script calls the module by itself: the module's own, on whole weights."""
-        called_by_script = any(is_global(parameter) for parameter in self.module._parameters.values())
+        called_by_script = any_global(self.module._parameters.values())
         return self.own(*args, **kwargs) if called_by_script else self.run(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -116,7 +116,8 @@ class ReplicaSums:
         if id(parameter) not in self._waiting:
             if self._bytes >= BUCKET:  # those before this one have accumulated theirs
                 self._start()
-            _count_once([(one, parameter)])
+            if parameter.grad is not None:
+                _count_once([(one, parameter)])
             self._waiting[id(parameter)] = one, parameter
             self._bytes += parameter.numel() * parameter.element_size()
         return True

@@ -9,7 +9,6 @@ It acts wherever gradients are recorded. A sequence that tp does not divide is f
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from typing import Any
 
@@ -81,15 +80,19 @@ class Stack:
         entered: torch.Tensor = Gather.apply(x, *self.span(x), self.group)
         return entered
 
-    def keep(self, x: torch.Tensor, entered: torch.Tensor) -> Regather | None:
-        """What gathers the tokens of ``x`` again for the backward, so that only this rank's are kept."""
+    def keep(self, x: torch.Tensor, entered: torch.Tensor, others: bool) -> Regather | None:
+        """What gathers the tokens of ``x`` again for the backward, so that only this rank's are kept.
+
+        Args:
+            others: look for them among what autograd keeps for others than the block's own linears.
+        """
         if torch.compiler.is_compiling():
             return None  # the compiler decides what is kept
-        others = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        if others or not torch.is_grad_enabled():
+        recomputed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        if recomputed or not torch.is_grad_enabled():
             return None  # layers that are recomputed keep nothing anyhow
         dim, length = self.span(x)
-        return Regather(x.detach(), dim, length, entered, self.group)
+        return Regather(x.detach(), dim, length, entered, self.group, others)
 
     def leave(self, product: torch.Tensor) -> torch.Tensor:
         """This rank's part of a sum over all tokens → the sum of its own tokens, after a row-parallel product."""
@@ -121,18 +124,22 @@ class Regather:
     In the backward the first linear that needs the whole input gathers it, for all of the block's linears.
     """
 
-    def __init__(self, mine: torch.Tensor, dim: int, length: int, entered: torch.Tensor, group: Group):
+    def __init__(self, mine: torch.Tensor, dim: int, length: int, entered: torch.Tensor, group: Group, others: bool):
         self.mine, self.dim, self.length, self._group = mine, dim, length, group
         self._entered = weakref.ref(entered)
         self._kept = self._to_come = 0
         self._gathering: Pending | None = None
         self._again: torch.Tensor | None = None
-        self._hooks = contextlib.ExitStack()
-        self._hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
+        self._packed = False
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack) if others else None
+        if self._hooks is not None:
+            self._hooks.__enter__()
 
-    def end(self) -> None:
-        """The block's linears have run."""
-        self._hooks.close()
+    def end(self) -> bool:
+        """The block's linears have run; returns whether autograd was to keep the gathered input for others, too."""
+        if self._hooks is not None:
+            self._hooks.__exit__()
+        return self._packed
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         entered = self._entered()
@@ -143,6 +150,7 @@ class Regather:
             and tensor.is_contiguous()
         ):
             self.count()
+            self._packed = True
             return tensor.shape
         return tensor
 

@@ -60,7 +60,7 @@ class BlockRun:
 
     Attributes:
         parameters: linear → its number, weight and bias as the input's node knows them.
-        flat: these weights and biases, by number.
+        trained: whether these weights and biases want gradients, by number.
         entered: the tensors that entered.
         tasks: filled and emptied by each backward.
         given: the gradient of the one input by the backward it belongs to; likewise.
@@ -69,7 +69,7 @@ class BlockRun:
     """
 
     parameters: dict[nn.Module, tuple[int, torch.Tensor, torch.Tensor | None]]
-    flat: list[torch.Tensor | None] = dataclasses.field(default_factory=list)
+    trained: list[bool] = dataclasses.field(default_factory=list)
     entered: list[torch.Tensor] = dataclasses.field(default_factory=list)
     tasks: list[WeightGradTask] = dataclasses.field(default_factory=list)
     given: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
@@ -103,8 +103,9 @@ class BlockInput:
             return [sequence.enter(xs[0], stack, group)] if gathered else regions.copy_all_to_tp(xs, group)
         run = BlockRun(parameters)
         span = stack.span(xs[0]) if stack is not None and gathered else None
-        run.flat = [p for _, weight, bias in parameters.values() for p in (weight, bias)]
-        run.entered = list(_BlockInput.apply(run.tasks, run.given, group, span, self.overlap, len(xs), *xs, *run.flat))
+        flat = [p for _, weight, bias in parameters.values() for p in (weight, bias)]
+        run.trained = [p is not None and p.requires_grad for p in flat]
+        run.entered = list(_BlockInput.apply(run.tasks, run.given, group, span, self.overlap, len(xs), *xs, *flat))
         self.run = run
         return run.entered
 
@@ -113,14 +114,13 @@ class BlockInput:
         self.run = None
 
     def _may_overlap(self, xs: Sequence[torch.Tensor], group: Group) -> bool:
-        return (
-            bool(self.linears)
-            and group.size > 1
-            and not torch.compiler.is_compiling()
-            and torch.is_grad_enabled()
-            and all(type(x) is torch.Tensor and x.requires_grad and x.is_floating_point() for x in xs)
-            and len({(x.dtype, x.device) for x in xs}) == 1
-        )
+        if not self.linears or group.size == 1 or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return False
+        for x in xs:
+            alike = x.dtype == xs[0].dtype and x.device == xs[0].device
+            if not (type(x) is torch.Tensor and x.requires_grad and x.is_floating_point() and alike):
+                return False
+        return True
 
     def _parameters(self) -> dict[nn.Module, tuple[int, torch.Tensor, torch.Tensor | None]]:
         found: dict[nn.Module, tuple[int, torch.Tensor, torch.Tensor | None]] = {}
@@ -134,23 +134,28 @@ class BlockInput:
     def output(self, linear: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """The output of ``linear`` for ``x``; None if it has to compute that by itself."""
         run = self.run
-        if run is None or linear not in run.parameters or all(x is not entered for entered in run.entered):
+        if run is None or linear not in run.parameters or id(x) not in map(id, run.entered):
             return None
         if linear in run.ready:
             return run.ready.pop(linear)
-        together = self._siblings(linear, run)
-        known = [run.parameters[one] for one in together]
-        if any(one.weight is not k[1] or one.bias is not k[2] for one, k in zip(together, known, strict=True)):
-            return None
-        numbers = tuple(number for number, _, _ in known)
-        weights = [weight.detach() for _, weight, _ in known]
-        biases = [bias.detach() for _, _, bias in known if bias is not None]
+        together = self._siblings(linear, run) if self.fuse and len(run.entered) == 1 else (linear,)
+        numbers, weights, biases = [], [], []
+        for one in together:
+            number, weight, bias = run.parameters[one]
+            if one.weight is not weight or one.bias is not bias:
+                return None
+            numbers.append(number)
+            weights.append(weight.detach())
+            if bias is not None:
+                biases.append(bias.detach())
         outputs = _Linears.apply(run, numbers, isinstance(linear, Conv1D), x, *weights, *biases)
+        if len(together) == 1:
+            return outputs[0]  # type: ignore[no-any-return]
         run.ready.update(zip(together, outputs, strict=True))
         return run.ready.pop(linear)
 
     def _siblings(self, linear: nn.Module, run: BlockRun) -> tuple[nn.Module, ...]:
-        for siblings in self.siblings if self.fuse and len(run.entered) == 1 else ():
+        for siblings in self.siblings:
             if linear not in siblings or any(one not in run.parameters or _is_watched(one) for one in siblings):
                 continue
             if len({run.parameters[one][1].requires_grad for one in siblings}) > 1:
@@ -158,10 +163,6 @@ class BlockInput:
             if back_to_back([run.parameters[one][1] for one in siblings]) is not None:
                 return siblings
         return (linear,)
-
-
-def _is_trained(parameter: torch.Tensor | None) -> bool:
-    return parameter is not None and parameter.requires_grad
 
 
 def _is_plain(parameter: object) -> bool:
@@ -288,15 +289,17 @@ class _Linears(torch.autograd.Function):
     def forward(
         ctx: Any,
         run: BlockRun,
-        numbers: tuple[int, ...],
+        numbers: list[int],
         transposed: bool,
         x: torch.Tensor,
         *parameters: Any,
     ) -> tuple[torch.Tensor, ...]:
         count = len(numbers)
         weights, biases = parameters[:count], parameters[count:]
-        trained = any(_is_trained(run.flat[2 * number]) for number in numbers)
-        learns = trained or any(_is_trained(run.flat[2 * number + 1]) for number in numbers)
+        trained = learns = False
+        for number in numbers:
+            trained |= run.trained[2 * number]
+            learns |= run.trained[2 * number] or run.trained[2 * number + 1]
         ctx.tasks, ctx.transposed, ctx.dtype = run.tasks if learns else None, transposed, x.dtype
         ctx.trained, ctx.regather = trained, run.regather if trained else None
         watched = len(run.entered) > 1 or x._backward_hooks or x.retains_grad  # by somebody's hook on its gradient
@@ -311,8 +314,9 @@ class _Linears(torch.autograd.Function):
             flat = x.reshape(-1, x.shape[-1])
             y = torch.mm(flat, weights[0]) if bias is None else torch.addmm(bias, flat, weights[0])
             return (y.view(*x.shape[:-1], widths[0]),)
-        y = F.linear(x, _one(weights), bias)
-        return _cut(y, widths) if count > 1 else (y,)
+        if count == 1:
+            return (F.linear(x, weights[0], bias),)
+        return _cut(F.linear(x, _one(weights), bias), widths)
 
     @staticmethod
     @first_order
@@ -332,7 +336,7 @@ class _Linears(torch.autograd.Function):
         back = back.to(ctx.dtype).view(*grad.shape[:-1], back.shape[-1])
         nothing = [None] * (len(ctx.needs_input_grad) - 4)
         ((block_input, _), *_) = ctx.next_functions
-        if ctx.given is None or any(each.requires_grad for each in grads) or not _runs(block_input):
+        if ctx.given is None or any([each.requires_grad for each in grads]) or not _runs(block_input):
             return *[None] * 3, back, *nothing
         before = ctx.given.get(task)
         ctx.given[task] = back if before is None else before.add_(back)
@@ -342,11 +346,12 @@ class _Linears(torch.autograd.Function):
 def _runs(node: Any) -> bool:
     """Whether the backward that runs comes to what ``node`` computes, not only to a gradient it is asked for."""
     try:
-        return any(
-            torch._C._will_engine_execute_node(behind) for behind, _ in node.next_functions if behind is not None
-        )
+        for behind, _ in node.next_functions:
+            if behind is not None and torch._C._will_engine_execute_node(behind):
+                return True
     except RuntimeError:
         return True  # a leaf behind it is asked for: of those torch does not say
+    return False
 
 
 def _one(weights: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -7,7 +7,9 @@ all-reduce, anything else on the whole tensor, which whole.py gathers.
 
 from tp_plugin.tensor.global_view import classes  # noqa: F401  (registers them)
 from tp_plugin.tensor.global_view.dispatch import Calls
-from tp_plugin.tensor.global_view.info import GlobalInfo, Peers, as_global, info_of, is_global, local_of
+from tp_plugin.tensor.global_view.info import GlobalInfo, Peers, any_global, as_global, info_of, is_global, local_of
 from tp_plugin.tensor.global_view.region import ScriptRegion
 
-__all__ = ["Calls", "GlobalInfo", "Peers", "ScriptRegion", "as_global", "info_of", "is_global", "local_of"]
+__all__ = [
+    "Calls", "GlobalInfo", "Peers", "ScriptRegion", "any_global", "as_global", "info_of", "is_global", "local_of",
+]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -119,6 +119,11 @@ def info_of(value: Any) -> GlobalInfo | None:
 def is_global(value: object) -> bool:
     """Whether ``value`` looks whole at present."""
     return type(value) in _GLOBAL
+
+
+def any_global(values: Iterable[object]) -> bool:
+    """Whether one of ``values`` does. (Every layer asks, several times in each forward.)"""
+    return not _GLOBAL.isdisjoint(map(type, values))
 
 
 _GLOBAL: set[type] = set()
