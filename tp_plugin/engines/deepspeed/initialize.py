@@ -40,7 +40,7 @@ def install_engine(engine: Any) -> None:
     norms.install_engine(engine)
     checkpoint.install_engine(engine)
     replicas.install(engine)
-    for name in ("forward", "backward", "step", "save_checkpoint", "load_checkpoint", "save_16bit_model"):
+    for name in ("backward", "step", "save_checkpoint", "load_checkpoint", "save_16bit_model"):
         wrap(engine.DeepSpeedEngine, name, torch_utils.in_step)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tp_plugin.tensor.global_view.info import GlobalInfo, shown_class
+from tp_plugin.tensor.graphs import runs_untraced
 
 
 class _Row(NamedTuple):
@@ -129,15 +130,24 @@ class ScriptRegion:
     @contextlib.contextmanager
     def script(self) -> Iterator[None]:
         """Inside a step, code of the script's: parameters look whole."""
-        depth, self._depth = self._depth, 0
-        if depth:
-            self._show()
+        depth = self.enter_script()
         try:
             yield
         finally:
-            if depth:
-                self._hide()
-            self._depth = depth
+            self.leave_script(depth)
+
+    def enter_script(self) -> int:
+        """Code of the script's begins, in the middle of a step; gives what :meth:`leave_script` takes."""
+        depth, self._depth = self._depth, 0
+        if depth:
+            self._show()
+        return depth
+
+    def leave_script(self, depth: int) -> None:
+        """It ends."""
+        if depth and not self._depth:
+            self._hide()
+        self._depth = depth
 
     def _show(self) -> None:
         gone = False
@@ -178,3 +188,29 @@ class DirectCall:
         if not torch.compiler.is_compiling() and self._entered:
             self._entered -= 1
             self.region.leave()
+
+
+runs_untraced(DirectCall.enter)
+runs_untraced(DirectCall.leave)
+
+
+class OwnForward:
+    """Hooks of a module in a sharded model whose forward is the script's code: its lines see whole parameters."""
+
+    def __init__(self, region: ScriptRegion):
+        self.region = region
+        self._entered: list[int] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnForward:
+        return OwnForward(self.region)
+
+    @torch._dynamo.disable
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook, behind all others. Never in a graph."""
+        self._entered.append(self.region.enter_script())
+
+    @torch._dynamo.disable
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook, before all others, always called."""
+        if self._entered:
+            self.region.leave_script(self._entered.pop())
