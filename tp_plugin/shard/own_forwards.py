@@ -1,4 +1,4 @@
-"""Modules in a sharded model whose ``forward`` is the script's own code, and may read weights of which ranks have parts.
+"""Modules in a sharded model whose ``forward`` is the script's own code, and may read weights that are split.
 
 Their lines are the script's region (tensor/global_view/region.py), which costs time: so those are left out that are
 seen to use their own parameters and call modules. Libraries' code, and all code inside of a block, computes on shards.
@@ -27,13 +27,17 @@ READERS = {
 
 
 def own_forwards(model: nn.Module, plan: Plan, within: Sequence[str]) -> list[str]:
-    """Paths of the modules of ``model`` with such a forward; ``within``: paths of layers that have parts of the tokens."""
+    """Paths of the modules of ``model`` with such a forward.
+
+    Args:
+        within: paths of layers in which a rank has a part of the tokens.
+    """
     apart = (*plan.blocks, *plan.embeddings, *plan.heads, *plan.sharded_norms, *within)
     split = {name: layout for name, layout in plan.layouts.items() if layout.is_sharded}
     own = {
         path: module
         for path, module in model.named_modules()
-        if not any(f"{path}.".startswith(f"{one}.") for one in apart) and not _is_librarys(_forward(module))
+        if not _is_inside(path, apart) and not _is_librarys(_forward(module))
     }
     reads = _Reads(list(own.values()), {id(p) for name, p in model.named_parameters() if name in split}, split)
     return [path for path, module in own.items() if reads.weights_in(module)]
@@ -45,11 +49,15 @@ def called_by_them(model: nn.Module, own: Sequence[str], plan: Plan) -> Iterator
     around |= {path[:at] for path in around for at, letter in enumerate(path) if letter == "."}
     found: list[str] = []
     for path, module in model.named_modules():
-        below = [one for one in own if path != one and f"{path}.".startswith(f"{one}." if one else "")]
-        if below and path in around and path not in own and _is_librarys(_forward(module)):
-            if not (isinstance(module, nn.ModuleList) or any(f"{path}.".startswith(f"{one}.") for one in found)):
-                found.append(path)
+        if path not in around or path in own or isinstance(module, nn.ModuleList) or _is_inside(path, found):
+            continue
+        if _is_inside(path, own) and _is_librarys(_forward(module)):
+            found.append(path)
     yield from found
+
+
+def _is_inside(path: str, others: Sequence[str]) -> bool:
+    return any(not one or f"{path}.".startswith(f"{one}.") for one in others)
 
 
 def _forward(module: nn.Module) -> Any:

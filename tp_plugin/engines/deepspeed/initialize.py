@@ -117,7 +117,7 @@ def _initialize_sharded(original: Any, call: Any, config: dict[str, Any], option
     gradients.read_at_once(model.parameters())
     for parameter in model.parameters():
         if hasattr(parameter, "ds_id"):
-            runtime.region.exempt(parameter)  # ZeRO-3 leaves it empty outside of GatheredParameters
+            runtime.region.show_when(parameter, script_access.is_gathered)
     checkpoint.link(engine, options, [root.tp_record for _, root in models_in(model) if is_sharded(root)])
     return (engine, *rest)
 

@@ -10,16 +10,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from tp_plugin.mesh.dtensor_utils import held
 from tp_plugin.tensor.global_view.info import GlobalInfo, shown_class
 from tp_plugin.tensor.graphs import runs_untraced
 
 
 class _Row(NamedTuple):
-    """A parameter, its class in steps, and the class that looks whole."""
+    """A parameter, its class in steps, the class that looks whole, and when it does; None: always."""
 
     reference: weakref.ref[Any]
     kind: type
     shown: type
+    when: Callable[[Any], bool] | None = None
+
+    def show(self, parameter: Any) -> None:
+        if self.when is None or self.when(parameter):
+            parameter.__class__ = self.shown
 
 
 def _of(parameter: Any, rows: dict[int, _Row]) -> _Row | None:
@@ -49,12 +55,19 @@ class ScriptRegion:
         known = _of(parameter, self._parameters)
         parameter.tp_global = info
         kind = type(parameter) if known is None else known.kind
-        row = self._parameters[id(parameter)] = _Row(weakref.ref(parameter), kind, shown_class(parameter, kind))
+        when = None if known is None else known.when
+        row = self._parameters[id(parameter)] = _Row(weakref.ref(parameter), kind, shown_class(parameter, kind), when)
         if not self._depth:
-            parameter.__class__ = row.shown
+            row.show(parameter)
+
+    def show_when(self, parameter: Any, when: Callable[[Any], bool]) -> None:
+        """``parameter`` looks whole where a part of the script's region begins with ``when(parameter)``."""
+        row = _of(parameter, self._parameters)
+        if row is not None:
+            self._parameters[id(parameter)] = row._replace(when=when)
 
     def exempt(self, parameter: Any) -> bool:
-        """``parameter`` is what it is until :meth:`include`: made whole by other means, or empty (ZeRO-3).
+        """``parameter``, which is made whole by other means, is what it is until :meth:`include`.
 
         Returns:
             Whether it looked whole before.
@@ -71,7 +84,7 @@ class ScriptRegion:
         if row is not None:
             self._parameters[id(parameter)] = self._exempt.pop(id(parameter))
             if not self._depth:
-                parameter.__class__ = row.shown
+                row.show(parameter)
 
     def keep(self, tensor: Any, whole: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The whole of ``tensor``, made once and held until the next step: somebody has its address."""
@@ -79,6 +92,14 @@ class ScriptRegion:
         if kept is None or kept[2] != self.writes:
             kept = self._kept[id(tensor)] = tensor, whole(), self.writes
         return kept[1]
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` lies in the memory of a parameter, of a gradient, or of what an optimizer keeps of one."""
+        with torch._C.DisableTorchFunctionSubclass():
+            mine = held(tensor).untyped_storage()._cdata
+            known = [known for row in self._parameters.values() if (known := row.reference()) is not None]
+            held_here = (one for each in known for one in (each, each.grad) if one is not None)
+            return any(held(one).untyped_storage()._cdata == mine for one in held_here)
 
     @property
     def is_script(self) -> bool:
@@ -151,20 +172,20 @@ class ScriptRegion:
 
     def _show(self) -> None:
         gone = False
-        for reference, _, shown in self._parameters.values():
-            parameter = reference()
+        for row in self._parameters.values():
+            parameter = row.reference()
             if parameter is None:
                 gone = True
             else:
-                parameter.__class__ = shown
+                row.show(parameter)
         if gone:
             self._parameters = {key: row for key, row in self._parameters.items() if row.reference() is not None}
 
     def _hide(self) -> None:
-        for reference, kind, _ in self._parameters.values():
-            parameter = reference()
+        for row in self._parameters.values():
+            parameter = row.reference()
             if parameter is not None:
-                parameter.__class__ = kind
+                parameter.__class__ = row.kind
 
 
 class DirectCall:
