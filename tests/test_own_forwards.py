@@ -38,7 +38,8 @@ class Subclass(LlamaForCausalLM):
     def forward(self, **inputs: Any) -> Any:  # type: ignore[override]
         before = penalty(self)
         out = super().forward(**inputs)
-        out.loss = out.loss + before + penalty(self)
+        if out.loss is not None:  # not in generate
+            out.loss = out.loss + before + penalty(self)
         return out
 
 
@@ -304,8 +305,8 @@ class Kept(LlamaForCausalLM):
     def forward(self, **inputs: Any) -> Any:  # type: ignore[override]
         out = super().forward(**inputs)
         if self.fails:
-            raise ValueError("of the script's")
-        return out if self.lm_head.weight is None else out
+            raise ValueError(f"of the script's, {self.lm_head.weight.shape}")
+        return out
 
 
 @sees_whole
