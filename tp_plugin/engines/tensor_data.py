@@ -17,7 +17,7 @@ from tp_plugin.runtime.runtime import current
 
 def install() -> None:
     """Patch ``torch.Tensor``, which inherits the attribute."""
-    patch(torch.Tensor, "data", CheckedData(torch.Tensor.data))
+    patch(torch.Tensor, "data", CheckedData(torch.Tensor.data), inherited=True)
 
 
 class CheckedData:
