@@ -172,20 +172,20 @@ class ScriptRegion:
 
     def _show(self) -> None:
         gone = False
-        for row in self._parameters.values():
-            parameter = row.reference()
+        for reference, _, shown, when in self._parameters.values():
+            parameter = reference()
             if parameter is None:
                 gone = True
-            else:
-                row.show(parameter)
+            elif when is None or when(parameter):
+                parameter.__class__ = shown
         if gone:
             self._parameters = {key: row for key, row in self._parameters.items() if row.reference() is not None}
 
     def _hide(self) -> None:
-        for row in self._parameters.values():
-            parameter = row.reference()
+        for reference, kind, _, _ in self._parameters.values():
+            parameter = reference()
             if parameter is not None:
-                parameter.__class__ = row.kind
+                parameter.__class__ = kind
 
 
 class DirectCall:
