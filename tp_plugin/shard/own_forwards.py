@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import dis
 import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from types import CodeType, FunctionType, MethodType
+from enum import Enum
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from tp_plugin.policy import ParamLayout, Plan
 
@@ -65,7 +69,8 @@ def _forward(module: nn.Module) -> Any:
 
 
 def _is_librarys(function: Any) -> bool:
-    module = getattr(function, "__module__", None) or type(function).__module__
+    name = "__name__" if isinstance(function, ModuleType) else "__module__"
+    module: str = getattr(function, name, None) or type(function).__module__
     return module.partition(".")[0] in LIBRARIES
 
 
@@ -94,14 +99,15 @@ class _Reads:
             return True
         if any(isinstance(child, nn.ParameterList | nn.ParameterDict) for child in module.children()):
             return True
-        return self._in_functions([_forward(module), *(value for value in held if isinstance(value, FunctionType))])
+        called = [value for value in held if isinstance(value, FunctionType | MethodType)]
+        return self._in_functions([_forward(module), *called])
 
     def _holds(self, value: Any) -> bool:
         if isinstance(value, list | tuple | set):
             return any(map(self._holds, value))
         if isinstance(value, dict):
             return any(map(self._holds, value.values()))
-        return id(value) in self._split
+        return id(value) in self._split or _is_helper(value)
 
     def _in_functions(self, functions: list[Any]) -> bool:
         seen: set[Any] = set()
@@ -120,12 +126,21 @@ class _Reads:
             known = [function.__globals__[name] for name in names if name in function.__globals__]
             if any(map(self._holds, known)):
                 return True
+            spaces = [one for one in (*known, *cells) if isinstance(one, ModuleType | type) and not _is_librarys(one)]
+            known += [found for space in spaces for name in names if (found := getattr(space, name, None)) is not None]
             functions += [one for one in (*known, *cells) if isinstance(one, FunctionType | MethodType)]
             functions += [method for name in names for method in self._methods.get(name, ())]
         return False
 
 
 _EMPTY = nn.Module()
+
+
+def _is_helper(value: Any) -> bool:
+    """Whether ``value`` is an object of a class of the script's, whose methods may do anything."""
+    plain = FunctionType | MethodType | ModuleType | type | nn.Module | torch.Tensor | PreTrainedConfig | Enum
+    kind = type(value).__module__.partition(".")[0]
+    return not isinstance(value, plain) and kind not in (*LIBRARIES, *sys.stdlib_module_names)
 
 
 def _is_full(cell: Any) -> bool:
