@@ -158,12 +158,13 @@ for optional in ("sentence_transformers.util.distributed", "pylate.utils.distrib
 missing = sorted(there - set(sys.modules))
 from tp_plugin.engines import patching
 taken = list(patching._originals)
-inactive = [f"{owner}.{name}" for owner, name, original in taken if vars(owner)[name] is original]
+now = lambda owner, name: vars(owner).get(name, patching.INHERITED)
+inactive = [f"{owner}.{name}" for owner, name, original in taken if now(owner, name) is original]
 patching.unpatch_all()
 first = {}
 for owner, name, original in taken:
     first.setdefault((id(owner), name), (owner, name, original))
-left = [f"{owner}.{name}" for owner, name, original in first.values() if vars(owner)[name] is not original]
+left = [f"{owner}.{name}" for owner, name, original in first.values() if now(owner, name) is not original]
 worker.register()
 again = len(patching._originals)
 with patching.taken_back():

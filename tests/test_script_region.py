@@ -148,6 +148,7 @@ NO_HABITS_UNDER_FSDP2 = {
     "swapped": "the memory of FSDP2's parameters stays where it is; FSDP2 alone ignores the assignment",
     "average_foreach": "DTensor has no torch._foreach_copy_",
     "a_layer_by_itself": "FSDP2 leaves gathered what was called without the rest of its group",
+    "soft_updates_of_another_model": "FSDP2 alone takes no DTensor beside a tensor",
     "printing": "FSDP2 alone prints DTensors",
     "loss_by_hand_and_autograd_grad": "FSDP2 computes with other parameters than a script sees",
     "gradients_by_autograd_grad": "FSDP2 computes with other parameters than a script sees",

@@ -12,7 +12,7 @@ BATCH = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 2, "gradient_a
 NOT_UNDER_FSDP2 = (
     *("another_dtype_and_back", "average_of_a_copy", "swa", "hook_that_zeroes_a_neuron", "hook_that_scales"),
     *("gradients_by_autograd_grad", "swapped", "average_foreach", "printing", "hook_after_accumulation"),
-    *("a_layer_by_itself", "an_embedding_by_itself", "loss_by_hand_and_autograd_grad"),
+    *("a_layer_by_itself", "an_embedding_by_itself", "loss_by_hand_and_autograd_grad", "soft_updates_of_another_model"),
 )
 """Those that FSDP2 alone cannot run, or that it ignores (tests/test_script_region.py says why)."""
 

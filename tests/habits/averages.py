@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from habits.base import Model, bare, gradient_habit, weights
+from habits.base import Model, bare, gradient_habit, habit, weights
 
 
 @gradient_habit
@@ -53,6 +53,17 @@ def average_of_a_copy(model: Model) -> Any:
         for e, p in zip(ema.parameters(), model.parameters(), strict=True):
             e.data.mul_(0.9).add_(p.data, alpha=0.1)
     return torch.stack([e.norm() for e in ema.parameters()]), ema(**model.batch).loss
+
+
+@habit
+def soft_updates_of_another_model(model: Model) -> Any:
+    """Of one that was never prepared, by assignments to ``.data``."""
+    targets = [torch.nn.Parameter(torch.full(p.shape, 0.5)) for p in weights(model)]
+    copies = [torch.nn.Parameter(torch.empty(0)) for p in weights(model)]
+    for target, copied, p in zip(targets, copies, model.parameters(), strict=True):
+        target.data = 0.1 * p.data + 0.9 * target.data
+        copied.data = p.data.clone()
+    return [torch.stack([t.norm(), c.norm(), c.mean()]).detach() for t, c in zip(targets, copies, strict=True)]
 
 
 @gradient_habit

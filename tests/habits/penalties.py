@@ -106,6 +106,28 @@ def norms_of_zero_weights(model: Model) -> Any:
     return trained_with(model, penalty)
 
 
+class _WithPenalty(torch.nn.Module):
+    """A module of the script's that stands in for the model."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.called = [model]
+
+    def forward(self, **inputs: Any) -> Any:
+        (model,) = self.called
+        before = embedding(model).norm()
+        loss = model(**inputs).loss
+        return loss + 1e-2 * before + (matrix(model, "mlp") @ matrix(model, "mlp").T).pow(2).mean()
+
+
+@gradient_habit
+def penalty_in_a_forward_around(model: Model) -> Any:
+    model.zero_grad()
+    loss = _WithPenalty(model)(**model.batch)
+    loss.backward()
+    return loss
+
+
 @gradient_habit
 def penalty_in_a_closure(model: Model) -> Any:
     """An optimizer calls the script's lines in the middle of its step."""

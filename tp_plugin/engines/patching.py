@@ -10,11 +10,13 @@ from typing import Any
 _originals: list[tuple[Any, str, Any]] = []
 _registered: list[Any] = []
 """Handles of what was registered with a library by a way of its own."""
+INHERITED = object()
+"""Stands for an original that the class has from another."""
 
 
-def patch(owner: Any, name: str, replacement: Any) -> None:
-    """Replace attribute ``name`` of a module or class and remember what stood there."""
-    _originals.append((owner, name, vars(owner)[name]))
+def patch(owner: Any, name: str, replacement: Any, inherited: bool = False) -> None:
+    """Replace attribute ``name`` of a module or class and remember what stood there; ``inherited``: nothing did."""
+    _originals.append((owner, name, INHERITED if inherited else vars(owner)[name]))
     setattr(owner, name, replacement)
 
 
@@ -53,6 +55,9 @@ def taken_back() -> Iterator[None]:
 def _take_back(patched: int, remembered: int) -> None:
     while len(_originals) > patched:
         owner, name, original = _originals.pop()
-        setattr(owner, name, original)
+        if original is INHERITED:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
     while len(_registered) > remembered:
         _registered.pop().remove()

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tp_plugin.config.resolve import current_config
-from tp_plugin.engines import functional_call, gradients, module_hooks
+from tp_plugin.engines import functional_call, gradients, module_hooks, tensor_data
 from tp_plugin.engines.patching import patch, remember, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.dtensor_utils import held, is_split
@@ -63,6 +63,7 @@ def install() -> None:
     functional_call.install()
     wrap(torch.autograd, "_engine_run_backward", _run_backward)
     module_hooks.install()
+    tensor_data.install()
     wrap(torch.amp.GradScaler, "step", in_step)
     remember(register_optimizer_step_pre_hook(_steps))
     remember(register_optimizer_step_post_hook(_stepped))

@@ -34,6 +34,7 @@ _PATCHES = {
     "deepspeed.utils": ("tp_plugin.engines.deepspeed.script_access", "install_utils"),
     "deepspeed.utils.zero_to_fp32": ("tp_plugin.engines.deepspeed.checkpoint", "install_recovery"),
     "deepspeed.runtime.zero.partition_parameters": ("tp_plugin.engines.deepspeed.initialize", "install_zero_init"),
+    "deepspeed.runtime.zero.parameter_offload": ("tp_plugin.engines.deepspeed.script_access", "install_offload"),
     "deepspeed.runtime.zero.stage_1_and_2": ("tp_plugin.engines.deepspeed.norms", "install_zero12"),
     "deepspeed.runtime.zero.stage3": ("tp_plugin.engines.deepspeed.norms", "install_zero3"),
     "deepspeed.runtime.bf16_optimizer": ("tp_plugin.engines.deepspeed.norms", "install_bf16"),

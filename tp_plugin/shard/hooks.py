@@ -12,6 +12,8 @@
     output heads                 before, after   f at the hidden states; logits over the full vocabulary (first)
     the model                    before          a deep copy gets its parameters' hooks (first)
     the model, its base model    before, after   the batch guard opens (first of all) and closes, whatever happens
+    forwards of the script's own before, after   the script's region around the lines of each (innermost of all)
+    what such a one may call     before, after   a step around each, as around blocks
 
 "first" stands before hooks that a script has put on the module; module_hooks.py orders the others. An embedding, a
 row-parallel linear, a column-parallel linear that overlaps and a sharded norm have no hooks: their forward is wrapped
@@ -32,7 +34,9 @@ from tp_plugin.policy import Plan
 from tp_plugin.runtime.batch_guard import BatchGuard
 from tp_plugin.shard.build import Parts
 from tp_plugin.shard.model_state import ModelState
-from tp_plugin.tensor.global_view.region import DirectCall
+from tp_plugin.shard.own_forwards import called_by_them, own_forwards
+from tp_plugin.tensor.global_view.region import DirectCall, OwnForward
+from tp_plugin.tensor.graphs import runs_untraced
 
 When = Literal["before", "before, with kwargs", "after", "after, always"]
 
@@ -70,6 +74,7 @@ def table(model: nn.Module, plan: Plan, parts: Parts, state: ModelState, guard: 
     yield from _vocabulary(parts)
     yield from _direct_calls(plan, parts, state)
     yield from _model(model, state, guard)
+    yield from _own_forwards(model, parts, state)
 
 
 def _direct_calls(plan: Plan, parts: Parts, state: ModelState) -> Iterator[Hook]:
@@ -136,6 +141,20 @@ def _model(model: nn.Module, state: ModelState, guard: BatchGuard) -> Iterator[H
     if inner is not None:
         yield Hook(inner, "before, with kwargs", guard.open_inner, first=True)
         yield Hook(inner, "after, always", guard.close_inner)
+
+
+def _own_forwards(model: nn.Module, parts: Parts, state: ModelState) -> Iterator[Hook]:
+    region, plan = state.runtime.region, state.plan
+    own = own_forwards(model, plan, [layer for one in parts.stacks for layer in one.layers])
+    for path in called_by_them(model, own, plan):
+        step = DirectCall(region)
+        yield Hook(path, "before", step.enter, first=True)
+        yield Hook(path, "after, always", step.leave)
+    for path in own:
+        runs_untraced(type(model.get_submodule(path)).forward)
+        lines = OwnForward(region)
+        yield Hook(path, "before", lines.enter)
+        yield Hook(path, "after, always", lines.leave, first=True)
 
 
 def _reattach(model: nn.Module, args: object) -> None:

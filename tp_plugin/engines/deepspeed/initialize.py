@@ -40,7 +40,7 @@ def install_engine(engine: Any) -> None:
     norms.install_engine(engine)
     checkpoint.install_engine(engine)
     replicas.install(engine)
-    for name in ("forward", "backward", "step", "save_checkpoint", "load_checkpoint", "save_16bit_model"):
+    for name in ("backward", "step", "save_checkpoint", "load_checkpoint", "save_16bit_model"):
         wrap(engine.DeepSpeedEngine, name, torch_utils.in_step)
 
 
@@ -119,7 +119,7 @@ def _initialize_sharded(original: Any, call: Any, config: dict[str, Any], option
     gradients.read_at_once(model.parameters())
     for parameter in model.parameters():
         if hasattr(parameter, "ds_id"):
-            runtime.region.exempt(parameter)  # ZeRO-3 leaves it empty outside of GatheredParameters
+            runtime.region.show_when(parameter, script_access.is_gathered)
     checkpoint.link(engine, options, [root.tp_record for _, root in models_in(model) if is_sharded(root)])
     return (engine, *rest)
 

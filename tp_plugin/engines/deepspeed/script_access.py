@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from tp_plugin.engines.patching import wrap
+from tp_plugin.engines.torch_utils import in_step
 from tp_plugin.runtime.runtime import current
 from tp_plugin.tensor.global_view import GlobalInfo
 from tp_plugin.tensor.global_view.attributes import gradient, to_local
@@ -26,9 +27,30 @@ def install_utils(utils: Any) -> None:
 
 
 def install_gathering(partition_parameters: Any) -> None:
-    """Patch ``GatheredParameters``."""
-    wrap(partition_parameters.GatheredParameters, "__enter__", _enter)
-    wrap(partition_parameters.GatheredParameters, "__exit__", _exit)
+    """Patch ``GatheredParameters``: what it has gathered looks whole."""
+    for name in ("__enter__", "__exit__"):
+        wrap(partition_parameters.GatheredParameters, name, in_step)
+
+
+def install_offload(parameter_offload: Any) -> None:
+    """Patch ``deepspeed.runtime.zero.parameter_offload``, whose hooks run around forwards of the script's."""
+    for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
+        wrap(parameter_offload.DeepSpeedZeRoOffload, name, in_step)
+    wrap(parameter_offload, "register_external_parameter", _external)
+
+
+def is_gathered(parameter: Any) -> bool:
+    """Whether ZeRO-3 has gathered it: in ``GatheredParameters``, for a forward, or for good as it is small."""
+    return str(parameter.ds_status.name) == "AVAILABLE"
+
+
+def _external(original: Any, module: Any, parameter: Any) -> None:
+    """A forward reads a weight of another module, which is gathered; the script's own lines see it whole."""
+    original(module, parameter)
+    runtime = current()
+    if runtime is not None and runtime.region.is_script:
+        with runtime.region.step():
+            parameter.all_gather()
 
 
 def _seen(parameter: Any) -> GlobalInfo | None:
@@ -57,24 +79,3 @@ def _write(original: Any, parameter: Any, value: Any, *args: Any, **kwargs: Any)
         result = original(parameter, local, *args, **kwargs)
     info.peers.written(parameter)
     return result
-
-
-def _enter(original: Any, self: Any) -> Any:
-    runtime = current()
-    if runtime is None or not self.enabled or not runtime.region.is_script:
-        return original(self)
-    with runtime.region.step():
-        entered = original(self)
-        for parameter in self.params:
-            runtime.region.include(parameter)
-    return entered
-
-
-def _exit(original: Any, self: Any, *error: Any) -> Any:
-    runtime = current()
-    if runtime is None:
-        return original(self, *error)
-    with runtime.region.step():
-        for parameter in self.params if self.enabled else ():
-            runtime.region.exempt(parameter)
-        return original(self, *error)

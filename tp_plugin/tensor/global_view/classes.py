@@ -13,6 +13,7 @@ from tp_plugin.tensor.global_view.dispatch import run
 from tp_plugin.tensor.global_view.info import as_global, info_of, local_of, register
 from tp_plugin.tensor.global_view.view import GlobalView
 from tp_plugin.tensor.global_view.whole import whole_of
+from tp_plugin.tensor.graphs import untraced
 
 
 class GlobalTensor(torch.Tensor):
@@ -101,4 +102,5 @@ def _pickled(tensor: Any, protocol: Any) -> Any:
 register("Tensor", lambda: GlobalTensor)
 register("Parameter", lambda: GlobalParameter)
 register("DTensor", _dtensor)
+untraced(GlobalView)
 GlobalView.__torch_function__ = GlobalTensor.__torch_function__  # type: ignore[method-assign]

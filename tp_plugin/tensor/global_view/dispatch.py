@@ -12,6 +12,7 @@ from tp_plugin.tensor.global_view.info import as_global, info_of, local_of
 from tp_plugin.tensor.global_view.operands import locally, made, tensors_in
 from tp_plugin.tensor.global_view.view import GlobalView
 from tp_plugin.tensor.global_view.whole import read_alone, reduce, shard_of
+from tp_plugin.tensor.graphs import refuse_tracer
 
 
 class Calls:
@@ -20,8 +21,10 @@ class Calls:
     count = 0
 
 
+@torch._dynamo.disable
 def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Carry out ``function``, of whose arguments some look whole, or are views of such."""
+    refuse_tracer()
     Calls.count += 1
     name = getattr(function, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):

@@ -12,6 +12,7 @@ import torch
 from tp_plugin.mesh.dtensor_utils import is_split
 from tp_plugin.mesh.roles import Mesh
 from tp_plugin.policy import ParamLayout
+from tp_plugin.tensor.graphs import untraced
 
 Applied = tuple[Callable[[Any], Any], ...]
 """Functions of one tensor, one after the other."""
@@ -134,7 +135,9 @@ def register(name: str, make: Callable[[], type]) -> None:
 
     def made() -> type:
         found = make()
-        _GLOBAL.add(found)
+        if found not in _GLOBAL:
+            _GLOBAL.add(found)
+            untraced(found)
         return found
 
     CLASSES[name] = made

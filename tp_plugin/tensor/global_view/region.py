@@ -10,15 +10,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from tp_plugin.mesh.dtensor_utils import held
 from tp_plugin.tensor.global_view.info import GlobalInfo, shown_class
+from tp_plugin.tensor.graphs import runs_untraced
 
 
 class _Row(NamedTuple):
-    """A parameter, its class in steps, and the class that looks whole."""
+    """A parameter, its class in steps, the class that looks whole, and when it does; None: always."""
 
     reference: weakref.ref[Any]
     kind: type
     shown: type
+    when: Callable[[Any], bool] | None = None
+
+    def show(self, parameter: Any) -> None:
+        if self.when is None or self.when(parameter):
+            parameter.__class__ = self.shown
 
 
 def _of(parameter: Any, rows: dict[int, _Row]) -> _Row | None:
@@ -48,12 +55,19 @@ class ScriptRegion:
         known = _of(parameter, self._parameters)
         parameter.tp_global = info
         kind = type(parameter) if known is None else known.kind
-        row = self._parameters[id(parameter)] = _Row(weakref.ref(parameter), kind, shown_class(parameter, kind))
+        when = None if known is None else known.when
+        row = self._parameters[id(parameter)] = _Row(weakref.ref(parameter), kind, shown_class(parameter, kind), when)
         if not self._depth:
-            parameter.__class__ = row.shown
+            row.show(parameter)
+
+    def show_when(self, parameter: Any, when: Callable[[Any], bool]) -> None:
+        """``parameter`` looks whole where a part of the script's region begins with ``when(parameter)``."""
+        row = _of(parameter, self._parameters)
+        if row is not None:
+            self._parameters[id(parameter)] = row._replace(when=when)
 
     def exempt(self, parameter: Any) -> bool:
-        """``parameter`` is what it is until :meth:`include`: made whole by other means, or empty (ZeRO-3).
+        """``parameter``, which is made whole by other means, is what it is until :meth:`include`.
 
         Returns:
             Whether it looked whole before.
@@ -70,7 +84,7 @@ class ScriptRegion:
         if row is not None:
             self._parameters[id(parameter)] = self._exempt.pop(id(parameter))
             if not self._depth:
-                parameter.__class__ = row.shown
+                row.show(parameter)
 
     def keep(self, tensor: Any, whole: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The whole of ``tensor``, made once and held until the next step: somebody has its address."""
@@ -78,6 +92,14 @@ class ScriptRegion:
         if kept is None or kept[2] != self.writes:
             kept = self._kept[id(tensor)] = tensor, whole(), self.writes
         return kept[1]
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` lies in the memory of a parameter, of a gradient, or of what an optimizer keeps of one."""
+        with torch._C.DisableTorchFunctionSubclass():
+            mine = held(tensor).untyped_storage()._cdata
+            known = [known for row in self._parameters.values() if (known := row.reference()) is not None]
+            held_here = (one for each in known for one in (each, each.grad) if one is not None)
+            return any(held(one).untyped_storage()._cdata == mine for one in held_here)
 
     @property
     def is_script(self) -> bool:
@@ -129,29 +151,38 @@ class ScriptRegion:
     @contextlib.contextmanager
     def script(self) -> Iterator[None]:
         """Inside a step, code of the script's: parameters look whole."""
-        depth, self._depth = self._depth, 0
-        if depth:
-            self._show()
+        depth = self.enter_script()
         try:
             yield
         finally:
-            if depth:
-                self._hide()
-            self._depth = depth
+            self.leave_script(depth)
+
+    def enter_script(self) -> int:
+        """Code of the script's begins, in the middle of a step; gives what :meth:`leave_script` takes."""
+        depth, self._depth = self._depth, 0
+        if depth:
+            self._show()
+        return depth
+
+    def leave_script(self, depth: int) -> None:
+        """It ends."""
+        if depth and not self._depth:
+            self._hide()
+        self._depth = depth
 
     def _show(self) -> None:
         gone = False
-        for reference, _, shown in self._parameters.values():
+        for reference, _, shown, when in self._parameters.values():
             parameter = reference()
             if parameter is None:
                 gone = True
-            else:
+            elif when is None or when(parameter):
                 parameter.__class__ = shown
         if gone:
             self._parameters = {key: row for key, row in self._parameters.items() if row.reference() is not None}
 
     def _hide(self) -> None:
-        for reference, kind, _ in self._parameters.values():
+        for reference, kind, _, _ in self._parameters.values():
             parameter = reference()
             if parameter is not None:
                 parameter.__class__ = kind
@@ -178,3 +209,29 @@ class DirectCall:
         if not torch.compiler.is_compiling() and self._entered:
             self._entered -= 1
             self.region.leave()
+
+
+runs_untraced(DirectCall.enter)
+runs_untraced(DirectCall.leave)
+
+
+class OwnForward:
+    """Hooks of a module in a sharded model whose forward is the script's code: its lines see whole parameters."""
+
+    def __init__(self, region: ScriptRegion):
+        self.region = region
+        self._entered: list[int] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnForward:
+        return OwnForward(self.region)
+
+    @torch._dynamo.disable
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook, behind all others. Never in a graph."""
+        self._entered.append(self.region.enter_script())
+
+    @torch._dynamo.disable
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook, before all others, always called."""
+        if self._entered:
+            self.region.leave_script(self._entered.pop())
