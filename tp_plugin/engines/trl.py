@@ -12,6 +12,7 @@ from tp_plugin.errors import TPError
 from tp_plugin.runtime.runtime import current, current_mesh, require
 from tp_plugin.shard.params import is_unnamed_shard
 from tp_plugin.tensor.param_entry import layout_of
+from tp_plugin.tensor.pipeline.stage_reads import StageReads
 from tp_plugin.tensor.vocab import Vocabulary
 from tp_plugin.tensor.vocab.scores import scores
 
@@ -70,13 +71,17 @@ class _LogProbs:
         """TRL's signature and results."""
         layout = layout_of(weight)
         runtime = current()
+        staged = layout is not None and runtime is not None and runtime.mesh.pp_size > 1
+        if staged and runtime.mesh.pp.rank < runtime.mesh.pp_size - 1:  # the last stage computes it
+            nothing = hidden.new_zeros(len(targets))
+            return nothing, *(nothing if name in outputs else None for name in OPTIONAL)
         if layout is None and runtime is not None and is_unnamed_shard(weight, [m.index for m in runtime.models]):
             raise TPError(
                 f"TRL's head was given a weight of {tuple(weight.shape)} that is not a parameter of the model, but has "
                 "the shape of this rank's rows of its vocabulary, and would be taken for all of it; do not copy "
                 "lm_head.weight, or set tp_size: 1"
             )
-        if layout is None or not layout.is_sharded:
+        if layout is None or not layout.is_sharded or (staged and runtime.mesh.tp_size == 1):
             arguments = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
             result: tuple[torch.Tensor | None, ...] = self.original.apply(hidden, weight, bias, targets, *arguments)
             return result
@@ -84,8 +89,9 @@ class _LogProbs:
         settings: dict[str, Any] = {"fetched": functools.partial(self.fetched, weight, bias)}
         settings |= {"scale": logit_scale, "softcap": final_logit_softcapping, "temperature": temperature}
         settings["keep"] = not require().config.fused_head
-        tp = require().mesh.tp
-        vocabulary = Vocabulary(layout.shape[0], layout.local_shape(tp.rank)[0], tp, require().remote_logits)
+        mesh, peers = require().mesh, require().remote_logits
+        reads = StageReads(peers) if staged else peers
+        vocabulary = Vocabulary(layout.shape[0], layout.local_shape(mesh.unit.rank)[0], mesh.tp, reads)
         with require().region.step():
             found = scores(hidden, weight, bias, targets, vocabulary, outputs, **settings)
         return found["log_probs"], *(found.get(name) for name in OPTIONAL)

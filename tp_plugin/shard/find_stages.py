@@ -175,6 +175,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def _on_meta(model: nn.Module, stack: str) -> Any:
     """A copy of the model's structure, whose tensors are shapes."""
     traced = meta_twin(model).eval()
+    vars(traced).pop("forward", None)  # a patched one may call the model itself, not the copy
     for module in traced.get_submodule(stack).modules():
         if any(parameter.dim() == 3 and len(parameter) > 1 for parameter in module.parameters(recurse=False)):
             module.forward = _experts  # grouped products take not all shapes and dtypes on the meta device

@@ -21,6 +21,10 @@ from tp_plugin.tensor.pipeline.micro_batches import MicroBatches, arguments, cut
 from tp_plugin.tensor.pipeline.schedule import one_f_one_b
 from tp_plugin.tensor.rng import Dropouts
 
+SCORES = "fused_lm_head"
+"""TRL's argument for log-probabilities in place of logits, beside a loss: the script may use either."""
+
+
 class Outputs(Protocol):
     """Gives a row-wise output of the last stage to all stages."""
 
@@ -86,7 +90,7 @@ class PipelineForward:
         with self._executor.running(), self._executor.seeds.around(batches.device, draws) as seed:
             if not learns:
                 output = self._evaluate(batches)
-            elif batches.has_labels and not self._always_late:
+            elif batches.has_labels and not self._always_late and not call.get(SCORES):
                 output = self._one_f_one_b(batches)
             else:
                 output = self._late(batches, seed)
@@ -109,7 +113,8 @@ class PipelineForward:
         batches = cut(self._model, self._inner, call, 1 if cached else self._micro_batches)
         if not self._messages.is_last:
             for part in batches.calls:
-                part.pop("labels", None)
+                if not part.get(SCORES):  # whose output has the labels' shape on every stage
+                    part.pop("labels", None)
         return batches
 
     def _takes(self, name: str) -> bool:
@@ -158,6 +163,7 @@ class PipelineForward:
         made = [[_plain(one.output[name]) for name in names] for one in passed]
         sent = [_joined([parts[at].detach() for parts in made]) for at in range(len(names))]
         sent = [messages.from_last(one.contiguous().clone()) for one in sent]
+        floats = [at for at, one in enumerate(sent) if one.is_floating_point()]
         loss = self._total(passed, batches) if batches.has_labels else None
         own = [one.output.loss if batches.has_labels and messages.is_last else None for one in passed]
         kind, rest = type(first), {name: v for name, v in first.items() if name not in (*names, "loss")}
@@ -168,7 +174,9 @@ class PipelineForward:
 
         def backward(grads: Sequence[torch.Tensor | None]) -> Gradients:
             of_loss = grads[0] if loss is not None else None
-            of_rows = [None if grad is None else grad.split(batches.rows) for grad in grads[loss is not None :]]
+            of_rows: list[Any] = [None] * len(sent)
+            for at, grad in zip(floats, grads[loss is not None :], strict=True):
+                of_rows[at] = None if grad is None else grad.split(batches.rows)
             again = executor.running(), executor.with_shadows(shadows), executor.seeds.again(seed)
             with again[0], again[1], again[2], torch.enable_grad():
                 for at in range(len(batches.rows)):
@@ -181,10 +189,11 @@ class PipelineForward:
             return self._gradients(shadows)[0]
 
         parameters = [p for p in self._model.parameters() if p.requires_grad]
-        given = [*([] if loss is None else [loss]), *sent]
+        given = [*([] if loss is None else [loss]), *(sent[at] for at in floats)]
         outputs = list(Late.apply(backward, len(given), *given, *parameters))
         fields = {} if loss is None else {"loss": outputs.pop(0)}
-        return kind(**fields, **dict(zip(names, outputs, strict=True)), **rest)
+        found = dict(zip(names, sent, strict=True)) | {names[at]: one for at, one in zip(floats, outputs, strict=True)}
+        return kind(**fields, **found, **rest)
 
     def _gradients(self, shadows: dict[str, torch.Tensor]) -> tuple[Gradients, list[torch.Tensor]]:
         """Of all trained parameters, those that this stage does not hold included: they have no elements."""
