@@ -37,7 +37,7 @@ def without_our_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mentions_key(path: str | None) -> bool:
-    """Whether the file contains the name of one of our sizes; False if it cannot be read, which DeepSpeed will report."""
+    """Whether the file contains the name of one of our sizes; False if DeepSpeed will report that it cannot be read."""
     try:
         with open(path or "", encoding="utf-8") as file:
             text = file.read()

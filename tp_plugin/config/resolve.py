@@ -16,7 +16,7 @@ def resolve(
     environment: Written | None = None,
     deepspeed: Written | None = None,
 ) -> RunConfig:
-    """The config of this run. For each of ``tp_size``, ``pp_size`` and ``tp_plugin`` the first place that holds it counts:
+    """The config of this run. Of ``tp_size``, ``pp_size`` and ``tp_plugin``, each from the first place that has it:
 
     1. the command line of ``accelerate launch``,
     2. Accelerate's config file,
@@ -48,7 +48,9 @@ def _size(key: str, places: list[Written], deepspeed: Written | None) -> int:
     if deepspeed is not None and getattr(deepspeed, key) is not None:
         found = read(deepspeed)
         if found != size:
-            raise TPError(f"{key} is {size} in {place.origin}, but {found} in {deepspeed.origin}; write it in one place")
+            raise TPError(
+                f"{key} is {size} in {place.origin}, but {found} in {deepspeed.origin}; write it in one place"
+            )
     return size
 
 

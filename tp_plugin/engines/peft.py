@@ -60,7 +60,7 @@ def _get_prompt(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         return original(self, *args, **kwargs)
     if model.tp_record.mesh.pp_size > 1:
         raise TPError(
-            f"{self.active_peft_config.peft_type.value.lower().replace('_', ' ')} gives keys and values to every layer, "
+            f"{self.active_peft_config.peft_type.value} gives keys and values to every layer, "
             "which stand on different pipeline stages; write pp_size: 1"
         )
     tp = model.tp_record.mesh.tp

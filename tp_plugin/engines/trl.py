@@ -73,8 +73,9 @@ class _LogProbs:
         runtime = current()
         staged = layout is not None and runtime is not None and runtime.mesh.pp_size > 1
         if staged and runtime.mesh.pp.rank < runtime.mesh.pp_size - 1:  # the last stage computes it
-            nothing = hidden.new_zeros(len(targets))
-            return nothing, *(nothing if name in outputs else None for name in OPTIONAL)
+            nothing = hidden.new_zeros(len(targets), dtype=torch.float32)
+            empty = {name: nothing for name in outputs} | {"is_top1": nothing.bool()}
+            return nothing, *(empty[name] if name in outputs else None for name in OPTIONAL)
         if layout is None and runtime is not None and is_unnamed_shard(weight, [m.index for m in runtime.models]):
             raise TPError(
                 f"TRL's head was given a weight of {tuple(weight.shape)} that is not a parameter of the model, but has "

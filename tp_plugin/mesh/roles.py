@@ -60,9 +60,7 @@ class WorldGroups:
             )
         return self._devices[key]
 
-    def group(
-        self, one_per_unit: Sequence[Sequence[int]], backend: str, number: int = 0
-    ) -> dist.ProcessGroup | None:
+    def group(self, one_per_unit: Sequence[Sequence[int]], backend: str, number: int = 0) -> dist.ProcessGroup | None:
         """This rank's of some disjoint groups; None if it is in none. Collective over the world at its first call.
 
         Args:
@@ -165,9 +163,7 @@ class Mesh:
         return dist.is_initialized() and self.world.pg is dist.group.WORLD
 
 
-def build_mesh(
-    tp_size: int, device_type: str | None = None, made: WorldGroups | None = None, pp_size: int = 1
-) -> Mesh:
+def build_mesh(tp_size: int, device_type: str | None = None, made: WorldGroups | None = None, pp_size: int = 1) -> Mesh:
     """Make the groups of ``tp_size`` × ``pp_size`` × data-parallel ranks. Collective over the world.
 
     Args:

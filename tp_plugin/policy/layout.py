@@ -102,8 +102,7 @@ class ParamLayout:
         """Shape of the tensor that ``rank`` holds, padding included."""
         if self.dim is None:
             return self.shape
-        padded = self.pad_to is not None and rank not in self.absent
-        length = self.pad_to if padded else _length(self.parts[rank])
+        length = _length(self.parts[rank]) if self.pad_to is None or rank in self.absent else self.pad_to
         return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
 
     def local_numel(self, rank: int) -> int:

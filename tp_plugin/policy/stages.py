@@ -39,7 +39,7 @@ class Stages:
         return range(self.first_layers[stage], self.first_layers[stage + 1])
 
     def of(self, path: str) -> tuple[int, ...]:
-        """The stages that hold a parameter of that name, or run the module of that path; all, if it has no parameter."""
+        """The stages that hold a parameter of that name, or run the module of that path: all, without parameters."""
         if path in self.parameters:
             return self.parameters[path]
         if path.startswith(f"{self.stack}."):

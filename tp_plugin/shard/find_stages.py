@@ -37,8 +37,8 @@ def find_stages(model: nn.Module, plan: Plan, count: int, sizes: Sequence[int] =
     before, after, within = (_with_parameters(model, paths) for paths in (run.before, run.after, run.within))
     if both := [path for path in before if path in after]:
         raise _refused(model, f"{', '.join(both)} run before its layers and after them")
-    if within := [path for path in within if path not in (*before, *after)]:
-        raise _refused(model, f"{', '.join(within)} run between its layers, which stand on different stages")
+    if between := [path for path in within if path not in (*before, *after)]:
+        raise _refused(model, f"{', '.join(between)} run between its layers, which stand on different stages")
     costs = [_cost(layer.parameters()) for layer in layers]
     last = sum(_cost(model.get_submodule(path).parameters()) for path in after)
     cuts = chosen(len(layers), sizes) if sizes else balanced(costs, 0.0, last, count)
@@ -121,7 +121,8 @@ def _traced(model: nn.Module, stack: str, count: int) -> _Run:
             traced(**_inputs(traced))
     except Exception as error:
         raise _refused(
-            model, f"its forward does not run on the meta device ({type(error).__name__}: {error}), where it is looked at"
+            model,
+            f"its forward does not run on the meta device ({type(error).__name__}: {error}), where it is looked at",
         ) from error
     if run.ended < count:
         run.problem = run.problem or f"of its {count} layers {run.ended} ran in a forward"
@@ -147,7 +148,9 @@ def _layer_begins(run: _Run, path: str, number: int) -> Any:
             run.problem = run.problem or f"{path} does not get the very output of the layer before it"
         run.output = hidden
         others = [*((str(at), value) for at, value in enumerate(args[1:], 1)), *kwargs.items()]
-        learned = [name for name, value in others if value is not hidden and any(t.requires_grad for t in _tensors(value))]
+        learned = [
+            name for name, value in others if value is not hidden and any(t.requires_grad for t in _tensors(value))
+        ]
         if learned:
             run.problem = run.problem or f"{path} gets {', '.join(learned)} beside the hidden state, with a gradient"
 
@@ -195,7 +198,7 @@ def _inputs(model: Any) -> dict[str, Any]:
         return {"pixel_values": torch.empty(shape, dtype=next(model.parameters()).dtype, device="meta")}
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     ids = torch.zeros(ROWS, int(min(TOKENS, positions)), dtype=torch.long, device="meta")
-    inputs = {"input_ids": ids}
+    inputs: dict[str, Any] = {"input_ids": ids}
     if model.can_generate():  # with a cache it is not looked for packed sequences, which needs numbers
         inputs["use_cache"] = True
     return inputs

@@ -168,11 +168,13 @@ def adopt_hooks(model: nn.Module, plan: Plan, parts: Parts, region: ScriptRegion
 
 def refuse_hook(path: str, hook: Any) -> None:
     """Raise TPError for a script's hook on a module that one pipeline stage runs."""
-    if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):  # of transformers, PEFT: harmless elsewhere
+    if getattr(hook, "__name__", "").startswith(
+        "make_inputs_require_grad"
+    ):  # of transformers, PEFT: harmless elsewhere
         return
     raise TPError(
-        f"a hook is registered on {path}, which one pipeline stage runs; hooks inside of the model are not called on the "
-        "others: register it on the model itself, or write pp_size: 1"
+        f"a hook is registered on {path}, which one pipeline stage runs; hooks inside of the model are not called on "
+        "the others: register it on the model itself, or write pp_size: 1"
     )
 
 

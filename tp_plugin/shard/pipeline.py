@@ -39,17 +39,20 @@ class Pipeline:
             TPError: a script's hook is on a module of which this rank may have none of the values.
         """
         for path, module in model.named_modules():
-            hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
+            hooks = (
+                module._forward_pre_hooks,
+                module._forward_hooks,
+                module._backward_hooks,
+                module._backward_pre_hooks,
+            )
             for hook in [hook for kind in hooks if path for hook in kind.values()]:
                 refuse_hook(path, hook)
         executor = Executor(model, model.forward, Messages(mesh.pp, mesh.pp_back), Seeds())
         stage, layers = mesh.pp.rank, list(model.get_submodule(stages.stack).children())
-        for path in (*stages.before, *stages.after):
-            if stage not in stages.of(path) or (path in stages.after and stage != stages.count - 1) or (
-                path in stages.before and stage
-            ):
-                module = model.get_submodule(path)
-                module.forward = AbsentModule(path, module, lambda: executor.is_running)  # type: ignore[method-assign]
+        runs_before, runs_after = stage == 0, stage == stages.count - 1
+        for path in (*(() if runs_before else stages.before), *(() if runs_after else stages.after)):
+            module = model.get_submodule(path)
+            module.forward = AbsentModule(path, module, lambda: executor.is_running)
         own, absent = stages.layers(stage), []
         for number, layer in enumerate(layers):
             if number in own:
@@ -59,7 +62,7 @@ class Pipeline:
                 f"{stages.stack}.{number}", lambda: executor.is_running, number, stages.returns_tuples,
                 at.get(number, lambda hidden: hidden),
             )  # fmt: skip
-            layer.forward = hole  # type: ignore[assignment]
+            layer.forward = hole
             absent.append(layer)
         return Pipeline(model, stages, executor, absent)
 
@@ -73,4 +76,4 @@ class Pipeline:
         count = options.pipeline_microbatches or PER_STAGE * messages.stages
         late = options.pipeline_schedule == "gpipe"
         forward = PipelineForward(self.model, self.model.forward, self.executor, count, late, outputs, self.absent)
-        self.model.forward = forward  # type: ignore[method-assign]
+        self.model.forward = forward

@@ -31,12 +31,17 @@ class StageOutputs:
         def read() -> torch.Tensor:
             if not self._sync_points.wants_full_logits and not self._peers.meet(what):
                 raise TPError(
-                    f"{self._peers.line()}: {name!r} is on the last pipeline stage, and the other ranks are not at this "
-                    "line; use it on every process, and log or print the result on the main one"
+                    f"{self._peers.line()}: {name!r} is on the last pipeline stage, and the other ranks are not at "
+                    "this line; use it on every process, and log or print the result on the main one"
                 )
             return self._messages.from_last(_whole(fake, made))
 
         return read() if self._sync_points.wants_full_logits else LazyOutput.of(fake, read, loss)
+
+
+def gathered(output: Any) -> torch.Tensor:
+    """All columns of a head's output, outside of the graph."""
+    return output.gathered() if hasattr(output, "vocabulary") else output  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -44,7 +49,7 @@ def _whole(fake: torch.Tensor, made: list[torch.Tensor]) -> torch.Tensor:
     """The output on the last stage, elsewhere room for it."""
     if not made:
         return torch.empty_like(fake, memory_format=torch.contiguous_format)
-    return torch.cat([one.gathered() if hasattr(one, "vocabulary") else one for one in made]).contiguous()
+    return torch.cat([gathered(one) for one in made]).contiguous()
 
 
 class LazyOutput(torch.Tensor):
@@ -89,7 +94,9 @@ class LazyOutput(torch.Tensor):
         return function(*plain[0], **plain[1])
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         plain = tree_map_only(LazyOutput, LazyOutput.plain, (args, kwargs or {}))
         return function(*plain[0], **plain[1])
 

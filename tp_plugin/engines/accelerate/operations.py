@@ -65,9 +65,9 @@ def meet_at(operation: str, value: Any = None) -> Any:
             f"a tensor of {tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else f"{value!r:.80}"
         )
         raise DivergenceError(
-            f"the ranks {list(mesh.unit.ranks)} of a TP group came to {operation} with values of different shapes (this "
-            f"one with {found}); they are one process and must give the same. If only the main process has the value, "
-            "use broadcast, or pad_across_processes before"
+            f"the ranks {list(mesh.unit.ranks)} of a TP group came to {operation} with values of different shapes "
+            f"(this one with {found}); they are one process and must give the same. If only the main process has the "
+            "value, use broadcast, or pad_across_processes before"
         )
     on_device = isinstance(value, torch.Tensor) and not host_copy.is_on_host(value)
     if len({values[2] for values in met}) == 1 and not on_device:

@@ -1,4 +1,4 @@
-"""One stage's forwards and backwards, on shadows of its parameters: no hook of a parameter runs once per micro-batch."""
+"""One stage's forwards and backwards, on shadows of its parameters: no parameter's hook runs once per micro-batch."""
 
 from __future__ import annotations
 

@@ -181,7 +181,9 @@ class PipelineForward:
             with again[0], again[1], again[2], torch.enable_grad():
                 for at in range(len(batches.rows)):
                     one, outputs, own_loss = alive.pop(0)
-                    pairs = [(root, parts[at]) for root, parts in zip(outputs, of_rows, strict=True) if parts is not None]
+                    pairs = [
+                        (root, parts[at]) for root, parts in zip(outputs, of_rows, strict=True) if parts is not None
+                    ]
                     if own_loss is not None and of_loss is not None:
                         pairs.append((own_loss, (of_loss * batches.shares[at]).to(own_loss.dtype)))
                     executor.backward(at, one, [root for root, _ in pairs], [grad for _, grad in pairs])
@@ -232,8 +234,8 @@ class PipelineForward:
                 fields[name] = self._outputs(name, fake, made, loss if spent else None)
             elif isinstance(value, torch.Tensor):
                 raise TPError(
-                    f"pipeline stages: the output {name!r} of shape {tuple(value.shape)} is not of one row each; turn it "
-                    "off, or write pp_size: 1"
+                    f"pipeline stages: the output {name!r} of shape {tuple(value.shape)} is not of one row each; turn "
+                    "it off, or write pp_size: 1"
                 )
             else:
                 fields[name] = value
@@ -249,8 +251,8 @@ def _detached(output: Any) -> Any:
     return type(output)(**fields)
 
 
-def _plain(output: torch.Tensor) -> torch.Tensor:
-    return output.plain() if hasattr(output, "vocabulary") else output
+def _plain(output: Any) -> torch.Tensor:
+    return output.plain() if hasattr(output, "vocabulary") else output  # type: ignore[no-any-return]
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -57,7 +57,9 @@ class Late(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         run, ctx.run = ctx.run, None
         if run is None:
-            raise RuntimeError("the backward of these outputs was called a second time, which pipeline stages do not support")
+            raise RuntimeError(
+                "the backward of these outputs was called a second time, which pipeline stages do not support"
+            )
         return None, None, *[None] * ctx.count, *run(grads)
 
 

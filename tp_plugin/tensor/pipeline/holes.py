@@ -93,7 +93,8 @@ class AbsentLayer:
 def _check(path: str, is_running: bool) -> None:
     if not is_running:
         raise TPError(
-            f"{path} was called by itself, but lies on another pipeline stage; call the whole model, or write pp_size: 1"
+            f"{path} was called by itself, but lies on another pipeline stage; call the whole model, or write "
+            "pp_size: 1"
         )
 
 

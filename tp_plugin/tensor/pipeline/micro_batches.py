@@ -109,9 +109,10 @@ def _counted(model: nn.Module, inner: Any, call: Mapping[str, Any]) -> torch.Ten
     """For each row, over how many of its labels the model's loss is a mean; None: it is not known to be one."""
     from transformers.loss.loss_utils import LOSS_MAPPING
 
-    labels, name = call["labels"], type(model).__name__
-    if not isinstance(labels, torch.Tensor) or not labels.dim():
+    name = type(model).__name__
+    if not isinstance(call["labels"], torch.Tensor) or not call["labels"].dim():
         return None
+    labels: torch.Tensor = call["labels"]
     uses_own = "self.loss_function(" in _source(inner)
     loss = getattr(model, "loss_function", None) if uses_own else None  # not loss_type, which GPT-2 does not set
     if loss is LOSS_MAPPING["ForCausalLM"]:
@@ -128,7 +129,10 @@ def _counted(model: nn.Module, inner: Any, call: Mapping[str, Any]) -> torch.Ten
 def _takes_count(inner: Any) -> bool:
     """Whether the forward hands ``num_items_in_batch`` to a loss that divides by it."""
     source = _source(inner)
-    return "self.loss_function(" in source and "**kwargs" in source.rpartition("self.loss_function(")[2].partition("return")[0]
+    return (
+        "self.loss_function(" in source
+        and "**kwargs" in source.rpartition("self.loss_function(")[2].partition("return")[0]
+    )
 
 
 def _source(inner: Any) -> str:

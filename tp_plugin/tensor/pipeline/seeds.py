@@ -16,7 +16,6 @@ from torch import nn
 
 from tp_plugin.tensor.generators import DefaultGenerator
 
-
 Seed = tuple[torch.device, int] | None
 """The device whose generator is seeded, and from what; None: none is."""
 

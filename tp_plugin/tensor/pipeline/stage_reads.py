@@ -1,4 +1,4 @@
-"""How the vocabulary's ranks agree where there are stages: deferred logits live inside of the pipeline's forward only."""
+"""How a stage's ranks agree on their logits, which live inside of the pipeline's forward and backward only."""
 
 from __future__ import annotations
 
