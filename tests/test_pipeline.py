@@ -108,9 +108,9 @@ def case(
     expected, plain_grads = train(plain, loss_of)
     parallelize(model, tp, options=RunConfig(tp, **options))
     stats = require().mesh.context.stats
-    before = dict(stats.total.count)
+    stats.total.clear()
     found, our_grads = train(model, loss_of)
-    counts = {name: n - before.get(name, 0) for name, n in stats.total.count.items() if n != before.get(name, 0)}
+    counts, sizes = dict(stats.total.count), dict(stats.total.bytes)
     grads, weights = {}, {}
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert ours.shape == theirs.shape, name
@@ -125,6 +125,7 @@ def case(
     stop()
     return {
         "expected": expected, "found": found, "grads": grads, "weights": weights, "saved": saved, "counts": counts,
+        "bytes": sizes,
     }  # fmt: skip
 
 
@@ -139,7 +140,20 @@ def check(results: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_two_stages(model_type: str) -> None:
-    check(run(2, case, model_type, 1, {"pp_size": 2, "pipeline_microbatches": 3}))
+    """One message per micro-batch and direction, the loss of each forward, once which parameters are in use."""
+    first, last = results = run(2, case, model_type, 1, {"pp_size": 2, "pipeline_microbatches": 3})
+    check(results)
+    forwards = 2 * STEPS
+    shared = {"broadcast/pp": forwards, "all_reduce/pp": 1}
+    between = {name: n for name, n in first["counts"].items() if "pp" in name}
+    assert between == {"send/pp": 3 * forwards, "receive/pp_back": 3 * forwards, **shared}
+    between = {name: n for name, n in last["counts"].items() if "pp" in name}
+    assert between == {"receive/pp": 3 * forwards, "send/pp_back": 3 * forwards, **shared}
+    hidden = sum(batch_of(None, step)["input_ids"].numel() for step in range(forwards)) * 48 * 4
+    assert first["bytes"]["send/pp"] == last["bytes"]["send/pp_back"] == hidden
+    # the tied weight's gradient; nothing of activations
+    sums = {name: n for name, n in first["counts"].items() if name.startswith("all_reduce/") and "pp" not in name}
+    assert sums == ({"all_reduce/unit": forwards} if model_type == "gpt2" else {})
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
@@ -233,3 +247,65 @@ def test_dropout_masks_depend_on_no_stage(how: str) -> None:
     two, four = run(2, losses_with_dropout, 2, how), run(4, losses_with_dropout, 4, how)
     for found in [*two, *four]:
         assert found == pytest.approx(two[0], rel=1e-5)
+
+
+class SavedBytes:
+    """Most bytes of activations that autograd held at once: distinct memory, without parameters."""
+
+    def __init__(self, model: Any):
+        self._skip = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._alive: dict[int, int] = {}
+        self._now = self.peak = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor)
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() in self._skip:
+            return _Kept(tensor, None, self)
+        if not self._alive.setdefault(memory.data_ptr(), 0):
+            self._now += memory.nbytes()
+            self.peak = max(self.peak, self._now)
+        self._alive[memory.data_ptr()] += 1
+        return _Kept(tensor, memory.data_ptr(), self)
+
+    def release(self, address: int, size: int) -> None:
+        self._alive[address] -= 1
+        if not self._alive[address]:
+            del self._alive[address]
+            self._now -= size
+
+
+class _Kept:
+    def __init__(self, tensor: torch.Tensor, address: int | None, of: SavedBytes):
+        self.tensor, self.address, self.of, self.size = tensor, address, of, tensor.untyped_storage().nbytes()
+
+    def __del__(self) -> None:
+        if self.address is not None:
+            self.of.release(self.address, self.size)
+
+
+def saved_bytes(stages: int, count: int) -> int:
+    stop()
+    model = build(config_for("llama", num_hidden_layers=8, attn_implementation="eager"), meta=False)
+    parallelize(model, 1, options=RunConfig(1, pp_size=stages, pipeline_microbatches=count, pipeline_split=(4, 4)))
+    ids = torch.randint(3, 97, (8, 32), generator=torch.Generator().manual_seed(0))
+    with SavedBytes(model) as saved:
+        model(input_ids=ids, labels=ids).loss.backward()
+    stop()
+    return saved.peak
+
+
+def test_a_stage_holds_the_activations_of_few_micro_batches() -> None:
+    """min(m, p - s) of m, against one micro-batch of all rows: 1F1B."""
+    first, last = run(2, saved_bytes, 2, 8)
+    of_all_rows, _ = run(2, saved_bytes, 2, 1)
+    assert first == pytest.approx(of_all_rows * 2 / 8, rel=0.05)
+    _, last_of_all_rows = run(2, saved_bytes, 2, 1)
+    assert last == pytest.approx(last_of_all_rows * 1 / 8, rel=0.05)

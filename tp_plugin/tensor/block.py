@@ -43,7 +43,7 @@ class ParallelBlock:
         self.stack: sequence.Stack | None = None
         self.layer_region: rng.ShardedRegion | None = None
         self.regather: sequence.Regather | None = None
-        self.bypass = BypassCheck(path) if "*" in plan.inputs else None
+        self.bypass = BypassCheck(path) if "*" in plan.inputs and group.size > 1 else None
         self._draws = rng.Dropouts()
         self._to_come = 0
         self._inside = False
