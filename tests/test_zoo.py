@@ -90,16 +90,14 @@ def test_a_renamed_module_is_noticed(types: list[str]) -> None:
 
 
 def test_special_cases_are_of_registered_types() -> None:
-    assert {*zoo.SPECIAL, *zoo.SHAPES_ONLY, *zoo.REFUSED, *zoo.OLDER, *zoo.BESIDES, *zoo.ONE_INPUT} <= set(TYPES)
+    assert {*zoo.SPECIAL, *zoo.SHAPES_ONLY, *zoo.ODD_SIZES, *zoo.OLDER, *zoo.BESIDES, *zoo.ONE_INPUT} <= set(TYPES)
     assert set(ORDINARY) <= {str(case) for case in CASES}
     assert all(set(types) - set(KIN) for types in of_one_policy()), "each policy is proven in an ordinary run"
 
 
-@pytest.mark.parametrize("model_type", zoo.REFUSED)
-def test_refused(model_type: str) -> None:
-    overrides, tp, message = zoo.REFUSED[model_type]
-    with pytest.raises(PolicyError, match=message):
-        make_plan(zoo.on_meta(config_for(model_type, **overrides)), policy_for(model_type), tp)
+def test_codegen_refuses_a_head_that_its_blocks_cannot_cut() -> None:
+    with pytest.raises(PolicyError, match="a rank has 1 heads of 2 numbers, which do not divide by 4"):
+        make_plan(zoo.on_meta(config_for("codegen", n_head=32, rotary_dim=2)), policy_for("codegen"), 32)
 
 
 AT_FOUR = ("llama", "qwen3", "gpt2", "t5")
@@ -112,7 +110,7 @@ EXPERTS = ("mixtral", "gpt_oss", "qwen2_moe", "deepseek_v3")
 """Of each kind of experts: alone, with biases and transposed, beside a shared one, chosen by groups."""
 ORDINARY = (
     *("bart-other_heads_in_the_decoder-tp2", "deberta-v2-projected_positions-tp2", "dinov2-gated-tp2"),
-    *("vit-odd_heads-tp2", "opt-350M-tp2"),
+    *("vit-odd_heads-tp2", "opt-350M-tp2", "codegen-odd_heads-tp3"),
 )
 CASES = [case for model_type in TYPES for case in zoo.cases(model_type)]
 
