@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from tp_plugin.config.keys import TP_PLUGIN, TP_SIZE
+from tp_plugin.config.misspelt import suggestion
 from tp_plugin.config.written import Written
 from tp_plugin.errors import TPError
 
@@ -59,8 +60,11 @@ class RunConfig:
                 f"{TP_PLUGIN}: expected a mapping such as `{TP_PLUGIN}: {{audit_every: 100}}`, found {options!r}{place}"
             )
         for key in options:
+            if key == TP_SIZE:
+                raise TPError(f"{TP_PLUGIN}: `{key}`{place} belongs beside `{TP_PLUGIN}`, not into it")
             if key not in _VALIDATORS:
-                raise TPError(f"{TP_PLUGIN}: unknown key {key!r}{place}; the known keys are {', '.join(_VALIDATORS)}")
+                hint = suggestion(key, _VALIDATORS) or f"; the known keys are {', '.join(_VALIDATORS)}"
+                raise TPError(f"{TP_PLUGIN}: unknown key {key!r}{place}{hint}")
         values = {
             key: _VALIDATORS[key](value, f"{TP_PLUGIN}.{key}", place)
             for key, value in options.items()

@@ -11,7 +11,6 @@ is used.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sys
 from typing import Any
@@ -75,12 +74,17 @@ def _watch(name: str, module: Any) -> None:
     @functools.wraps(original)
     def looking(*args: Any, **kwargs: Any) -> Any:
         config = _config_among(name, args, kwargs)
-        asked = config is not None and not environment.tp_size() and f'"{TP_SIZE}"' in json.dumps(config, default=str)
-        if asked and activate(config):
+        if config is not None and not environment.tp_size() and _asks(config) and activate(config):
             return getattr(owner, function)(*args, **kwargs)  # which is patched now
         return original(*args, **kwargs)
 
     setattr(owner, function, looking)
+
+
+def _asks(config: dict[str, Any]) -> bool:
+    from tp_plugin.config import deepspeed
+
+    return deepspeed.asks_for_us(config)
 
 
 def _config_among(module: str, args: Any, kwargs: Any) -> dict[str, Any] | None:
