@@ -167,6 +167,24 @@ def test_every_library_is_patched_whichever_is_imported_first(first: str) -> Non
     assert result.stdout.strip().endswith("all"), result.stderr
 
 
+def test_what_a_run_with_the_key_imports_more() -> None:
+    """The time that it takes to start is that of what it imports; the compiler, above all, is left to who compiles."""
+    imports = "import sys, torch, transformers, accelerate; print(*sorted(sys.modules))"
+    with_key, plain = (set(python(imports, TP_PLUGIN_TP_SIZE=size).stdout.split()) for size in ("2", "1"))
+    more = with_key - plain
+    assert len({name for name in more if name.startswith(("tp_plugin", "model_policies"))}) <= 180
+    others = sorted(name for name in more if not name.startswith(("tp_plugin", "model_policies")))
+    assert len(others) <= 12, others
+    assert not any(name.startswith(("torch._dynamo", "torch._inductor", "sympy")) for name in others)
+
+
+@pytest.mark.parametrize("first", ["accelerate", "torch", "transformers"])
+def test_the_compiler_may_be_imported_at_any_time(first: str) -> None:
+    """It imports modules that are patched; by then it is half imported itself."""
+    result = python(f"import {first}, torch._dynamo, torch.distributed.fsdp; print('fine')", TP_PLUGIN_TP_SIZE="2")
+    assert result.stdout.strip().endswith("fine"), result.stderr
+
+
 # --- accelerate launch ----------------------------------------------------------------------------------------------
 
 

@@ -171,10 +171,25 @@ def test_the_table_in_the_readme() -> None:
 def test_the_command_lists_the_zoo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry._registered, "Tower", tp_plugin.Policy(("Tower",)))
     monkeypatch.setenv("COLUMNS", "200")
-    assert main(["policies"]) == 0
+    assert main(["policies", "--long"]) == 0
     printed = capsys.readouterr().out
     listed = {
         cells[1].strip(): cells[2].strip() for cells in (line.split("│") for line in printed.splitlines()) if cells[2:]
     }
     assert listed.keys() - {""} == {*TYPES, "Tower"}
     assert listed["Tower"] == "-" and listed["gpt2"] == "98.8%"
+
+
+def test_the_list_is_quick_and_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model is built for it, and 80 columns cut no name."""
+    monkeypatch.setattr("tp_plugin.cli.models.typical_share", None)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["policies"]) == 0
+    names = capsys.readouterr().out.partition(".")[0].replace("\n", " ").rsplit(" ", 3)[0]
+    assert {name.strip() for name in names.split(",")} >= set(TYPES)
+    monkeypatch.undo()
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["policies", "whisper"]) == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed and "xglm" not in printed
+    assert main(["policies", "whispers"]) == 1

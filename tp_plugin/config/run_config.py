@@ -30,6 +30,7 @@ class RunConfig:
         overlap: compute the gradients of weights while the gradient of their input is all-reduced over the TP group.
         fuse: compute linears that share an input, such as q, k and v, as one matrix product.
         save_timeout: seconds that other ranks wait for one that saves, since it last read a tensor or wrote a file.
+        report: print what the run will do, and how long its first step took.
         fused_head: keep no logits: compute them block by block for the loss, and again for its gradient.
     """
 
@@ -46,6 +47,7 @@ class RunConfig:
     fuse: bool = False
     save_timeout: float = 3600.0
     fused_head: bool = False
+    report: bool = True
 
     @staticmethod
     def parse(tp_size: object, options: object = None, origin: str = "") -> RunConfig:
@@ -123,6 +125,13 @@ def _switch(value: object, key: str, place: str) -> bool:
     return value
 
 
+def _on_or_off(value: object, key: str, place: str) -> bool:
+    words = {"on": True, "off": False, True: True, False: False}  # YAML takes `off` for false, JSON does not
+    if not isinstance(value, str | bool) or value not in words:
+        raise TPError(f"{key}: expected on or off, found {value!r}{place}")
+    return words[value]
+
+
 def _policy_name(value: object, key: str, place: str) -> str:
     if not isinstance(value, str):
         raise TPError(f"{key}: expected `module:NAME`, found {value!r}{place}")
@@ -148,5 +157,6 @@ _VALIDATORS: dict[str, Callable[[object, str, str], Any]] = {
     "fuse": _switch,
     "save_timeout": _seconds,
     "fused_head": _switch,
+    "report": _on_or_off,
 }
 """Key in the ``tp_plugin`` mapping → what makes a field of ``RunConfig`` of its value, or refuses it."""

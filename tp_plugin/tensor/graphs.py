@@ -1,14 +1,38 @@
-"""Where torch.compile's graphs begin and end: what of dynamo has no public name stands here, and nowhere else."""
+"""Where torch.compile's graphs begin and end: what of dynamo has no public name stands here, and nowhere else.
+
+dynamo itself, which takes a second to import, is left to runs that compile: its decorators would import it.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from torch._C._dynamo.eval_frame import set_eval_frame
-from torch._dynamo.decorators import skip
-from torch._dynamo.eval_frame import skip_code
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    set_code_exec_strategy,
+    set_eval_frame,
+)
 
-__all__ = ["end_graph", "skip", "trace_once"]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def skip(function: F) -> F:
+    """Have dynamo not trace this function, but what it calls, as ``torch._dynamo.skip`` does."""
+    return _untraced(function, _FrameAction.DEFAULT)
+
+
+def disable(function: F) -> F:
+    """Have dynamo trace neither this function nor what it calls, as ``torch._dynamo.disable`` does."""
+    return _untraced(function, _FrameAction.SKIP)
+
+
+def assume_constant_result(function: F) -> F:
+    """Have dynamo call this function while it traces, and keep the result, as the decorator of this name does."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def end_graph() -> None:
@@ -22,5 +46,15 @@ def trace_once(forward: Any) -> None:
     A graph that ends at the head ends each function around it, too: it would trace all of them, one after the other.
     """
     while hasattr(forward, "__wrapped__"):
-        skip_code(forward.__code__)
+        _skip_code(forward.__code__)
         forward = forward.__wrapped__
+
+
+def _untraced(function: F, below: _FrameAction) -> F:
+    _skip_code(function.__code__, below)
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
+
+
+def _skip_code(code: types.CodeType, below: _FrameAction = _FrameAction.DEFAULT) -> None:
+    set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.SKIP, below))
