@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 
 from tp_plugin.mesh.roles import Mesh
-from tp_plugin.runtime.hang_report import say
 
 
 class FirstStep:
@@ -44,9 +44,11 @@ class FirstStep:
         speed = f", {self._tokens / seconds / self._mesh.tp_size:,.0f} tokens/s per rank" if self._tokens else ""
         memory = "device memory" if on_device else "host memory"
         batches = "1 micro-batch" if self._forwards == 1 else f"{self._forwards} micro-batches"
-        say(
-            f"the first optimizer step took {seconds:.1f} s ({batches}){speed}; "
-            f"at most {peak / 2**30:.2f} GiB of {memory} on rank 0. Later steps are faster."
+        print(
+            f"tp_plugin: the first optimizer step took {seconds:.1f} s ({batches}){speed}; "
+            f"at most {peak / 2**30:.2f} GiB of {memory} on rank 0. Later steps are faster.",
+            file=sys.stderr,
+            flush=True,
         )
 
 
