@@ -1,4 +1,4 @@
-"""The command line: ``tp-plugin policies``, ``verify``, ``export`` and ``reshard``."""
+"""The command line: ``tp-plugin policies``, ``verify``, ``doctor``, ``export`` and ``reshard``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     arguments = _parser().parse_args(argv)
+    arguments.environ = dict(os.environ)
     # the tool itself is one plain process
     before, os.environ[ENV_DISABLE] = os.environ.get(ENV_DISABLE, ""), "1"
     try:
@@ -45,6 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--policy", help="module:NAME or path/to/file.py:NAME; default the registered one")
     verify.add_argument("--expert-parallel", action="store_true", help="split a mixture of experts by whole experts")
     verify.add_argument("--dry-run", action="store_true", help="only the plan, no proof")
+    verify.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+    doctor = commands.add_parser("doctor", help="look for what would keep tp_size from working here")
+    doctor.add_argument("config", nargs="?", type=Path, help="Accelerate or DeepSpeed config file to look at, too")
+    doctor.add_argument("--report", type=Path, metavar="FILE", help="write it to a file, for a bug report")
 
     export = commands.add_parser("export", help="turn a checkpoint into a plain Hugging Face model")
     reshard = commands.add_parser("reshard", help="rewrite a checkpoint for another tp_size and dp size")
@@ -71,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "policies":
         return _policies(arguments.model_types, arguments.long)
+    if arguments.command == "doctor":
+        from tp_plugin.cli.doctor import doctor
+
+        return doctor(arguments.config, arguments.report, arguments.environ)
     if arguments.command == "verify":
         from tp_plugin.cli.verify import verify
 
@@ -80,6 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.policy,
             dry_run=arguments.dry_run,
             expert_parallel=arguments.expert_parallel,
+            as_json=arguments.json,
         )
     if arguments.command == "export":
         from tp_plugin.cli.export import export
