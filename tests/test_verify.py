@@ -1,4 +1,4 @@
-"""``tp-plugin verify``, and the README's walk through a new architecture with three typical mistakes."""
+"""``tp-plugin verify``, and the docs' walk through a new architecture with three typical mistakes."""
 
 from __future__ import annotations
 

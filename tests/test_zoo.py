@@ -163,7 +163,7 @@ def test_dropout(model_type: str) -> None:
     assert results[0].equal or results[0].own, "no dropout of the config does anything"
 
 
-def test_the_table_in_the_readme() -> None:
+def test_the_table_in_the_docs() -> None:
     """Everything in it is what cases and plans say. Anew: python ci/zoo.py --write"""
     assert zoo_table.shown().strip() == zoo_table.markdown(zoo_table.rows()).strip()
 

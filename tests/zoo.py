@@ -2,7 +2,7 @@
 
 The cases come from the registry and the policies, so a new policy is proven by being registered: its type needs a small
 config in ``models.py``, and a line in ``SPECIAL`` for every layout that this config does not have. ``ci/zoo.py`` runs
-all cases and writes the table of the README; ``test_zoo.py`` runs one or two of each type (all with ``-m ''``).
+all cases and writes the table of the docs; ``test_zoo.py`` runs one or two of each type (all with ``-m ''``).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a run will do, printed once by the world's first rank when its model is sharded (``report: off`` leaves it out).
 
-Ranks tell each other where they are through the key-value store: no collective, nothing on a device.
+Where ranks are they said when they started, in the key-value store: no collective, no wait, nothing on a device.
 """
 
 from __future__ import annotations
@@ -11,14 +11,9 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-from tp_plugin.mesh.hosts import Machine
-from tp_plugin.mesh.roles import Mesh
+from tp_plugin.mesh.hosts import places_of_ranks
 from tp_plugin.policy import Plan, policy_for
 from tp_plugin.runtime.first_step import FirstStep
 from tp_plugin.runtime.runtime import Runtime
@@ -38,11 +33,10 @@ def announce(runtime: Runtime, engine: str) -> None:
     runtime.reported = True
     mesh = runtime.mesh
     runtime.progress.first_step = FirstStep(mesh, say=mesh.rank == 0)
-    places = _places(mesh)
     if mesh.rank == 0:
         states.sort(key=lambda found: found[0].number)
         state, model = states[0]
-        lines = report(model, state.plan, runtime, engine, places)
+        lines = report(model, state.plan, runtime, engine, places_of_ranks(mesh.world.size))
         if len(states) > 1:
             lines["also sharded"] = ", ".join(type(model).__name__ for _, model in states[1:])
         _print(lines)
@@ -127,22 +121,10 @@ def _count(numel: int) -> str:
     return f"{numel / 1e9:.2f} B" if numel >= 1e9 else f"{numel / 1e6:.2f} M" if numel >= 1e6 else f"{numel:,}"
 
 
-def _places(mesh: Mesh) -> list[tuple[str, str]]:
-    """The machine and the device of each rank, on the first one; it waits for what the others write."""
-    store = dist.distributed_c10d._get_default_store()
-    store.set(f"tp_plugin/place/{mesh.rank}", f"{Machine.here().name}\n{_device(mesh)}")
-    if mesh.rank != 0:
-        return []
-    told = [store.get(f"tp_plugin/place/{rank}").decode().partition("\n") for rank in range(mesh.world.size)]
-    return [(machine, device) for machine, _, device in told]
-
-
-def _device(mesh: Mesh) -> str:
-    kind = mesh.devices.device_type
-    return kind if kind == "cpu" else f"{kind}:{torch.accelerator.current_device_index()}"
-
-
 def _print(lines: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(show_header=False, box=None, padding=(0, 1), title="tp_plugin", title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

@@ -78,7 +78,7 @@ def policy_for(config: object) -> Policy:
             return imported
         raise PolicyError(
             f"no tensor-parallel policy for model type {model_type!r}. Known: {', '.join(sorted(known))}. Write one "
-            f"(README, 'Add an architecture'): "
+            f"(docs, 'Add an architecture'): "
             f"`tp_plugin.register(tp_plugin.Policy(model_types=({model_type!r},), blocks=(…), replicated=(…)))`, or "
             f"name it in the config: `tp_plugin: {{policy: module:NAME}}`. If this model is not the one to be trained, "
             f"leave it whole: `tp_plugin: {{leave_whole: [{model_type}]}}`."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Iterable
@@ -39,6 +38,8 @@ class FirstStep:
             torch.accelerator.synchronize()
             peak = torch.accelerator.max_memory_allocated()
         else:
+            import resource
+
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         seconds = time.monotonic() - self._began
         speed = f", {self._tokens / seconds / self._mesh.tp_size:,.0f} tokens/s per rank" if self._tokens else ""
