@@ -57,7 +57,7 @@ SPECIAL: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {"tied": {"tie_word_embeddings": True}},
     "llava": {
         "odd heads in the language": {"text_config": {**OWN["llava"]["text_config"], "num_attention_heads": 6}},
-        "SigLIP's eyes": {
+        "SigLIP tower": {
             "vision_config": {**OWN["siglip_vision_model"], "model_type": "siglip_vision_model"},
             "vision_feature_select_strategy": "full",
         },

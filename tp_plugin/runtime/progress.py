@@ -16,7 +16,7 @@ class Progress:
     Attributes:
         training_forwards: top-level training forwards of all sharded models.
         backwards: that added to gradients.
-        registered: parameters that were put into any module. Whoever saw another number looks anew.
+        registered: parameters that were put into any module: guards look again when the number has changed.
         looks_for_drift: whether guards sample replicated weights; a proof compares all of them itself.
         optimizer_steps: steps of all optimizers. Fused kernels change weights without counting in-place versions.
         first_step: measures it, until it is done; None in a run that reports nothing.
