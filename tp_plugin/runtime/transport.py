@@ -4,8 +4,8 @@ Scripts save or evaluate on the main process alone, or on all; they cannot be as
 So each rank answers from threads of its own what its parts registered: :meth:`PeerTransport.serve` for small objects,
 :meth:`PeerTransport.serve_tensor` for tensors. The transport knows nothing of what is asked.
 
-A peer that connects proves that it knows a key that the unit's leader drew and sent over torch.distributed; messages are
-pickles, so the key is what keeps strangers out. Every connection has a thread of its own, and a stranger's handshake
+A peer that connects proves that it knows a key, which the unit's leader drew and sent over torch.distributed; messages
+are pickles, so the key is what keeps others out. Every connection has a thread of its own, and a handshake without it
 ends after :data:`HANDSHAKE` seconds.
 """
 

@@ -55,7 +55,7 @@ def install_hf_config(hf_config: Any) -> None:
 
 
 def install_zero_init(partition_parameters: Any) -> None:
-    """Patch ``zero``: a model is built whole, sharded, and only then partitioned; code that reads its weights is told."""
+    """Patch ``zero``: a model is built whole, sharded, and only then partitioned; its readers are told."""
     wrap(partition_parameters.Init, "__init__", _zero_init)
     script_access.install_gathering(partition_parameters)
 
