@@ -30,7 +30,7 @@ def options() -> str:
 
     described = dict(_attributes(RunConfig.__doc__ or ""))
     lines = ["| key | default | effect |", "|---|---|---|"]
-    for field in dataclasses.fields(RunConfig):
+    for field in dataclasses.fields(RunConfig)[1:]:  # without tp_size, which stands beside the mapping
         words = {True: "true", False: "false", None: "none", (): "none"}
         default = field.default if field.default not in words or field.type == "int" else words[field.default]
         lines.append(f"| `{field.name}` | {default} | {_code(described[field.name])} |")
