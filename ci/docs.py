@@ -20,6 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 DOCS = ROOT / "docs"
+VALUES = {
+    **{"int": "whole number", "float": "number", "bool": "true, false", "str | None": "text"},
+    **{"tuple[str, ...]": "list", "guard": "always, off, whole number", "report": "on, off"},
+}
+"""What is written for a field of a type, or of this name."""
+
 OFF = ("TP_PLUGIN_SUMMARISED",)
 """Variables that programs tell each other, and nobody sets."""
 
@@ -29,11 +35,12 @@ def options() -> str:
     from tp_plugin.config.run_config import RunConfig
 
     described = dict(_attributes(RunConfig.__doc__ or ""))
-    lines = ["| key | default | effect |", "|---|---|---|"]
+    lines = ["| key | value | default | effect |", "|---|---|---|---|"]
     for field in dataclasses.fields(RunConfig)[1:]:  # without tp_size, which stands beside the mapping
         words = {True: "true", False: "false", None: "none", (): "none"}
         default = field.default if field.default not in words or field.type == "int" else words[field.default]
-        lines.append(f"| `{field.name}` | {default} | {_code(described[field.name])} |")
+        kind = VALUES.get(field.name) or VALUES[str(field.type)]
+        lines.append(f"| `{field.name}` | {kind} | {default} | {_code(described[field.name])} |")
     return "\n".join(lines)
 
 
