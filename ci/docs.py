@@ -26,6 +26,9 @@ VALUES = {
 }
 """What is written for a field of a type, or of this name."""
 
+WORDS = {"guard": "always", "report": "on"}
+"""Defaults that are written as a word."""
+
 OFF = ("TP_PLUGIN_SUMMARISED",)
 """Variables that programs tell each other, and nobody sets."""
 
@@ -38,7 +41,8 @@ def options() -> str:
     lines = ["| key | value | default | effect |", "|---|---|---|---|"]
     for field in dataclasses.fields(RunConfig)[1:]:  # without tp_size, which stands beside the mapping
         words = {True: "true", False: "false", None: "none", (): "none"}
-        default = field.default if field.default not in words or field.type == "int" else words[field.default]
+        default = WORDS.get(field.name) or field.default
+        default = default if default not in words or field.type == "int" else words[default]
         kind = VALUES.get(field.name) or VALUES[str(field.type)]
         lines.append(f"| `{field.name}` | {kind} | {default} | {_code(described[field.name])} |")
     return "\n".join(lines)
