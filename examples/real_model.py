@@ -26,8 +26,8 @@ from rich.text import Text
 BIN = Path(sys.executable).parent
 QUESTION = "What does the `with` statement do in Python?"
 MAX_LOSS_DIFFERENCE = 1e-5  # relative, every step
-# torch's norm of one process rounds: of 28 million random numbers (as many as this embedding has) by 1.6e-3, in fp32 and
-# one thread. That of shards rounds less.
+# In fp32 and on one thread, torch computes the norm of 28 million random numbers (the size of this embedding) 1.6e-3 too
+# small, and that of shards less so.
 MAX_NORM_DIFFERENCE = 1e-3
 SETTINGS = (
     "--dtype float32 --bf16 false --use_cpu true --seed 0 --max_length 192 --per_device_train_batch_size 2 "
