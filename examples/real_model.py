@@ -26,7 +26,7 @@ from rich.text import Text
 BIN = Path(sys.executable).parent
 QUESTION = "What does the `with` statement do in Python?"
 MAX_LOSS_DIFFERENCE = 1e-5  # relative, every step
-# In fp32 and on one thread, torch computes the norm of 28 million random numbers (the size of this embedding) 1.6e-3 too
+# In fp32, on one thread, torch computes the norm of 28 million random numbers (the size of this embedding) 1.6e-3 too
 # small, and that of shards less so.
 MAX_NORM_DIFFERENCE = 1e-3
 SETTINGS = (
