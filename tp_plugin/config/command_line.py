@@ -10,7 +10,7 @@ import sys
 
 import yaml
 
-from tp_plugin.config.keys import TP_PLUGIN, TP_SIZE
+from tp_plugin.config.keys import KEYS, TP_PLUGIN, TP_SIZE
 from tp_plugin.config.misspelt import ALIASES, meant
 from tp_plugin.config.written import Written
 from tp_plugin.errors import TPError
@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--tp_size`` and ``--tp_plugin`` to the parser of ``accelerate launch``."""
     parser.add_argument(f"--{TP_SIZE}", default=None, help="tp_plugin: ranks per tensor-parallel group.")
     parser.add_argument(f"--{TP_PLUGIN}", default=None, help='tp_plugin: options, such as "{sequence_parallel: true}".')
-    for name in (*ALIASES, TP_SIZE.replace("_", ""), TP_PLUGIN.replace("_", "")):
+    for name in (*ALIASES, *(key.replace("_", "") for key in KEYS)):
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         parser.add_argument(*spellings, action=_Misspelt, nargs="?", dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
 

@@ -8,11 +8,16 @@ from collections.abc import Iterable
 from tp_plugin.config.keys import KEYS, TP_SIZE
 from tp_plugin.errors import TPError
 
-ALIASES = (
-    *("tensor_parallel_size", "tensor_parallelism_size", "tensor_model_parallel_size", "tensor_parallel_degree"),
-    "tp_degree",
-)
-"""What other programs call ``tp_size``."""
+ALIASES = {
+    alias: key
+    for key, word in ((TP_SIZE, "tensor"), ("pp_size", "pipeline"))
+    for alias in (
+        *(f"{word}_{form}" for form in ("parallel_size", "parallelism_size", "model_parallel_size", "parallel_degree")),
+        f"{key.partition('_')[0]}_degree",
+    )
+    if key in KEYS
+}
+"""What other programs call our sizes → our key."""
 
 
 def meant(key: str) -> str:
@@ -20,8 +25,9 @@ def meant(key: str) -> str:
     if key in KEYS:
         return ""
     letters = _letters(key)
-    if letters in map(_letters, ALIASES):
-        return TP_SIZE
+    for alias, ours in ALIASES.items():
+        if letters == _letters(alias):
+            return ours
     for ours in KEYS:
         theirs = _letters(ours)
         # another letter would make another key of somebody else's (cp_size); two in the wrong order would not

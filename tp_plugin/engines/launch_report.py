@@ -49,13 +49,14 @@ def report(
     mesh, options = runtime.mesh, runtime.config.as_written().options
     parameters = dict(model.named_parameters())
     up, down = plan.reductions()
+    stages = f" pp {mesh.unit.size // mesh.tp_size} ×" if mesh.unit.size > mesh.tp_size else ""
     hidden = getattr(getattr(model, "config", None), "hidden_size", None)
     more = [f"{len(plan.heads)} all-gather of 3 numbers a token for the loss"] if plan.heads else []
     more += ["1 sum of gradients that ranks have parts of"] if plan.gradient_sums() else []
     lines = {
         "model": f"{type(model).__name__}, policy {_policy(model, plan, options)}",
-        "ranks": f"tp {mesh.tp_size} × dp {mesh.dp_size} = {mesh.world.size}; {engine}",
-        "where": where(places, mesh.tp_size),
+        "ranks": f"tp {mesh.tp_size} ×{stages} dp {mesh.dp_size} = {mesh.world.size}; {engine}",
+        "where": where(places, mesh.unit.size),
         **_sizes(parameters, plan),
         "per micro-batch": f"{up} + {down} all-reduces (forward + backward)"
         + (f" of {hidden} numbers a token" if hidden else "")
@@ -96,7 +97,7 @@ def _sizes(parameters: dict[str, nn.Parameter], plan: Plan) -> dict[str, str]:
     }
 
 
-def where(places: Iterable[tuple[str, str]], tp_size: int) -> str:
+def where(places: Iterable[tuple[str, str]], unit: int) -> str:
     """``ranks 0–3 on a (cuda:0–3), ranks 4–7 on b (cuda:0–3)``, at most four machines by name."""
     found, first = [], 0
     for machine, of_machine in groupby(places, key=lambda place: place[0]):
@@ -106,7 +107,7 @@ def where(places: Iterable[tuple[str, str]], tp_size: int) -> str:
         found.append(f"ranks {first}–{last} on {machine} ({ends})")
         first = last + 1
     hidden = [f"… {len(found) - 4} more machines"] if len(found) > 4 else []
-    return ", ".join(found[:4] + hidden) + f"; each {tp_size} in a row hold one model"
+    return ", ".join(found[:4] + hidden) + f"; each {unit} in a row hold one model"
 
 
 def size(count: int) -> str:

@@ -42,7 +42,7 @@ class FirstStep:
 
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         seconds = time.monotonic() - self._began
-        speed = f", {self._tokens / seconds / self._mesh.tp_size:,.0f} tokens/s per rank" if self._tokens else ""
+        speed = f", {self._tokens / seconds / self._mesh.unit.size:,.0f} tokens/s per rank" if self._tokens else ""
         memory = "device memory" if on_device else "host memory"
         batches = "1 micro-batch" if self._forwards == 1 else f"{self._forwards} micro-batches"
         print(
