@@ -1,4 +1,4 @@
-"""Print the table of what combines with what; --write puts it into the README: python ci/combinations.py [--write]"""
+"""Print the table of what combines with what; --write puts it into the docs: python ci/combinations.py [--write]"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def main() -> int:
     import combinations_table
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="put the table into the docs")
     if parser.parse_args().write:
         combinations_table.write()
     print(combinations_table.table())

@@ -29,7 +29,7 @@ from importlib.metadata import distribution, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "reference" / "versions.md"
 BEGIN, END = "<!-- compat: written by ci/compat.sh --write -->", "<!-- /compat -->"
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 OLDEST = {"torch": "2.11.0", "transformers": "5.17.0", "accelerate": "1.13.0", "deepspeed": "0.19.0"}
@@ -163,7 +163,7 @@ def main() -> int:
     parser.add_argument("--home", type=Path, default=Path.home() / ".cache" / "tp-plugin-compat")
     parser.add_argument("--torch-index", help="package index with the CPU builds of other torch versions")
     parser.add_argument("--log", type=Path, help="take what passed from, and append it to, this file (JSON lines)")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md, if nothing failed")
+    parser.add_argument("--write", action="store_true", help="put the table into the docs, if nothing failed")
     arguments = parser.parse_args()
     parts = {name: PARTS[name] for name in arguments.only or PARTS}
     done: dict[tuple[str, str], str] = {}
@@ -197,9 +197,9 @@ def main() -> int:
     text = "\n".join([f"{datetime.date.today()}, Python {sys.version.split()[0]}, on the CPU:", "", *shown])
     print(text)
     if arguments.write and table and not failed:
-        before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
         after = rest.partition(END)[2]
-        README.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+        PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
     return 1 if failed or not table else 0
 
 

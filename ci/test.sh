@@ -6,6 +6,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 ruff format --check .
 ruff check .
 mypy
+if python -c 'import mkdocs' 2>/dev/null; then
+    mkdocs build --strict --quiet --site-dir out/site
+else
+    echo "ci/test.sh: mkdocs is not installed (pip install '.[docs]'); the site is not built" >&2
+fi
 # tests/blackbox/hosts.py makes two machines of one, as root.
 if [ -n "${CI:-}" ] && ! command -v ip >/dev/null; then
     { apt-get update && apt-get install -y --no-install-recommends iproute2; } >/dev/null ||

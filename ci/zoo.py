@@ -3,7 +3,7 @@
 All cases of tests/zoo.py, dropouts, and the policies that come from transformers' plans: some 500 proofs, on groups
 of local gloo ranks in ten to thirty minutes. A pattern is a model type or matches names of proofs, as in
 ``'llama-*-tp4'``. ``--log`` takes up a run that was cut off: what that file has as right is not run again, so it is
-good for one state of the code. ``--write`` puts the table into the README if everything is right.
+good for one state of the code. ``--write`` puts the table into the docs if everything is right.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="only these model types or proofs")
     parser.add_argument("--log", type=Path, help="take results from, and append them to, this file (JSON lines)")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="put the table into the docs")
     arguments = parser.parse_args()
     if arguments.write and arguments.patterns:
         parser.error("--write wants all proofs")

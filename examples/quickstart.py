@@ -2,6 +2,7 @@
 
     bash ci/quickstart.sh                  # makes the environment first
     bash ci/quickstart.sh --engine zero2   # the same with DeepSpeed's ZeRO, at tp 2 x dp 2
+    bash ci/quickstart.sh --real           # a real model and `trl sft` instead: examples/real_model.py
     python examples/quickstart.py          # in an environment that has the package
 
 Ends with an error if the two runs differ by more than the limits below.
@@ -19,6 +20,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import curves
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -272,6 +274,13 @@ def main() -> None:
         check_table(checks),
     ):
         console.print(table)
+    series = {"loss": "loss", "gradient norm": "grad_norm"}
+    runs = {"1 process": single, engine.column: tp}
+    drawn = {name: {quantity: run.series(key) for quantity, key in series.items()} for name, run in runs.items()}
+    if curves.draw(drawn, work / "curves.png"):
+        console.print(f"Curves: {work / 'curves.png'}")
+    else:
+        console.print("No curves are drawn: matplotlib is not installed (pip install matplotlib).")
     console.print(
         f"Training took {single.seconds:.0f} s on one process, {tp.seconds:.0f} s on {2 * engine.dp}; "
         f"everything {time.perf_counter() - start:.0f} s. Files: {work}"

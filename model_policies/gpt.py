@@ -1,8 +1,12 @@
 """GPT-Neo, GPT-J, GPT-NeoX, Persimmon, CodeGen and GPT-BigCode (StarCoder)."""
 
+from collections.abc import Iterator
+
+import torch
+
 from tp_plugin.errors import PolicyError
 from tp_plugin.policy import MLP, Attention, PerGroup, PerHead, Policy, Vocabulary, even, q
-from tp_plugin.policy.layout import Parts
+from tp_plugin.policy.layout import Parts, Range
 from tp_plugin.policy.split import HeadSplit
 
 QKV = {"q_proj": q, "k_proj": q, "v_proj": q}
@@ -12,27 +16,42 @@ C_FC = MLP("h.*.mlp", columns={"c_fc": even}, row={"c_proj": even}, inputs=("hid
 TASK_HEADS = ("score", "qa_outputs", "classifier")
 
 
-def _in_quarters(size: int, tp: int, heads: HeadSplit, kinds: int) -> Parts:
-    """CodeGen's order, from training on 4 TPU cores: four blocks, each with ``kinds`` × its quarter of the heads."""
-    if heads.q_heads % (4 * tp):
-        raise PolicyError(
-            f"CodeGen keeps its heads in 4 blocks; tp_size={tp} needs a multiple of {4 * tp} attention heads, "
-            f"found {heads.q_heads}"
-        )
-    width = size // (4 * kinds)  # of one kind in one block
-    mine = width // tp
-    starts = [[at * width + rank * mine for at in range(4 * kinds)] for rank in range(tp)]
-    return tuple(tuple((start, start + mine) for start in ranks) for ranks in starts)
-
-
 def quarters_of_qvk(size: int, tp: int, heads: HeadSplit) -> Parts:
-    """``[q|v|k]`` four times."""
-    return _in_quarters(size, tp, heads, 3)
+    """CodeGen's order, from training on 4 TPU cores: four blocks ``[q|v|k]``, each with a quarter of the heads.
+
+    A rank takes heads in order, and lays them out in four such blocks again, which may cut a head in two: the forward
+    joins the blocks before it counts heads.
+    """
+    width = size // 12  # of one kind in one block of the whole model
+    head = 4 * width // heads.q_heads
+    parts = []
+    for first, last in heads.q:
+        step, rest = divmod((last - first) * head, 4)  # of one kind in one block of this rank
+        if rest:
+            raise PolicyError(
+                f"CodeGen lays its heads out in 4 blocks; with tp_size={tp} a rank has {last - first} heads of "
+                f"{head} numbers, which do not divide by 4"
+            )
+        starts = [first * head + block * step for block in range(4)]
+        parts.append(
+            tuple(piece for start in starts for kind in range(3) for piece in _pieces(start, start + step, kind, width))
+        )
+    return tuple(parts)
 
 
-def quarters(size: int, tp: int, heads: HeadSplit) -> Parts:
-    """Heads four times."""
-    return _in_quarters(size, tp, heads, 1)
+def _pieces(start: int, stop: int, kind: int, width: int) -> Iterator[Range]:
+    """The numbers ``start`` to ``stop`` of all queries (or values, or keys), as ranges of the whole order."""
+    while start < stop:
+        block, inside = divmod(start, width)
+        end = min(stop, (block + 1) * width)
+        place = (3 * block + kind) * width + inside
+        yield place, place + end - start
+        start = end
+
+
+def join_blocks(x: torch.Tensor, n_head: int, dim_head: int, mp_num: int) -> torch.Tensor:
+    """CodeGen's ``_split_heads`` (batch, tokens, 4, width) → (batch, tokens, heads, dim_head), for any ``n_head``."""
+    return x.reshape(*x.shape[:2], n_head, dim_head)
 
 
 POLICIES = (
@@ -74,9 +93,10 @@ POLICIES = (
             Attention(
                 "h.*.attn",
                 columns={"qkv_proj": quarters_of_qvk},
-                row={"out_proj": quarters},
+                row={"out_proj": q},
                 kv_heads="num_attention_heads",
                 local_sizes={"num_attention_heads": "q_heads"},
+                methods={"_split_heads": join_blocks},
             ),
             FC_IN_OUT,
         ),

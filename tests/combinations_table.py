@@ -1,4 +1,4 @@
-"""What combines with what: each cell names the test that shows it; ci/combinations.py writes the README's table.
+"""What combines with what: each cell names the test that shows it; ci/combinations.py writes the docs' table.
 
 A cell is "file::test", after a word where it is so in part only ("0–2 file::test"), "refused file::test" where that
 test shows the message, or "" where no test says.
@@ -10,7 +10,7 @@ import ast
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-README = TESTS.parent / "README.md"
+PAGE = TESTS.parent / "docs" / "reference" / "combinations.md"
 BEGIN, END = "<!-- combinations: written by ci/combinations.py -->", "<!-- /combinations -->"
 
 ENGINES = ("one replica", "DDP", "ZeRO 0–3", "FSDP2")
@@ -106,7 +106,7 @@ def _exists(file: str, test: str) -> bool:
 
 
 def table() -> str:
-    """The README's table."""
+    """The docs' table."""
     lines = [f"| | {' | '.join(ENGINES)} |", f"|---|{'---|' * len(ENGINES)}"]
     for feature, row in COMBINATIONS.items():
         lines.append(f"| {feature} | {' | '.join(_cell(cell) for cell in row)} |")
@@ -117,15 +117,15 @@ def _cell(cell: str) -> str:
     if not cell:
         return "–"
     note, _, name = cell.rpartition(" ")
-    return note if note == "refused" else f"[✓](tests/{name.split('::')[0]}) {note}".strip()
+    return note if note == "refused" else f"[✓](../../tests/{name.split('::')[0]}) {note}".strip()
 
 
 def written() -> str:
-    """The table that the README has."""
-    return README.read_text("utf-8").split(BEGIN)[1].split(END)[0].strip()
+    """The table that the docs have."""
+    return PAGE.read_text("utf-8").split(BEGIN)[1].split(END)[0].strip()
 
 
 def write() -> None:
-    """Put the table into the README."""
-    before, rest = README.read_text("utf-8").split(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}", "utf-8")
+    """Put the table into the docs."""
+    before, rest = PAGE.read_text("utf-8").split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}", "utf-8")

@@ -1,4 +1,4 @@
-"""The README's "Add an architecture", done as it says: its files, its commands, its output, its three mistakes."""
+"""The docs' page "Add an architecture", done as it says: its files, its commands, its output, its three mistakes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ class Fence(NamedTuple):
 
 
 def section() -> list[Fence]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (walk,) = re.findall(r"^## Add an architecture\n(.*?)^## ", text, re.DOTALL | re.MULTILINE)
+    walk = (ROOT / "docs" / "howto" / "add-architecture.md").read_text(encoding="utf-8")
     fences = re.findall(r"^( *)```(\w+)\n(.*?)^ *```$", walk, re.DOTALL | re.MULTILINE)
     # a fence in a list is indented
     return [Fence(kind, re.sub(f"^{indent}", "", text, flags=re.MULTILINE)) for indent, kind, text in fences]
@@ -75,7 +74,7 @@ def squeezed(text: str) -> str:
 
 
 def says(output: str, shown: str) -> None:
-    """Assert that ``output`` has what the README shows; ``…`` stands for anything."""
+    """Assert that ``output`` has what the docs show; ``…`` stands for anything."""
     pattern = ".*?".join(re.escape(squeezed(part)) for part in shown.split("…"))
     assert re.search(pattern, squeezed(output)), f"expected:\n{shown}\nprinted:\n{output}"
 

@@ -1,4 +1,4 @@
-"""The README's table of what combines with what names tests that exist, and is the one that they make."""
+"""The docs' table of what combines with what names tests that exist, and is the one that they make."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ def test_every_cell_names_a_test() -> None:
     assert combinations_table.missing() == []
 
 
-def test_the_readme_has_this_table() -> None:
+def test_the_docs_have_this_table() -> None:
     assert combinations_table.written() == combinations_table.table(), "run python ci/combinations.py --write"

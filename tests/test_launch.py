@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import socket
@@ -12,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tp_plugin.config import environment
+from tp_plugin.config import command_line, deepspeed, environment
+from tp_plugin.config.misspelt import meant
 from tp_plugin.config.resolve import current_config, resolve
 from tp_plugin.config.run_config import RunConfig
 from tp_plugin.config.written import Written
@@ -165,6 +167,24 @@ def test_every_library_is_patched_whichever_is_imported_first(first: str) -> Non
     assert result.stdout.strip().endswith("all"), result.stderr
 
 
+def test_what_a_run_with_the_key_imports_more() -> None:
+    """The time that it takes to start is that of what it imports; the compiler, above all, is left to who compiles."""
+    imports = "import sys, torch, transformers, accelerate; print(*sorted(sys.modules))"
+    with_key, plain = (set(python(imports, TP_PLUGIN_TP_SIZE=size).stdout.split()) for size in ("2", "1"))
+    more = with_key - plain
+    assert len({name for name in more if name.startswith(("tp_plugin", "model_policies"))}) <= 180
+    others = sorted(name for name in more if not name.startswith(("tp_plugin", "model_policies")))
+    assert len(others) <= 12, others
+    assert not any(name.startswith(("torch._dynamo", "torch._inductor", "sympy")) for name in others)
+
+
+@pytest.mark.parametrize("first", ["accelerate", "torch", "transformers"])
+def test_the_compiler_may_be_imported_at_any_time(first: str) -> None:
+    """It imports modules that are patched; by then it is half imported itself."""
+    result = python(f"import {first}, torch._dynamo, torch.distributed.fsdp; print('fine')", TP_PLUGIN_TP_SIZE="2")
+    assert result.stdout.strip().endswith("fine"), result.stderr
+
+
 # --- accelerate launch ----------------------------------------------------------------------------------------------
 
 
@@ -244,6 +264,17 @@ REFUSED = {
     "another world": ("tp_size: 3\n", "tp_size: 3 does not divide num_processes: 2"),
     "a word": ("tp_size: two\n", "tp_size: expected a whole number >= 1, found 'two' in the Accelerate config"),
     "unknown key": ("tp_size: 2\ntp_plugin: {audit: 3}\n", "tp_plugin: unknown key 'audit' in the Accelerate config"),
+    "near a known key": (
+        "tp_size: 2\ntp_plugin: {sequence-paralel: true}\n",
+        "unknown key 'sequence-paralel' in the Accelerate config",
+        "did you mean `sequence_parallel`?",
+    ),
+    "the size among the options": ("tp_plugin: {tp_size: 2}\n", "belongs beside `tp_plugin`, not into it"),
+    "a dash": ("tp-size: 2\n", "unknown key `tp-size` in the Accelerate config: did you mean `tp_size`?"),
+    "no dash": ("tpsize: 2\n", "did you mean `tp_size`?"),
+    "two letters swapped": ("tp_szie: 2\n", "did you mean `tp_size`?"),
+    "another's name": ("tensor_parallel_size: 2\n", "did you mean `tp_size`?"),
+    "options with a dash": ("tp_size: 2\ntp-plugin: {fuse: true}\n", "did you mean `tp_plugin`?"),
     "no mapping": ("tp_size: 2\ntp_plugin: 7\n", "tp_plugin: expected a mapping"),
     "nested": ("parallelism_config:\n  tp_size: 2\n", "`parallelism_config.tp_size: 2` has no effect there"),
     "both": (
@@ -278,7 +309,30 @@ def test_what_the_workers_are_told(decided: dict[str, list[Any]], case: str) -> 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_before_anything_starts(decided: dict[str, list[Any]], case: str) -> None:
     message = decided[case][2]
-    assert message is not None and message.startswith("tp_plugin: ") and REFUSED[case][1] in message
+    assert message is not None and message.startswith("tp_plugin: ") and "upgrad" not in message
+    assert all(words in message for words in REFUSED[case][1:])
+
+
+@pytest.mark.parametrize("option", ["--tpsize", "--tensor_parallel_size", "--tensor-parallel-size"])
+def test_a_misspelt_option(option: str) -> None:
+    parser = argparse.ArgumentParser()
+    command_line.add_options(parser)
+    parser.add_argument("script")
+    with pytest.raises(SystemExit, match=f"unknown option {option}: did you mean --tp_size"):
+        parser.parse_args([option, "2", "x.py"])
+
+
+@pytest.mark.parametrize("key", ["cp_size", "tensor_parallel", "tp_size", "tpu_zone", "tp_size_of_others"])
+def test_keys_of_others_are_let_pass(key: str) -> None:
+    assert not meant(key)
+
+
+@pytest.mark.parametrize("key", ["tp-size", "tensor_parallel_size"])
+def test_a_misspelt_key_in_a_deepspeed_config(key: str) -> None:
+    """Also in one that only the script's code holds, which DeepSpeed would take without a word."""
+    assert deepspeed.asks_for_us({key: 2})
+    with pytest.raises(TPError, match=r"in ds\.json: did you mean `tp_size`"):
+        deepspeed.read({key: 2}, "ds.json")
 
 
 def test_a_refusal_is_one_line_and_an_exit_code(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a sceptic tried on the illusion of one process and found wrong: each case failed before it was mended."""
+"""Attempts to break the illusion of one process: each case failed before it was fixed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be said of pipeline stages without running any: cuts, layouts, the order of work, where models are refused."""
+"""What can be said of pipeline stages without running any: cuts, layouts, order of work, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``tp-plugin verify``, and the README's walk through a new architecture with three typical mistakes."""
+"""``tp-plugin verify``, and the docs' walk through a new architecture with three typical mistakes."""
 
 from __future__ import annotations
 
@@ -97,6 +97,37 @@ def test_dry_run_of_a_full_size_model(capsys: pytest.CaptureFixture[str]) -> Non
     ):
         assert line in shown, shown
     assert "column-parallel" in shown and "row-parallel" in shown and "1024×4096" in shown
+
+
+def test_ranks_that_hold_the_same_are_one_column(
+    tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["verify", "llama", "--tp", "8", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "each rank" in shown and "512×4096" in shown and "rank 1" not in shown
+    assert max(map(len, shown.partition("sharded;")[0].splitlines()[:-1])) <= 100 and "…" not in shown
+    assert "self_attn.q_proj.weight (× 32)" in shown, "no line is folded"
+    assert main(["verify", tiny, "--tp", "3", "--dry-run"]) == 0  # 4 heads: two of them on one rank
+    shown = capsys.readouterr().out
+    assert "ranks 0–1 " in shown and "rank 2 " in shown
+
+
+def test_json(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", tiny, "--tp", "4", "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["tp"] == 4 and told["model_type"] == "llama" and told["legal_tp_sizes"] == [2, 3, 4]
+    assert told["all_reduces"] == {"forward": 5, "backward": 5}
+    assert told["numbers_per_token"] == {"forward": 240, "backward": 240}
+    row = next(row for row in told["parameters"] if row["name"].endswith("q_proj.weight"))
+    assert row == {
+        "name": "model.layers.*.self_attn.q_proj.weight",
+        "whole": "48×48",
+        "layout": "column-parallel",
+        "ranks": ["12×48"] * 4,
+        "count": 2,
+    }
+    assert "failures" not in told
 
 
 def test_proof(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

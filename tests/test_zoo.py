@@ -90,16 +90,14 @@ def test_a_renamed_module_is_noticed(types: list[str]) -> None:
 
 
 def test_special_cases_are_of_registered_types() -> None:
-    assert {*zoo.SPECIAL, *zoo.SHAPES_ONLY, *zoo.REFUSED, *zoo.OLDER, *zoo.BESIDES, *zoo.ONE_INPUT} <= set(TYPES)
+    assert {*zoo.SPECIAL, *zoo.SHAPES_ONLY, *zoo.ODD_SIZES, *zoo.OLDER, *zoo.BESIDES, *zoo.ONE_INPUT} <= set(TYPES)
     assert set(ORDINARY) <= {str(case) for case in CASES}
     assert all(set(types) - set(KIN) for types in of_one_policy()), "each policy is proven in an ordinary run"
 
 
-@pytest.mark.parametrize("model_type", zoo.REFUSED)
-def test_refused(model_type: str) -> None:
-    overrides, tp, message = zoo.REFUSED[model_type]
-    with pytest.raises(PolicyError, match=message):
-        make_plan(zoo.on_meta(config_for(model_type, **overrides)), policy_for(model_type), tp)
+def test_codegen_refuses_a_head_that_its_blocks_cannot_cut() -> None:
+    with pytest.raises(PolicyError, match="a rank has 1 heads of 2 numbers, which do not divide by 4"):
+        make_plan(zoo.on_meta(config_for("codegen", n_head=32, rotary_dim=2)), policy_for("codegen"), 32)
 
 
 AT_FOUR = ("llama", "qwen3", "gpt2", "t5")
@@ -112,7 +110,7 @@ EXPERTS = ("mixtral", "gpt_oss", "qwen2_moe", "deepseek_v3")
 """Of each kind of experts: alone, with biases and transposed, beside a shared one, chosen by groups."""
 ORDINARY = (
     *("bart-other_heads_in_the_decoder-tp2", "deberta-v2-projected_positions-tp2", "dinov2-gated-tp2"),
-    *("vit-odd_heads-tp2", "opt-350M-tp2"),
+    *("vit-odd_heads-tp2", "opt-350M-tp2", "codegen-odd_heads-tp3"),
 )
 CASES = [case for model_type in TYPES for case in zoo.cases(model_type)]
 
@@ -165,7 +163,7 @@ def test_dropout(model_type: str) -> None:
     assert results[0].equal or results[0].own, "no dropout of the config does anything"
 
 
-def test_the_table_in_the_readme() -> None:
+def test_the_table_in_the_docs() -> None:
     """Everything in it is what cases and plans say. Anew: python ci/zoo.py --write"""
     assert zoo_table.shown().strip() == zoo_table.markdown(zoo_table.rows()).strip()
 
@@ -173,10 +171,25 @@ def test_the_table_in_the_readme() -> None:
 def test_the_command_lists_the_zoo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry._registered, "Tower", tp_plugin.Policy(("Tower",)))
     monkeypatch.setenv("COLUMNS", "200")
-    assert main(["policies"]) == 0
+    assert main(["policies", "--long"]) == 0
     printed = capsys.readouterr().out
     listed = {
         cells[1].strip(): cells[2].strip() for cells in (line.split("│") for line in printed.splitlines()) if cells[2:]
     }
     assert listed.keys() - {""} == {*TYPES, "Tower"}
     assert listed["Tower"] == "-" and listed["gpt2"] == "98.8%"
+
+
+def test_the_list_is_quick_and_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model is built for it, and 80 columns cut no name."""
+    monkeypatch.setattr("tp_plugin.cli.models.typical_share", None)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["policies"]) == 0
+    names = capsys.readouterr().out.partition(".")[0].replace("\n", " ").rsplit(" ", 3)[0]
+    assert {name.strip() for name in names.split(",")} >= set(TYPES)
+    monkeypatch.undo()
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["policies", "whisper"]) == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed and "xglm" not in printed
+    assert main(["policies", "whispers"]) == 1

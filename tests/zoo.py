@@ -2,7 +2,7 @@
 
 The cases come from the registry and the policies, so a new policy is proven by being registered: its type needs a small
 config in ``models.py``, and a line in ``SPECIAL`` for every layout that this config does not have. ``ci/zoo.py`` runs
-all cases and writes the table of the README; ``test_zoo.py`` runs one or two of each type (all with ``-m ''``).
+all cases and writes the table of the docs; ``test_zoo.py`` runs one or two of each type (all with ``-m ''``).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SPECIAL: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {"tied": {"tie_word_embeddings": True}},
     "llava": {
         "odd heads in the language": {"text_config": {**OWN["llava"]["text_config"], "num_attention_heads": 6}},
-        "SigLIP's eyes": {
+        "SigLIP tower": {
             "vision_config": {**OWN["siglip_vision_model"], "model_type": "siglip_vision_model"},
             "vision_feature_select_strategy": "full",
         },
@@ -81,17 +81,16 @@ SHAPES_ONLY: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Layouts whose models the proof cannot feed; their plans are made."""
 
-REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
-    "codegen": ({"n_head": 8}, 4, "needs a multiple of 16 attention heads, found 8"),
-}
-"""What an architecture forbids though its head count allows it: overrides, tp, the message. It has no odd heads."""
-
 WIDER: dict[str, dict[str, Any]] = {
     "stablelm": {"hidden_size": 96},
     "clip_vision_model": {"hidden_size": 96},
     "helium": {"head_dim": 8},
+    "codegen": {"n_head": 4},  # a multiple of 4, which its forward has by heart; of 3 ranks, one has two
 }
-"""What an odd number of heads wants besides."""
+"""What an odd number of heads wants besides, or another number."""
+
+ODD_SIZES: dict[str, tuple[int, ...]] = {"codegen": (2, 3, 4)}
+"""TP sizes for an odd number of heads, where they are not 2 and 4."""
 
 WANTS: dict[str, dict[str, Any]] = {
     "BeitForSemanticSegmentation": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
@@ -135,8 +134,8 @@ def cases(model_type: str) -> Iterator[Case]:
     few, odd = few_keys(model_type), odd_heads(model_type)
     if few:
         yield Case(model_type, FEW_KEYS, 2, few)
-    if odd and model_type not in REFUSED:
-        for tp in (2, 4):
+    if odd:
+        for tp in ODD_SIZES.get(model_type, (2, 4)):
             yield Case(model_type, ODD_HEADS, tp, odd)
     for name, overrides in SPECIAL.get(model_type, {}).items():
         yield Case(model_type, name, 2, overrides)
@@ -205,7 +204,7 @@ def written(policy: Policy) -> set[tuple[str, ...]]:
     for number, block in enumerate(policy.blocks):
         own = f"block {number} {block.path}"
         names.add((own,))
-        for what in (*BELOW, "local_sizes"):
+        for what in (*BELOW, "local_sizes", "methods"):
             names |= {(own, what, name) for name in getattr(block, what, ())}
     if policy.vocabulary is not None:
         embedding, head = policy.vocabulary.embedding, policy.vocabulary.head
@@ -231,6 +230,9 @@ def found(policy: Policy, model: nn.Module) -> set[tuple[str, ...]]:
         for name in block.local_sizes:
             if any(_has_attribute(scope.modules[path], name.removesuffix("?")) for path in paths):
                 names.add((own, "local_sizes", name))
+        names |= {
+            (own, "methods", name) for name in block.methods if any(hasattr(scope.modules[p], name) for p in paths)
+        }
     for kind, *rest in written(policy):
         if kind in ("embedding", "head", "towers") and any(matches(rest[0], path) for path in scope.modules):
             names.add((kind, rest[0]))

@@ -1,4 +1,4 @@
-"""The README's table of what is proven of each architecture."""
+"""The docs' table of what is proven of each architecture."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _span(numbers: set[int]) -> str:
 
 
 def markdown(table: list[tuple[str, ...]]) -> str:
-    """What stands in the README between the markers."""
+    """What stands in the docs between the markers."""
     lines = [HEADER, ("---",) * len(HEADER), *table]
     return "\n".join(
         [
@@ -76,18 +76,18 @@ def markdown(table: list[tuple[str, ...]]) -> str:
     )
 
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "architectures.md"
 
 
 def shown() -> str:
-    """What the README has between the markers."""
-    return README.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    """What the docs have between the markers."""
+    return PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
 
 
 def show(table: list[tuple[str, ...]]) -> None:
-    """Write the rows into the README."""
-    before, begin, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    """Write the rows into the docs."""
+    before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"{README} lacks the lines {BEGIN} and {END}")
-    README.write_text(f"{before}{BEGIN}\n{markdown(table)}\n{END}{after}", encoding="utf-8")
+        raise SystemExit(f"{PAGE} lacks the lines {BEGIN} and {END}")
+    PAGE.write_text(f"{before}{BEGIN}\n{markdown(table)}\n{END}{after}", encoding="utf-8")

@@ -1,20 +1,27 @@
-"""The command line: ``tp-plugin policies``, ``verify``, ``export`` and ``reshard``."""
+"""The command line: ``tp-plugin policies``, ``verify``, ``doctor``, ``export`` and ``reshard``."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tp_plugin.config.keys import ENV_DISABLE
 from tp_plugin.errors import TPError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from tp_plugin.policy import Policy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     arguments = _parser().parse_args(argv)
+    arguments.environ = dict(os.environ)
     # the tool itself is one plain process
     before, os.environ[ENV_DISABLE] = os.environ.get(ENV_DISABLE, ""), "1"
     try:
@@ -29,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tp-plugin", description="Tensor parallelism for Hugging Face scripts.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("policies", help="list the architectures that have a policy")
+    listed = commands.add_parser("policies", help="list the architectures that have a policy")
+    listed.add_argument("model_types", nargs="*", metavar="MODEL_TYPE", help="show what is split of these")
+    listed.add_argument("--long", action="store_true", help="show what is split of all")
 
     verify = commands.add_parser("verify", help="show what a policy does to a model, and prove it on local ranks")
     verify.add_argument("target", help="model type, config.json or local checkpoint folder")
@@ -37,6 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--policy", help="module:NAME or path/to/file.py:NAME; default the registered one")
     verify.add_argument("--expert-parallel", action="store_true", help="split a mixture of experts by whole experts")
     verify.add_argument("--dry-run", action="store_true", help="only the plan, no proof")
+    verify.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+    doctor = commands.add_parser("doctor", help="look for what would keep tp_size from working here")
+    doctor.add_argument("config", nargs="?", type=Path, help="Accelerate or DeepSpeed config file to look at, too")
+    doctor.add_argument("--report", type=Path, metavar="FILE", help="write it to a file, for a bug report")
 
     export = commands.add_parser("export", help="turn a checkpoint into a plain Hugging Face model")
     reshard = commands.add_parser("reshard", help="rewrite a checkpoint for another tp_size and dp size")
@@ -62,7 +76,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "policies":
-        return _policies()
+        return _policies(arguments.model_types, arguments.long)
+    if arguments.command == "doctor":
+        from tp_plugin.cli.doctor import doctor
+
+        return doctor(arguments.config, arguments.report, arguments.environ)
     if arguments.command == "verify":
         from tp_plugin.cli.verify import verify
 
@@ -72,6 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.policy,
             dry_run=arguments.dry_run,
             expert_parallel=arguments.expert_parallel,
+            as_json=arguments.json,
         )
     if arguments.command == "export":
         from tp_plugin.cli.export import export
@@ -90,12 +109,32 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _policies() -> int:
+def _policies(model_types: Sequence[str], long: bool) -> int:
     from rich.console import Console
-    from rich.table import Table
+
+    from tp_plugin.policy import policies
+
+    known = policies()
+    for model_type in model_types:
+        if model_type not in known:
+            raise TPError(f"no policy for {model_type!r}; `tp-plugin policies` lists those that there are")
+    console = Console(file=sys.stdout, highlight=False)
+    if model_types or long:
+        console.print(_what_is_split({name: known[name] for name in model_types or sorted(known)}))
+        return 0
+    console.print(", ".join(sorted(known)))
+    console.print(
+        f"{len(known)} model types. `tp-plugin policies MODEL_TYPE` shows what is split; other types that transformers "
+        "has a tensor-parallel plan for are sharded by it (`tp-plugin verify MODEL_TYPE` proves it)."
+    )
+    return 0
+
+
+def _what_is_split(chosen: Mapping[str, Policy]) -> Table:
+    """A row for each model type; names are folded, never cut."""
+    from rich.table import Column, Table
 
     from tp_plugin.cli.models import typical_share
-    from tp_plugin.policy import policies
 
     def flat(name: str | tuple[str, ...] | None) -> tuple[str, ...]:
         return name if isinstance(name, tuple) else (name,) if name else ()
@@ -103,8 +142,9 @@ def _policies() -> int:
     import transformers
 
     transformers.logging.set_verbosity_error()  # remarks on default configs
-    table = Table("model type", "sharded", "blocks", "vocabulary", title="Architectures with a tensor-parallel policy")
-    for model_type, policy in sorted(policies().items()):
+    columns = [Column(name, overflow="fold") for name in ("model type", "sharded", "blocks", "vocabulary")]
+    table = Table(*columns, title="What is split")
+    for model_type, policy in chosen.items():
         blocks = [
             f"{b.path}: {', '.join([*b.columns, *b.tensors])} → {', '.join(b.row) or 'sum'}" for b in policy.blocks
         ]
@@ -113,5 +153,4 @@ def _policies() -> int:
         share = typical_share(model_type)
         shown = "-" if share is None else f"{share:.1%}"
         table.add_row(model_type, shown, "\n".join(blocks), ", ".join(names))
-    Console(file=sys.stdout).print(table)
-    return 0
+    return table

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -26,14 +26,22 @@ from tp_plugin.policy import Plan, Policy, make_plan, policy_for
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
 
-def verify(target: str, tp: int, reference: str | None, *, dry_run: bool = False, expert_parallel: bool = False) -> int:
+def verify(
+    target: str,
+    tp: int,
+    reference: str | None,
+    *,
+    dry_run: bool = False,
+    expert_parallel: bool = False,
+    as_json: bool = False,
+) -> int:
     """Print the plan and the proof; returns the exit status: 0 if every number is inside its limit.
 
     Raises:
         PolicyError: no policy, or one that does not fit the model.
         TPError: no such model, or a rank of the proof failed.
     """
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 160)))
     named = named_policy(reference) if reference else None  # first: its module may bring the architecture
     config = read_config(target)
     policy = named or policy_for(config)
@@ -46,17 +54,33 @@ def verify(target: str, tp: int, reference: str | None, *, dry_run: bool = False
     except (TypeError, ValueError) as error:
         raise TPError(f"{target}: its config makes no model ({error}); name a config.json or a checkpoint") from error
     plan = make_plan(model, policy, tp, expert_parallel=expert_parallel)
-    console.print(_layouts(model, plan))
-    console.print(*_summary(model, config, policy, plan), sep="\n")
-    if dry_run:
-        return 0
-    numel = sum(p.numel() for p in model.parameters())
-    proven = config if numel <= PROVEN_SIZE else small_config(config)
-    if numel > PROVEN_SIZE:
-        console.print(f"The proof runs on a small {config.model_type} (this one has {numel / 1e6:,.0f} M parameters).")
-    options = dataclasses.replace(current_config(), expert_parallel=expert_parallel)
-    os.environ[ENV_OPTIONS] = json.dumps(options.as_written().options)  # for the ranks
-    results = prove(proven, reference, tp)
+    if not as_json:
+        console.print(_layouts(model, plan))
+        console.print(*_summary(model, config, policy, plan), sep="\n")
+    failures: list[str] = []
+    results: list[Result] = []
+    if not dry_run:
+        numel = sum(p.numel() for p in model.parameters())
+        proven = config if numel <= PROVEN_SIZE else small_config(config)
+        if numel > PROVEN_SIZE and not as_json:
+            console.print(
+                f"The proof runs on a small {config.model_type} (this one has {numel / 1e6:,.0f} M parameters)."
+            )
+        options = dataclasses.replace(current_config(), expert_parallel=expert_parallel)
+        os.environ[ENV_OPTIONS] = json.dumps(options.as_written().options)  # for the ranks
+        results = prove(proven, reference, tp)
+        failures = list(dict.fromkeys(failure for result in results for failure in result.failures()))
+    if as_json:
+        told = {"model_type": config.model_type, "tp": tp, **_as_data(model, policy, plan)}
+        if not dry_run:
+            told["failures"] = failures
+        print(json.dumps(told, indent=2))
+    elif not dry_run:
+        _print_proof(console, results, failures, tp)
+    return 1 if failures else 0
+
+
+def _print_proof(console: Console, results: list[Result], failures: list[str], tp: int) -> None:
     console.print(_proof(results))
     sent = results[0].sent
     console.print(
@@ -72,25 +96,70 @@ def verify(target: str, tp: int, reference: str | None, *, dry_run: bool = False
         parts = [f"{', '.join(dropout.equal)}: the masks of one process"] if dropout.equal else []
         parts += [f"{', '.join(dropout.own)}: each rank's own masks"] if dropout.own else []
         console.print(f"With dropout, {'; '.join(parts)}; the ranks stay one model.", highlight=False)
-    failures = dict.fromkeys(failure for result in results for failure in result.failures())
     for failure in failures:
         console.print(f"[red]FAILED[/red]: {failure}", highlight=False)
     if not failures:
         console.print(f"Right at tp={tp}: every number is inside its limit.")
-    return 1 if failures else 0
+
+
+class Row(NamedTuple):
+    """Parameters that are alike but for the number of their layer: what each rank holds of one."""
+
+    name: str
+    whole: str
+    layout: str
+    ranks: tuple[str, ...]
+
+
+def _rows(model: nn.Module, plan: Plan) -> dict[Row, int]:
+    """Each parameter once per kind of layer, and how many there are."""
+    rows: dict[Row, int] = Counter()
+    for name, parameter in model.named_parameters():
+        layout = plan.layouts[name]
+        shapes = tuple(_shape(layout.local_shape(rank)) for rank in range(plan.tp))
+        rows[Row(re.sub(r"\.\d+\.", ".*.", name), _shape(parameter.shape), _kind(name, plan), shapes)] += 1
+    return rows
 
 
 def _layouts(model: nn.Module, plan: Plan) -> Table:
-    """Each parameter once per kind of layer: its whole shape, how it lies, what each rank holds."""
-    table = Table(Column("parameter", overflow="fold"), "whole", "layout", *(f"rank {r}" for r in range(plan.tp)))
-    rows: dict[tuple[str, ...], int] = Counter()
-    for name, parameter in model.named_parameters():
-        layout = plan.layouts[name]
-        shapes = [_shape(layout.local_shape(rank)) for rank in range(plan.tp)]
-        rows[(re.sub(r"\.\d+\.", ".*.", name), _shape(parameter.shape), _kind(name, plan), *shapes)] += 1
-    for (name, *rest), count in rows.items():
-        table.add_row(name if count == 1 else f"{name} (× {count})", *rest)
+    """One column for ranks that hold the same shape of everything."""
+    rows = _rows(model, plan)
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for rank in range(plan.tp):
+        alike.setdefault(tuple(row.ranks[rank] for row in rows), []).append(rank)
+    columns = [Column("each rank" if len(alike) == 1 else _ranks(ranks)) for ranks in alike.values()]
+    table = Table(Column("parameter", overflow="fold"), "whole", "layout", *columns)
+    for row, count in rows.items():
+        held = [row.ranks[ranks[0]] for ranks in alike.values()]
+        table.add_row(row.name if count == 1 else f"{row.name} (× {count})", row.whole, row.layout, *held)
     return table
+
+
+def _ranks(ranks: list[int]) -> str:
+    """``rank 0``, ``ranks 0–3, 6``."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and spans[-1][-1] == rank - 1:
+            spans[-1].append(rank)
+        else:
+            spans.append([rank])
+    words = ", ".join(f"{span[0]}–{span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans)
+    return f"rank{'s' if len(ranks) > 1 else ''} {words}"
+
+
+def _as_data(model: nn.Module, policy: Policy, plan: Plan) -> dict[str, Any]:
+    parameters = dict(model.named_parameters())
+    forward, backward = elements(plan)
+    up, down = plan.reductions()
+    return {
+        "parameters": [{**row._asdict(), "count": count} for row, count in _rows(model, plan).items()],
+        "numel": sum(p.numel() for p in parameters.values()),
+        "numel_of_rank": [sum(plan.layouts[n].local_numel(r) for n in parameters) for r in range(plan.tp)],
+        "sharded_share": plan.sharded_share(parameters),
+        "legal_tp_sizes": _legal(model, policy),
+        "all_reduces": {"forward": up, "backward": down},
+        "numbers_per_token": {"forward": forward, "backward": backward},
+    }
 
 
 def _kind(name: str, plan: Plan) -> str:

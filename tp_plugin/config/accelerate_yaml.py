@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from tp_plugin.config.keys import KEYS, PP_SIZE, TP_PLUGIN, TP_SIZE
+from tp_plugin.config.misspelt import refuse_misspelt
 from tp_plugin.config.written import Written
 from tp_plugin.errors import TPError
 
@@ -23,8 +24,9 @@ def without_our_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config as Accelerate may see it.
 
     Raises:
-        TPError: ``tp_size`` stands inside a section, or Accelerate's own tensor parallelism is on as well.
+        TPError: ``tp_size`` is misspelt or stands inside a section, or Accelerate's own tensor parallelism is on, too.
     """
+    refuse_misspelt(config, "the Accelerate config")
     for section, values in config.items():
         if not isinstance(values, Mapping) or section in KEYS:
             continue

@@ -6,10 +6,12 @@ TRL needs no reader of its own: ``trl`` hands Accelerate's parser what it does n
 from __future__ import annotations
 
 import argparse
+import sys
 
 import yaml
 
-from tp_plugin.config.keys import PP_SIZE, TP_PLUGIN, TP_SIZE
+from tp_plugin.config.keys import KEYS, PP_SIZE, TP_PLUGIN, TP_SIZE
+from tp_plugin.config.misspelt import ALIASES, meant
 from tp_plugin.config.written import Written
 from tp_plugin.errors import TPError
 
@@ -19,6 +21,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(f"--{TP_SIZE}", default=None, help="tp_plugin: ranks per tensor-parallel group.")
     parser.add_argument(f"--{PP_SIZE}", default=None, help="tp_plugin: pipeline stages per model.")
     parser.add_argument(f"--{TP_PLUGIN}", default=None, help='tp_plugin: options, such as "{sequence_parallel: true}".')
+    for name in (*ALIASES, *(key.replace("_", "") for key in KEYS)):
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        parser.add_argument(*spellings, action=_Misspelt, nargs="?", dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+class _Misspelt(argparse.Action):
+    """An option that is there to be refused: argparse by itself would take its value for the script."""
+
+    def __call__(self, parser: object, namespace: object, values: object, option: object = None) -> None:
+        sys.exit(f"tp_plugin: unknown option {option}: did you mean --{meant(str(option).lstrip('-'))}?")
 
 
 def read(args: argparse.Namespace) -> Written:

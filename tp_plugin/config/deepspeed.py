@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tp_plugin.config.keys import KEYS, PP_SIZE, TP_PLUGIN, TP_SIZE
+from tp_plugin.config.misspelt import meant, refuse_misspelt
 from tp_plugin.config.written import Written
 from tp_plugin.errors import TPError
 
@@ -16,8 +17,9 @@ def read(config: Mapping[str, Any], origin: str) -> Written:
     """The keys at the top level of a config.
 
     Raises:
-        TPError: ``tp_size`` or ``pp_size`` stands inside a section.
+        TPError: a key is misspelt, or ``tp_size`` or ``pp_size`` stands inside a section.
     """
+    refuse_misspelt(config, origin)
     for section, values in config.items():
         # (DeepSpeed's own `tensor_parallel` section has a key of this name.)
         if not isinstance(values, Mapping) or section in ("tensor_parallel", TP_PLUGIN):
@@ -34,6 +36,12 @@ def read(config: Mapping[str, Any], origin: str) -> Written:
 def without_our_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config as DeepSpeed may see it."""
     return {key: value for key, value in config.items() if key not in KEYS}
+
+
+def asks_for_us(config: Mapping[str, Any]) -> bool:
+    """Whether a config has our key, also in a wrong place or misspelt: then :func:`read` has something to say."""
+    text = json.dumps(config, default=str)
+    return any(f'"{key}"' in text for key in (TP_SIZE, PP_SIZE)) or any(meant(key) for key in config)
 
 
 def mentions_key(path: str | None) -> bool:

@@ -10,7 +10,7 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from tp_plugin.config.keys import ENV_DISABLE, ENV_OPTIONS, ENV_PP_SIZE, ENV_TP_SIZE
+from tp_plugin.config.keys import ENV_DISABLE, ENV_OPTIONS, ENV_PP_SIZE, ENV_SUMMARISED, ENV_TP_SIZE, ENV_VERBOSE
 
 if TYPE_CHECKING:
     from tp_plugin.config.written import Written
@@ -18,7 +18,21 @@ if TYPE_CHECKING:
 
 def is_disabled() -> bool:
     """Whether ``TP_PLUGIN_DISABLE`` turns everything off."""
-    return os.environ.get(ENV_DISABLE, "") not in ("", "0")
+    return _is_on(ENV_DISABLE)
+
+
+def is_verbose() -> bool:
+    """Whether ``TP_PLUGIN_VERBOSE`` asks for every rank's traceback."""
+    return _is_on(ENV_VERBOSE)
+
+
+def is_summarised() -> bool:
+    """Whether the launcher of this worker prints a summary of a failed run."""
+    return _is_on(ENV_SUMMARISED) and not is_verbose()
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "") not in ("", "0")
 
 
 def sizes() -> tuple[str, str]:

@@ -24,6 +24,12 @@ ENV_OPTIONS = "TP_PLUGIN_OPTIONS"
 ENV_DISABLE = "TP_PLUGIN_DISABLE"
 """Anything but "" and "0" turns the plugin off; the keys stay legal in config files."""
 
+ENV_VERBOSE = "TP_PLUGIN_VERBOSE"
+"""Anything but "" and "0": of a failed run, every rank's traceback is printed, not the first one's only."""
+
+ENV_SUMMARISED = "TP_PLUGIN_SUMMARISED"
+"""Set by a launcher that prints one summary of a failed run, for its workers: they leave their errors to it."""
+
 ENV_REPORT = "TP_PLUGIN_REPORT"
 """A directory into which every rank writes what it held and sent."""
 

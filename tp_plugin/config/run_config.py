@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from tp_plugin.config.keys import PP_SIZE, TP_PLUGIN, TP_SIZE
+from tp_plugin.config.misspelt import suggestion
 from tp_plugin.config.written import Written
 from tp_plugin.errors import TPError
 
@@ -29,6 +30,7 @@ class RunConfig:
         overlap: compute the gradients of weights while the gradient of their input is all-reduced over the TP group.
         fuse: compute linears that share an input, such as q, k and v, as one matrix product.
         save_timeout: seconds that other ranks wait for one that saves, since it last read a tensor or wrote a file.
+        report: print what the run will do, and how long its first step took.
         fused_head: keep no logits: compute them block by block for the loss, and again for its gradient.
         pp_size: pipeline stages per model; 1 means off.
         pipeline_microbatches: into how many a batch is cut; 0 (``auto``): four for each stage.
@@ -50,6 +52,7 @@ class RunConfig:
     fuse: bool = False
     save_timeout: float = 3600.0
     fused_head: bool = False
+    report: bool = True
     pp_size: int = 1
     pipeline_microbatches: int = 0
     pipeline_schedule: str = "auto"
@@ -86,8 +89,11 @@ class RunConfig:
                 f"{TP_PLUGIN}: expected a mapping such as `{TP_PLUGIN}: {{audit_every: 100}}`, found {options!r}{place}"
             )
         for key in options:
+            if key == TP_SIZE:
+                raise TPError(f"{TP_PLUGIN}: `{key}`{place} belongs beside `{TP_PLUGIN}`, not into it")
             if key not in _VALIDATORS:
-                raise TPError(f"{TP_PLUGIN}: unknown key {key!r}{place}; the known keys are {', '.join(_VALIDATORS)}")
+                hint = suggestion(key, _VALIDATORS) or f"; the known keys are {', '.join(_VALIDATORS)}"
+                raise TPError(f"{TP_PLUGIN}: unknown key {key!r}{place}{hint}")
         values = {
             key: _VALIDATORS[key](value, f"{TP_PLUGIN}.{key}", place)
             for key, value in options.items()
@@ -154,6 +160,13 @@ def _switch(value: object, key: str, place: str) -> bool:
     return value
 
 
+def _on_or_off(value: object, key: str, place: str) -> bool:
+    words = {"on": True, "off": False, True: True, False: False}  # YAML takes `off` for false, JSON does not
+    if not isinstance(value, str | bool) or value not in words:
+        raise TPError(f"{key}: expected on or off, found {value!r}{place}")
+    return words[value]
+
+
 def _policy_name(value: object, key: str, place: str) -> str:
     if not isinstance(value, str):
         raise TPError(f"{key}: expected `module:NAME`, found {value!r}{place}")
@@ -201,5 +214,6 @@ _VALIDATORS: dict[str, Callable[[object, str, str], Any]] = {
     "pipeline_microbatches": _microbatches,
     "pipeline_schedule": _schedule,
     "pipeline_split": _split,
+    "report": _on_or_off,
 }
 """Key in the ``tp_plugin`` mapping → what makes a field of ``RunConfig`` of its value, or refuses it."""

@@ -17,6 +17,8 @@ from tp_plugin.config.run_config import RunConfig
 from tp_plugin.config.written import Written
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
+from tp_plugin.launch.failures import install_in_launcher
+from tp_plugin.launch.imports import after_import
 
 
 def install(launch: Any) -> None:
@@ -55,6 +57,7 @@ def _validate_launch_command(original: Any, args: Any) -> Any:
         if config.unit_size > 1:
             _check(config, args)
             _start_cpu_processes(args)
+            after_import("torch.distributed.launcher.api", install_in_launcher)
     except TPError as error:
         _exit(error)
     environment.publish(config.as_written())

@@ -34,8 +34,9 @@ def parallelize(model: nn.Module, tp_size: int | None = None, policy: Policy | N
     import torch
 
     from tp_plugin.config.resolve import current_config
+    from tp_plugin.engines import launch_report
     from tp_plugin.launch import worker
-    from tp_plugin.runtime.runtime import current_mesh
+    from tp_plugin.runtime.runtime import current, current_mesh
     from tp_plugin.shard import parallelize as shard
 
     state = getattr(sys.modules.get("accelerate.state"), "PartialState", None)
@@ -45,7 +46,11 @@ def parallelize(model: nn.Module, tp_size: int | None = None, policy: Policy | N
             "`tp_size` in the Accelerate config (or TP_PLUGIN_TP_SIZE in the environment) instead"
         )
     options = current_config()
-    worker.register("deepspeed")
+    for library in ("deepspeed", "torch._dynamo"):
+        worker.register(library)
     if not torch.distributed.is_initialized() and {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
         torch.distributed.init_process_group()  # as deepspeed.initialize would, by the launcher's variables
-    return shard(model, tp_size or options.tp_size, policy, options=options)
+    shard(model, tp_size or options.tp_size, policy, options=options)
+    if (runtime := current()) is not None:
+        launch_report.announce(runtime, "replicas are the script's own matter")
+    return model

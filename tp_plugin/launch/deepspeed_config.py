@@ -11,7 +11,6 @@ is used.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sys
 from typing import Any
@@ -83,8 +82,9 @@ def _watch(name: str, module: Any) -> None:
 
 
 def _asks(config: dict[str, Any]) -> bool:
-    text = json.dumps(config, default=str)
-    return f'"{TP_SIZE}"' in text or f'"{PP_SIZE}"' in text
+    from tp_plugin.config import deepspeed
+
+    return deepspeed.asks_for_us(config)
 
 
 def _config_among(module: str, args: Any, kwargs: Any) -> dict[str, Any] | None:

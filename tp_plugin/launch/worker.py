@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from tp_plugin.config.keys import ENV_REPORT
+from tp_plugin.launch.failures import install_in_launcher, install_in_worker
 from tp_plugin.launch.imports import after_import
 
 _PATCHES = {
@@ -48,6 +49,7 @@ _PATCHES = {
     "torch.distributed.fsdp._fully_shard._fsdp_state": ("tp_plugin.engines.fsdp2.wrapping", "install_state"),
     "torch.distributed.fsdp._fully_shard._fsdp_param": ("tp_plugin.engines.fsdp2.wrapping", "install_param"),
     "torch.distributed.fsdp._fully_shard._fsdp_param_group": ("tp_plugin.engines.fsdp2.wrapping", "install_group"),
+    "torch._dynamo": ("tp_plugin.tensor.graphs", "tell"),
     "peft.peft_model": ("tp_plugin.engines.peft", "install"),
     "peft.tuners.tuners_utils": ("tp_plugin.engines.peft", "install_tuners"),
     "trl.trainer.utils": ("tp_plugin.engines.trl", "install"),
@@ -68,12 +70,15 @@ def register(library: str = "") -> None:
     """Register the import hooks (of one library), once; a module that is imported already is patched at once."""
     from tp_plugin.engines import torch_utils
 
-    importlib.import_module("torch._dynamo")  # imports modules that are patched below, by code that needs it complete
     torch_utils.install()  # now: scripts import get_total_norm by name
     for module, (engine, function) in _PATCHES.items():
         if module.startswith(library) and module not in _registered:
             _registered.add(module)
             after_import(module, _patcher(engine, function))
+    if "launcher" not in _registered:
+        _registered.add("launcher")
+        install_in_worker()
+        after_import("torch.distributed.launcher.api", install_in_launcher)  # this process may be torchrun
     if os.environ.get(ENV_REPORT):
         from tp_plugin.launch.report import write_at_exit
 

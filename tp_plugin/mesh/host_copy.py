@@ -1,6 +1,6 @@
 """Tensors of a device whose values the host needs: they are copied behind what the device has yet to do.
 
-Nobody waits for such a copy when it is made. Whoever uses it does so later, when the device has long been through.
+Nothing waits for such a copy when it is made. It is used later, when the device has long finished it.
 """
 
 from __future__ import annotations

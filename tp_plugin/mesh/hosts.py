@@ -7,9 +7,12 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from tp_plugin.mesh.groups import Group
+
+PLACE = "tp_plugin/place"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,25 @@ def _from_where(host: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, int(os.environ.get("MASTER_PORT", "29500"))))  # no packet is sent
         return str(probe.getsockname()[0])
+
+
+def tell_place(rank: int, device_type: str) -> None:
+    """Say where this rank is, for :func:`places_of_ranks`."""
+    device = device_type
+    if device_type != "cpu":
+        device += f":{torch.accelerator.current_device_index()}"
+    dist.distributed_c10d._get_default_store().set(f"{PLACE}/{rank}", f"{Machine.here().name}\n{device}")
+
+
+def places_of_ranks(world: int) -> list[tuple[str, str]]:
+    """Each rank's machine and device; of one that has not told yet, question marks. Waits for nobody."""
+    store = dist.distributed_c10d._get_default_store()
+    places = []
+    for rank in range(world):
+        told = store.get(f"{PLACE}/{rank}").decode() if store.check([f"{PLACE}/{rank}"]) else "?\n?"
+        machine, _, device = told.partition("\n")
+        places.append((machine, device))
+    return places
 
 
 def comes_first(matter: str) -> bool:

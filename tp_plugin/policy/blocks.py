@@ -51,6 +51,8 @@ class Block:
         local_sizes: attributes of the block's module that must hold this rank's share, as
             ``{attribute: "q_heads" | "kv_heads" | "groups" | "q_width" | "kv_width" | "width"}``. A dotted name is an
             attribute of a module below; ``config.NAME`` gives the module a config of its own with that value.
+        methods: functions that take the place of methods of the block's module, called without the module: for a method
+            that counts on the whole model's number of heads, and on nothing that an attribute says.
         shared_dropouts: dropouts inside the block whose input is whole on every rank: all ranks drop the same.
         requires: a module below ``path`` without which a match is not this block (layers of which some have a dense
             MLP).
@@ -72,6 +74,7 @@ class Block:
     head_inputs: Mapping[str, int] = field(default_factory=dict)
     sharded_norms: Mapping[str, Split] = field(default_factory=dict)
     local_sizes: Mapping[str, str] = field(default_factory=dict)
+    methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     shared_dropouts: tuple[str, ...] = ()
     requires: str = ""
     optional: bool = False

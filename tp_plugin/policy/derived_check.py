@@ -13,7 +13,7 @@ from tp_plugin.policy.layout import ParamLayout
 from tp_plugin.policy.plan import BlockPlan, Plan
 from tp_plugin.policy.scope import Scope
 
-WRITE = "write a policy for this architecture (README, 'Add an architecture')"
+WRITE = "write a policy for this architecture (docs, 'Add an architecture')"
 HEAD_COUNT = re.compile(r"heads?(?!_?(dim|size|width))")
 """Names of attributes that count heads, other than the width of one."""
 

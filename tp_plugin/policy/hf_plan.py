@@ -95,7 +95,7 @@ def _block(config: Any, path: str, styles: Mapping[str, str]) -> Block:
         raise PolicyError(
             f"base_model_tp_plan of {config.model_type!r}: {path} has {len(columns)} colwise and {len(rows)} rowwise "
             "modules; a block is some colwise modules and the one rowwise module that takes what they give. Write a "
-            "policy (README, 'Add an architecture')"
+            "policy (docs, 'Add an architecture')"
         )
     row = rows[0]
     if latent:
@@ -119,7 +119,7 @@ def _block(config: Any, path: str, styles: Mapping[str, str]) -> Block:
             raise PolicyError(
                 f"base_model_tp_plan of {config.model_type!r}: {path} has {', '.join(columns)} (colwise) but no "
                 f"{', '.join(sorted(projections - set(columns)))}, so the order of its heads is unknown. Write a "
-                "policy (README, 'Add an architecture')"
+                "policy (docs, 'Add an architecture')"
             )
         kinds: dict[str, Split] = {"k_proj": kv, "v_proj": kv}
         tensors = [name for name in columns if not name.endswith("proj")]
@@ -166,5 +166,5 @@ def _experts(config: Any, path: str, styles: Mapping[str, str]) -> Experts:
 def _refuse(config: Any, module: str, style: object) -> None:
     raise PolicyError(
         f"base_model_tp_plan of {config.model_type!r}: the style {style!r} of {module} cannot be imported; "
-        "write a policy for this architecture (README, 'Add an architecture')"
+        "write a policy for this architecture (docs, 'Add an architecture')"
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -53,6 +54,7 @@ class Plan:
         columns: paths of column-parallel modules.
         partial: names of replicated parameters whose gradient must be summed over the TP group.
         attributes: (path, attribute) → its value on each rank; the attribute may be dotted.
+        methods: (path, name) → the function that takes the place of this method on every rank.
         sharded_norms: path of a norm over a sharded width → its whole width.
         embeddings, heads: paths of vocabulary-parallel modules.
         adapted_embeddings: (path, name) of LoRA adapters around embeddings.
@@ -68,6 +70,7 @@ class Plan:
     columns: list[str] = field(default_factory=list)
     partial: set[str] = field(default_factory=set)
     attributes: dict[tuple[str, str], tuple[int | bool, ...]] = field(default_factory=dict)
+    methods: dict[tuple[str, str], Callable[..., Any]] = field(default_factory=dict)
     sharded_norms: dict[str, int] = field(default_factory=dict)
     embeddings: list[str] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)

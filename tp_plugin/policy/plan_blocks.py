@@ -55,6 +55,10 @@ def _plan_one(scope: Scope, path: str, block: Block) -> None:
     for dropout in scope.paths(path, block.shared_dropouts):
         scope.plan.dropouts[scope.module(dropout)] = "replicated"
     _local_sizes(scope, path, block, heads)
+    for name, function in block.methods.items():
+        if not callable(getattr(scope.modules[path], name, None)):
+            scope.fail(f"{path} has no method {name!r}, which the policy wants to replace")
+        scope.plan.methods[path, name] = function
 
 
 def _linears(scope: Scope, path: str, block: Block, planned: BlockPlan, heads: HeadSplit) -> None:

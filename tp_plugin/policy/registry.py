@@ -77,8 +77,8 @@ def policy_for(config: object) -> Policy:
         if imported is not None:
             return imported
         raise PolicyError(
-            f"no tensor-parallel policy for model type {model_type!r}. Known: {', '.join(sorted(known))}. Write one "
-            f"(README, 'Add an architecture'): "
+            f"no tensor-parallel policy for model type {model_type!r} (`tp-plugin policies` lists the {len(known)} "
+            f"that there are). Write one (docs, 'Add an architecture'): "
             f"`tp_plugin.register(tp_plugin.Policy(model_types=({model_type!r},), blocks=(…), replicated=(…)))`, or "
             f"name it in the config: `tp_plugin: {{policy: module:NAME}}`. If this model is not the one to be trained, "
             f"leave it whole: `tp_plugin: {{leave_whole: [{model_type}]}}`."

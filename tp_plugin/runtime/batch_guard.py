@@ -28,6 +28,7 @@ from tp_plugin.runtime.progress import Progress
 from tp_plugin.runtime.sync_points import FORWARD, GRADIENTS, Request, SyncPoints
 from tp_plugin.tensor import rng
 from tp_plugin.tensor.global_view import ScriptRegion
+from tp_plugin.tensor.graphs import disable
 
 SAMPLED = 16
 """Training forwards between two looks at the parameters; there are looks at the 2nd, 4th and 8th, too."""
@@ -80,7 +81,7 @@ class BatchGuard:
         # a copy is another model: no audit of the original's parameters
         return BatchGuard(self._runtime, every=self._every)
 
-    @torch._dynamo.disable
+    @disable
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook (with kwargs) of a model; checks at the outermost call only. Never in a graph."""
         self._runtime.region.enter_forward()
@@ -106,10 +107,12 @@ class BatchGuard:
         if training:
             self.training_forwards += 1
             self._runtime.progress.training_forwards += 1
+            if (first := self._runtime.progress.first_step) is not None:
+                first.forward((*args, *kwargs.values()))
             if self.audit and self.audit_every and self.training_forwards % self.audit_every == 0:
                 self.audit()
 
-    @torch._dynamo.disable
+    @disable
     def close(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook (always called) that closes what :meth:`open` opened."""
         if self._entered:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tp_plugin.config.environment import is_summarised
 from tp_plugin.runtime.hang_report import HangReport, say
 from tp_plugin.runtime.script_position import failing_line
 
@@ -47,7 +48,7 @@ class CrashReport:
         leave(self._rank, value)
         self._previous(kind, value, trace)
         words = f"{kind.__name__}: {value}"
-        if has_lost_others(words) and "without a word" not in words:
+        if has_lost_others(words) and "without a word" not in words and not is_summarised():
             self._tell_who_was_first()
 
     def _tell_who_was_first(self) -> None:

@@ -3,7 +3,7 @@
 A peer that has nothing left to do in the call waits for the leader at its end (sessions.py). While it waits, its main
 thread is free for a collective: the leader asks all peers for the same shard, and gathers them on the device. Between
 two shards nobody is in a collective, however long the leader writes. A peer that did not come to the call is read by
-the transport, as ever.
+the transport, as usual.
 """
 
 from __future__ import annotations

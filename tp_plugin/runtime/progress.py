@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from tp_plugin.runtime.first_step import FirstStep
 
 
 class Progress:
@@ -11,9 +16,10 @@ class Progress:
     Attributes:
         training_forwards: top-level training forwards of all sharded models.
         backwards: that added to gradients.
-        registered: parameters that were put into any module. Whoever saw another number looks anew.
+        registered: parameters that were put into any module: guards look again when the number has changed.
         looks_for_drift: whether guards sample replicated weights; a proof compares all of them itself.
         optimizer_steps: steps of all optimizers. Fused kernels change weights without counting in-place versions.
+        first_step: measures it, until it is done; None in a run that reports nothing.
         weights_ready: on a device, recorded behind the last change of weights; None before any, and on the CPU.
     """
 
@@ -23,12 +29,20 @@ class Progress:
         self.registered = 0
         self.looks_for_drift = True
         self.optimizer_steps = 0
+        self.first_step: FirstStep | None = None
         self.weights_ready: torch.Event | None = None
 
     def stepped(self, device: torch.device) -> None:
         """An optimizer has stepped; its parameters lie on ``device``."""
         self.optimizer_steps += 1
         self.weights_changed(device)
+        self.end_first_step()
+
+    def end_first_step(self) -> None:
+        """An optimizer, or an engine that has one of its own, has stepped."""
+        if self.first_step is not None:
+            self.first_step.done()
+            self.first_step = None
 
     def weights_changed(self, device: torch.device) -> None:
         """Weights on ``device`` were written to by what the current stream has been given so far."""

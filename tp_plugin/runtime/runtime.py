@@ -58,6 +58,7 @@ class Runtime:
         mutual_wait: ends a wait that nothing can end.
         farewell: what happens at exit.
         models: the states of this process's sharded models (:class:`tp_plugin.shard.model_state.ModelState`).
+        reported: whether the run has been announced.
         held_bytes, full_bytes: of all parameters that it ever sharded: what it holds of them, and the full tensors'.
     """
 
@@ -80,6 +81,7 @@ class Runtime:
     mutual_wait: MutualWait
     farewell: Farewell
     models: WeakSet[Any] = field(default_factory=WeakSet)
+    reported: bool = False
     held_bytes: int = 0
     full_bytes: int = 0
 

@@ -6,6 +6,7 @@ import atexit
 
 from tp_plugin.config.run_config import RunConfig
 from tp_plugin.errors import TPError
+from tp_plugin.mesh.hosts import tell_place
 from tp_plugin.mesh.roles import Mesh, build_mesh
 from tp_plugin.runtime import crash_report as reports
 from tp_plugin.runtime.crash_report import CrashReport
@@ -29,6 +30,7 @@ from tp_plugin.tensor.replicas import ReplicaSums
 
 def build(config: RunConfig, mesh: Mesh) -> Runtime:
     """A Runtime on the groups of ``mesh``. Collective over the unit."""
+    tell_place(mesh.rank, mesh.devices.device_type)
     progress = Progress()
     transport = PeerTransport(mesh)
     published = PublishedTensors(transport, progress)

@@ -4,8 +4,8 @@ Scripts save or evaluate on the main process alone, or on all; they cannot be as
 So each rank answers from threads of its own what its parts registered: :meth:`PeerTransport.serve` for small objects,
 :meth:`PeerTransport.serve_tensor` for tensors. The transport knows nothing of what is asked.
 
-Who connects proves that it knows a key that the unit's leader drew and sent over torch.distributed; messages are
-pickles, so the key is what keeps strangers out. Every connection has a thread of its own, and a stranger's handshake
+A peer that connects proves that it knows a key, which the unit's leader drew and sent over torch.distributed; messages
+are pickles, so the key is what keeps others out. Every connection has a thread of its own, and a handshake without it
 ends after :data:`HANDSHAKE` seconds.
 """
 
@@ -30,7 +30,7 @@ UNANSWERED = 20.0
 GIL."""
 
 HANDSHAKE = 10.0
-"""Seconds that somebody who connects has for each message of the handshake."""
+"""Seconds that a connecting peer has for each message of the handshake."""
 
 CHUNK = 1 << 20
 """Bytes that are sent at a time: a connection holds what it receives several times over."""
@@ -158,7 +158,7 @@ class PeerTransport:
         try:
             deliver_challenge(_Patient(link), self._key)  # type: ignore[arg-type]
             answer_challenge(_Patient(link), self._key)  # type: ignore[arg-type]
-        except Exception:  # a stranger with a wrong key, or with none: it does not concern the peers
+        except Exception:  # a connection with a wrong key or none: the peers need not know
             return False
         return True
 

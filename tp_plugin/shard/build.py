@@ -100,6 +100,8 @@ def _fit_modules(model: nn.Module, plan: Plan, group: Group) -> None:
                 owner.config = copy.copy(owner.config)
             owner = getattr(owner, inner)
         setattr(owner, name, values[group.rank])
+    for (path, name), function in plan.methods.items():
+        setattr(model.get_submodule(path), name, function)
     for path, width in plan.sharded_norms.items():
         layout = plan.layouts[f"{path}.weight"]
         TPRMSNorm.install(model.get_submodule(path), width, layout.owned(group.rank), group)

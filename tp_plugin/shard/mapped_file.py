@@ -156,7 +156,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def inaccessible(nbytes: int) -> torch.Tensor:
-    """Bytes with an address and no memory: whoever reads or writes them is stopped by the kernel."""
+    """Bytes with an address and no memory: the kernel stops anything that reads or writes them."""
     nbytes = max(nbytes, 1)
     start = _allocate(nbytes, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     memory = (ctypes.c_uint8 * nbytes).from_address(start)

@@ -1,4 +1,4 @@
-"""The index of a model's parameters, by name; whoever replaces a parameter's object tells it (:func:`rebind`)."""
+"""The index of a model's parameters, by name; code that replaces a parameter's object tells it (:func:`rebind`)."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class ParallelBlock:
                 raise TPError(
                     f"sequence_parallel: {self.path} takes {len(entering)} differentiable inputs, and its derived "
                     "policy does not say which of them are split along the sequence; turn sequence_parallel off, or "
-                    "write a policy (README, 'Add an architecture')"
+                    "write a policy (docs, 'Add an architecture')"
                 )
             entered = [self._gather(first), *regions.copy_all_to_tp(others, self.group)]
         else:

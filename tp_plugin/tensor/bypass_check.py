@@ -56,7 +56,7 @@ class BypassCheck:
                     f"{self.path} uses one of its inputs outside of its sharded part (a residual that it adds itself, "
                     "a gate on its output), so the sum over the ranks would count that gradient once per rank. This "
                     "cannot be derived from transformers' base_model_tp_plan; write a policy whose block names `entry` "
-                    "and `inputs` (README, 'Add an architecture')"
+                    "and `inputs` (docs, 'Add an architecture')"
                 )
             if node in seen or node.name() in REDUCTIONS or node._sequence_nr() < oldest:
                 continue  # what is older was computed before the block

@@ -1,15 +1,40 @@
-"""Where torch.compile's graphs begin and end: what of dynamo has no public name stands here, and nowhere else."""
+"""Where torch.compile's graphs begin and end: what of dynamo has no public name stands here, and nowhere else.
+
+dynamo itself, which takes a second to import, is left to runs that compile: its decorators would import it.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from torch._C._dynamo.eval_frame import set_eval_frame
-from torch._dynamo.decorators import skip
-from torch._dynamo.eval_frame import skip_code
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    set_code_exec_strategy,
+    set_eval_frame,
+)
 
-__all__ = ["end_graph", "refuse_tracer", "runs_untraced", "skip", "trace_once", "untraced"]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def skip(function: F) -> F:
+    """Have dynamo not trace this function, but what it calls, as ``torch._dynamo.skip`` does."""
+    return _untraced(function, _FrameAction.DEFAULT)
+
+
+def disable(function: F) -> F:
+    """Have dynamo trace neither this function nor what it calls, as ``torch._dynamo.disable`` does."""
+    return _untraced(function, _FrameAction.SKIP)
+
+
+def assume_constant_result(function: F) -> F:
+    """Have dynamo call this function while it traces, and keep the result, as the decorator of this name does."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def end_graph() -> None:
@@ -17,9 +42,19 @@ def end_graph() -> None:
     set_eval_frame(None)
 
 
+_untraced_kinds: set[type] = set()
+
+
 def untraced(kind: type) -> None:
     """Graphs end at tensors of class ``kind``: a graph would be told their shape, and guard it by their memory's."""
-    torch._dynamo.config.nontraceable_tensor_subclasses.add(kind)
+    _untraced_kinds.add(kind)
+    if (dynamo := sys.modules.get("torch._dynamo.config")) is not None:
+        dynamo.nontraceable_tensor_subclasses.add(kind)
+
+
+def tell(dynamo: Any) -> None:
+    """Of the classes that :func:`untraced` was called for before ``torch._dynamo`` was imported."""
+    dynamo.config.nontraceable_tensor_subclasses.update(_untraced_kinds)
 
 
 def refuse_tracer() -> None:
@@ -31,9 +66,9 @@ def refuse_tracer() -> None:
 def runs_untraced(function: Any) -> None:
     """``function`` is no graph of its own, and not looked into where Python calls it; it can be a part of a graph."""
     while hasattr(function, "__wrapped__"):
-        skip_code(function.__code__)
+        _skip_code(function.__code__)
         function = function.__wrapped__
-    skip_code(function.__code__)
+    _skip_code(function.__code__)
 
 
 def trace_once(forward: Any) -> None:
@@ -42,5 +77,15 @@ def trace_once(forward: Any) -> None:
     A graph that ends at the head ends each function around it, too: it would trace all of them, one after the other.
     """
     while hasattr(forward, "__wrapped__"):
-        skip_code(forward.__code__)
+        _skip_code(forward.__code__)
         forward = forward.__wrapped__
+
+
+def _untraced(function: F, below: _FrameAction) -> F:
+    _skip_code(function.__code__, below)
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
+
+
+def _skip_code(code: types.CodeType, below: _FrameAction = _FrameAction.DEFAULT) -> None:
+    set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.SKIP, below))

@@ -4,7 +4,7 @@ A backward adds up this rank's parts in ``.grad``, as without us. What stood the
 of the ranks keeps it and the others blank theirs, so that the sum over the ranks has it once. A bucket that is full is
 summed while the backward goes on, what is left when it has ended.
 
-Who reads gradients earlier than that decides where the sum has to be:
+What reads gradients earlier than that decides where the sum has to be:
 
     a hook of the script's or of ZeRO on the parameter   in the hook that sums this parameter's alone, which runs first
     another engine of DeepSpeed, ``torch.autograd.grad``,

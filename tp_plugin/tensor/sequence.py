@@ -20,6 +20,7 @@ from tp_plugin.errors import TPError
 from tp_plugin.mesh.groups import Group, Pending
 from tp_plugin.tensor import regions, rng
 from tp_plugin.tensor.first_order import first_order
+from tp_plugin.tensor.graphs import assume_constant_result
 
 SEQUENCE = 1
 """The dimension of the tokens in (batch, sequence, hidden)."""
@@ -183,7 +184,7 @@ class Regather:
         return found
 
 
-@torch._dynamo.assume_constant_result  # true of a graph: it is traced anew where a layer is recomputed, ``active`` says
+@assume_constant_result  # true of a graph: it is traced anew where a layer is recomputed, ``active`` says
 def _in_backward() -> bool:
     # a layer that runs then is recomputed (torch.utils.checkpoint asks the same)
     return bool(torch._C._current_graph_task_id() != -1)

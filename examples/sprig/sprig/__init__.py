@@ -1,4 +1,4 @@
-"""Sprig, a made-up architecture: what the README's "Add an architecture" starts from."""
+"""Sprig, a made-up architecture: what the docs' "Add an architecture" starts from."""
 
 from transformers import AutoConfig, AutoModelForCausalLM
 

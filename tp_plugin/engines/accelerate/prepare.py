@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tp_plugin.config.resolve import current_config
-from tp_plugin.engines import saving
+from tp_plugin.engines import launch_report, saving
 from tp_plugin.engines.accelerate import save_state
 from tp_plugin.engines.accelerate.operations import TorchWithScopedDist
 from tp_plugin.engines.fsdp2 import prepare as fsdp2
@@ -98,7 +98,16 @@ def _prepare(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
             _shard_optimizer(item)
             if current() is not None and self.is_fsdp2:
                 fsdp2.refuse_optimizer(_bare(item))
-    return original(self, *args, **kwargs)
+    prepared = original(self, *args, **kwargs)
+    _announce(self)
+    return prepared
+
+
+def _announce(accelerator: Any) -> None:
+    runtime = current()
+    if runtime is not None and accelerator.distributed_type.value != "DEEPSPEED":  # which announces itself
+        replicas = "FSDP2" if accelerator.is_fsdp2 else "DDP" if runtime.mesh.dp_size > 1 else "one replica"
+        launch_report.announce(runtime, replicas)
 
 
 def _prepare_model(

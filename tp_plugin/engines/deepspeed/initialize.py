@@ -14,7 +14,7 @@ from tp_plugin.config import environment
 from tp_plugin.config.deepspeed import as_mapping, read, without_our_keys
 from tp_plugin.config.resolve import current_config, resolve
 from tp_plugin.config.run_config import RunConfig
-from tp_plugin.engines import gradients, torch_utils
+from tp_plugin.engines import gradients, launch_report, torch_utils
 from tp_plugin.engines.deepspeed import checkpoint, norms, replicas, script_access
 from tp_plugin.engines.deepspeed.config import check_batch_sizes, refuse
 from tp_plugin.engines.deepspeed.groups import Mpu
@@ -55,7 +55,7 @@ def install_hf_config(hf_config: Any) -> None:
 
 
 def install_zero_init(partition_parameters: Any) -> None:
-    """Patch ``zero``: a model is built whole, sharded, and only then partitioned; who reads its weights is told."""
+    """Patch ``zero``: a model is built whole, sharded, and only then partitioned; its readers are told."""
     wrap(partition_parameters.Init, "__init__", _zero_init)
     script_access.install_gathering(partition_parameters)
 
@@ -120,6 +120,7 @@ def _initialize_sharded(original: Any, call: Any, config: dict[str, Any], option
     for parameter in model.parameters():
         if hasattr(parameter, "ds_id"):
             runtime.region.show_when(parameter, script_access.is_gathered)
+    launch_report.announce(runtime, f"DeepSpeed ZeRO {engine.zero_optimization_stage()}")
     checkpoint.link(engine, options, [root.tp_record for _, root in models_in(model) if is_sharded(root)])
     return (engine, *rest)
 

@@ -30,7 +30,10 @@ def _take_model_step(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any
             agree_once(self.module.parameters(), runtime)
         else:
             agree(kept, runtime.mesh)
-    return original(self, *args, **kwargs)
+    result = original(self, *args, **kwargs)
+    if runtime is not None:
+        runtime.progress.end_first_step()
+    return result
 
 
 def _kept(optimizer: Any) -> list[tuple[ParamLayout | None, torch.Tensor]] | None:

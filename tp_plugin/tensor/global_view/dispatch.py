@@ -12,7 +12,7 @@ from tp_plugin.tensor.global_view.info import as_global, info_of, local_of
 from tp_plugin.tensor.global_view.operands import locally, made, tensors_in
 from tp_plugin.tensor.global_view.view import GlobalView
 from tp_plugin.tensor.global_view.whole import read_alone, reduce, shard_of
-from tp_plugin.tensor.graphs import refuse_tracer
+from tp_plugin.tensor.graphs import disable, refuse_tracer
 
 
 class Calls:
@@ -21,7 +21,7 @@ class Calls:
     count = 0
 
 
-@torch._dynamo.disable
+@disable
 def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Carry out ``function``, of whose arguments some look whole, or are views of such."""
     refuse_tracer()

@@ -12,7 +12,7 @@ from torch import nn
 
 from tp_plugin.mesh.dtensor_utils import held
 from tp_plugin.tensor.global_view.info import GlobalInfo, shown_class
-from tp_plugin.tensor.graphs import runs_untraced
+from tp_plugin.tensor.graphs import disable, runs_untraced
 
 
 class _Row(NamedTuple):
@@ -225,12 +225,12 @@ class OwnForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnForward:
         return OwnForward(self.region)
 
-    @torch._dynamo.disable
+    @disable
     def enter(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook, behind all others. Never in a graph."""
         self._entered.append(self.region.enter_script())
 
-    @torch._dynamo.disable
+    @disable
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook, before all others, always called."""
         if self._entered:

@@ -74,7 +74,7 @@ def deferred(
 
 
 class FusedForward(WrappedForward):
-    """The forward of a head whose logits are in no memory: whoever uses some of them computes them."""
+    """The forward of a head that keeps no logits: they are computed where some of them are used."""
 
     def __init__(self, module: nn.Module, own: Forward, vocabulary: Vocabulary):
         super().__init__(module, own)
