@@ -1,4 +1,4 @@
-"""The command line: ``tp-plugin policies``, ``verify``, ``export`` and ``reshard``."""
+"""The command line: ``tp-plugin policies``, ``plan``, ``verify``, ``export`` and ``reshard``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(arguments)
     except TPError as error:
         print(f"tp-plugin {arguments.command}: {error}", file=sys.stderr)
-        return 1
+        return 2 if arguments.command == "plan" else 1
     finally:
         os.environ[ENV_DISABLE] = before
 
@@ -37,6 +37,10 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--policy", help="module:NAME or path/to/file.py:NAME; default the registered one")
     verify.add_argument("--expert-parallel", action="store_true", help="split a mixture of experts by whole experts")
     verify.add_argument("--dry-run", action="store_true", help="only the plan, no proof")
+
+    from tp_plugin.cli.plan_arguments import add_arguments
+
+    add_arguments(commands.add_parser("plan", help="say what fits a cluster and how fast it is, before the launch"))
 
     export = commands.add_parser("export", help="turn a checkpoint into a plain Hugging Face model")
     reshard = commands.add_parser("reshard", help="rewrite a checkpoint for another tp_size and dp size")
@@ -63,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "policies":
         return _policies()
+    if arguments.command == "plan":
+        from tp_plugin.cli.plan_report import run
+
+        return run(arguments)
     if arguments.command == "verify":
         from tp_plugin.cli.verify import verify
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
-Product = tuple[int, int, int, int]
-"""``(batch, M, K, N)`` of a product of matrices."""
+Product = tuple[int, int, int, int, str]
+"""``(batch, M, K, N)`` of a product of matrices, and which of the first three grows with the number of tokens."""
 
 
 @dataclass
@@ -31,13 +30,13 @@ class Work:
     """What is to be computed.
 
     Attributes:
-        products: how many there are of each shape.
+        products: of matrices.
         attention: floating-point operations of attention kernels.
         traffic: bytes that all other operations read and write.
         kernels: operations that start a kernel.
     """
 
-    products: Counter[Product] = field(default_factory=Counter)
+    products: list[Product] = field(default_factory=list)
     attention: float = 0.0
     traffic: float = 0.0
     kernels: int = 0
@@ -45,19 +44,24 @@ class Work:
     @property
     def flops(self) -> float:
         """Floating-point operations of products and attention."""
-        return self.attention + sum(2.0 * b * m * k * n * count for (b, m, k, n), count in self.products.items())
+        return self.attention + sum(2.0 * b * m * k * n for b, m, k, n, _ in self.products)
 
 
 class MetaLedger(TorchDispatchMode):
     """Counts what runs inside.
+
+    Args:
+        known: tensors that are nobody's.
+        tokens: of a micro-batch.
 
     Attributes:
         live, peak: bytes of storages that were made inside and not freed; the most of it since :meth:`restart`.
         work: since :meth:`restart`.
     """
 
-    def __init__(self, known: Iterator[torch.Tensor]):
+    def __init__(self, known: Iterable[torch.Tensor], tokens: int):
         super().__init__()
+        self.tokens = tokens
         self.live = self.peak = 0
         self.work = Work()
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
@@ -81,12 +85,12 @@ class MetaLedger(TorchDispatchMode):
         return result
 
     def _count(self, func: Any, args: Any, kwargs: Any, made: list[torch.Tensor]) -> None:
-        if func in (aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default):
+        if func.overloadpacket in (aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided):
             return
         self.work.kernels += 1
-        shape = _product(func, args)
+        shape = _product(func, args, self.tokens)
         if shape is not None:
-            self.work.products[shape] += 1
+            self.work.products.append(shape)
             return
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         self.work.traffic += sum(tensor.numel() * tensor.element_size() for tensor in (*read, *made))
@@ -116,27 +120,24 @@ def _is_view(func: Any) -> bool:
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
-def _product(func: Any, args: Any) -> Product | None:
+def _product(func: Any, args: Any, tokens: int) -> Product | None:
     """The shape of a product; a grouped one of n groups counts as n products of equal shares of the rows."""
     packet = func.overloadpacket
-    if packet in (aten.mm, aten.addmm):
+    if packet in (aten.mm, aten.addmm, aten.addmm_):
         a, b = args[-2:] if packet is aten.mm else args[1:3]
-        return 1, a.shape[0], a.shape[1], b.shape[1]
+        (m, k), n = a.shape, b.shape[1]
+        return 1, m, k, n, "m" if m % tokens == 0 else "k" if k % tokens == 0 else ""
     if packet in (aten.bmm, aten.baddbmm):
         a, b = args[-2:] if packet is aten.bmm else args[1:3]
-        return a.shape[0], a.shape[1], a.shape[2], b.shape[2]
-    if packet is aten.addmm_:
-        return 1, args[1].shape[0], args[1].shape[1], args[2].shape[1]
+        return *a.shape, b.shape[2], "b"
     if packet is aten._grouped_mm:
-        a, b = args[:2]
-        groups = args[2].shape[0]
-        if a.dim() == 2 and b.dim() == 3:
-            return groups, max(a.shape[0] // groups, 1), a.shape[1], b.shape[2]
-        return groups, a.shape[0], max(a.shape[1] // groups, 1), b.shape[-1]
+        a, b, groups = args[0], args[1], args[2].shape[0]
+        if b.dim() == 3:
+            return groups, max(a.shape[0] // groups, 1), a.shape[1], b.shape[2], "m"
+        return groups, a.shape[0], max(a.shape[1] // groups, 1), b.shape[-1], "k"
     if packet is aten.convolution:
         x, weight = args[:2]
-        windows = x.numel() // max(x.shape[1], 1)
-        return 1, windows, weight[0].numel(), weight.shape[0]
+        return 1, x.numel() // max(x.shape[1], 1), weight[0].numel(), weight.shape[0], "m"
     return None
 
 
@@ -210,7 +211,7 @@ class FusedKernels(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def counting(known: Iterator[torch.Tensor]) -> Iterator[MetaLedger]:
-    """Count what runs inside; tensors that are ``known`` are nobody's."""
-    with MetaLedger(known) as ledger, FusedKernels(ledger):
+def counting(known: Iterable[torch.Tensor], tokens: int) -> Iterator[MetaLedger]:
+    """Count what runs inside."""
+    with MetaLedger(known, tokens) as ledger, FusedKernels(ledger):
         yield ledger

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
+import math
 import re
 import warnings
 from collections import Counter
@@ -38,13 +40,17 @@ class Segment:
 
     Attributes:
         kept: by how much the bytes alive have grown at its end, without the parameters' gradients.
-        peak: the most at one time inside, beyond those alive at its beginning.
+        peak: the most at one time inside, with gradients, beyond those alive at its beginning.
+        gradients: bytes of the parameters' gradients that are made in it.
+        output: bytes of what a layer returns.
         work: what is computed.
         sent: collectives over the TP group.
     """
 
     kept: int = 0
     peak: int = 0
+    gradients: int = 0
+    output: int = 0
     work: Work = field(default_factory=Work)
     sent: Sent = field(default_factory=Counter)
 
@@ -56,25 +62,29 @@ class Layers:
     Attributes:
         path: where it stands in the model.
         kinds: the kind of each of its layers, in order.
-        chosen: the layers that are traced.
+        chosen: the layers that are traced: two of each kind, and the last.
     """
 
     path: str
     kinds: list[int]
     chosen: list[int]
 
+    def stand_in(self, at: int) -> int:
+        """The traced layer that stands for layer ``at``: itself, or the second of its kind."""
+        alike = [one for one in self.chosen if self.kinds[one] == self.kinds[at]]
+        return at if at in alike else alike[min(1, len(alike) - 1)]
+
+
+Key = tuple[str, int]
+"""``(path of a stack, number)`` of a layer; ``("", n)`` of the n-th stretch around stacks."""
+
 
 @dataclass
 class Trace:
-    """A step of one micro-batch at one layout.
+    """A step of one micro-batch: its segments in the order in which they run, those of all layers."""
 
-    Attributes:
-        forward, backward: the segments between the layers, in the order in which they run: what is before, (stack,
-            kind) for a layer, what is behind.
-    """
-
-    forward: list[tuple[Any, Segment]]
-    backward: list[tuple[Any, Segment]]
+    forward: list[tuple[Key, Segment]]
+    backward: list[tuple[Key, Segment]]
 
 
 def find_layers(model: nn.Module, plan: Plan) -> list[Layers]:
@@ -100,7 +110,7 @@ def _kinds(layers: list[nn.Module]) -> tuple[list[int], list[int]]:
     chosen = []
     for at, kind in enumerate(kinds):
         seen[kind] += 1
-        if seen[kind] <= 2:
+        if seen[kind] <= 2 or at == len(kinds) - 1:
             chosen.append(at)
     return kinds, chosen
 
@@ -180,41 +190,49 @@ def trace(
     batch: Mapping[str, Any],
     tp: int,
     options: RunConfig,
-    *,
     checkpointing: bool = False,
-    again: bool = False,
 ) -> Trace:
-    """Run a step of ``model``, which :func:`cut` has made, on ``batch``.
-
-    Args:
-        again: of the second micro-batch, whose gradients are added to those of the first.
-    """
+    """Run a step of ``model``, which :func:`cut` has made, on ``batch``."""
     model = copy.deepcopy(model).train()
     group = shard_on_meta(model, policy, tp, options)
-    if hasattr(model, "enable_input_require_grads") and not all(p.requires_grad for p in model.parameters()):
-        model.enable_input_require_grads()  # type: ignore[operator]
-    known = [*model.parameters(), *model.buffers(), *(v for v in batch.values() if isinstance(v, torch.Tensor))]
-    recorder: _Recorder | None = None
-    with warnings.catch_warnings(), counting(iter(known)) as ledger:
+    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    tokens = max(math.prod(tensor.shape[:2]) for tensor in tensors)
+    with warnings.catch_warnings(), counting([*model.parameters(), *model.buffers(), *tensors], tokens) as ledger:
         warnings.simplefilter("ignore")
         if checkpointing:
-            name = "activation_checkpointing_enable"  # its name from transformers 5.23 on
-            enable: Any = getattr(model, name, None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), FusedKernels(ledger))})
-        for _ in range(2 if again else 1):
-            recorder = _Recorder(ledger, group)
-            handles = recorder.watch(model, stacks_of)
-            output = model(**batch)
-            loss = _loss(output)
-            del output
-            recorder.turn()
-            loss.backward()
-            del loss
-            recorder.end()
-            for handle in handles:
-                handle.remove()
-    assert recorder is not None
-    return Trace(recorder.forward, recorder.backward)
+            _checkpoint(model, ledger)
+        recorder = _Recorder(ledger, group, model)
+        recorder.watch(model, stacks_of)
+        output = model(**batch)
+        loss = _loss(output)
+        del output
+        recorder.turn()
+        loss.backward()
+        del loss
+        recorder.end()
+    by_path = {layers.path: layers for layers in stacks_of}
+    return Trace(_all_layers(recorder.forward, by_path, 1), _all_layers(recorder.backward, by_path, -1))
+
+
+def _checkpoint(model: Any, ledger: MetaLedger) -> None:
+    name = "activation_checkpointing_enable"  # its name from transformers 5.23 on
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    contexts = lambda: (contextlib.nullcontext(), FusedKernels(ledger))  # noqa: E731
+    enable({"use_reentrant": False, "context_fn": contexts})
+    if not all(p.requires_grad for p in model.parameters()):
+        model.enable_input_require_grads()
+
+
+def _all_layers(found: list[tuple[Key, Segment]], stacks_of: Mapping[str, Layers], step: int) -> list[tuple[Key, Segment]]:
+    """The segments of a cut model, with what stands for each layer that was cut out in its place."""
+    known = dict(found)
+    whole: list[tuple[Key, Segment]] = []
+    for (path, at), segment in found:
+        if whole and path and whole[-1][0][0] == path:
+            for number in range(whole[-1][0][1] + step, at, step):
+                whole.append(((path, number), known[path, stacks_of[path].stand_in(number)]))
+        whole.append(((path, at), segment))
+    return whole
 
 
 def _loss(output: Any) -> torch.Tensor:
@@ -228,59 +246,65 @@ def _loss(output: Any) -> torch.Tensor:
 class _Recorder:
     """Cuts a step into segments at the boundaries of layers."""
 
-    def __init__(self, ledger: MetaLedger, group: ShapeGroup):
+    def __init__(self, ledger: MetaLedger, group: ShapeGroup, model: nn.Module):
         self.ledger, self.group = ledger, group
-        self.forward: list[tuple[Any, Segment]] = []
-        self.backward: list[tuple[Any, Segment]] = []
-        self._into = self.forward
-        self._at = ledger.live
-        self._marked: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self.forward: list[tuple[Key, Segment]] = []
+        self.backward: list[tuple[Key, Segment]] = []
+        self._without_gradient = {id(p): p for p in model.parameters() if p.requires_grad}
+        self._into, self._around, self._at = self.forward, 0, ledger.live
         ledger.restart()
         group.sent.clear()
 
-    def watch(self, model: nn.Module, stacks_of: list[Layers]) -> list[Any]:
-        handles = []
+    def watch(self, model: nn.Module, stacks_of: list[Layers]) -> None:
+        """Have the layers of ``model`` say when they begin and end; their inputs and outputs, when their gradients come."""
         for layers in stacks_of:
-            for place, (at, layer) in enumerate(zip(layers.chosen, model.get_submodule(layers.path), strict=True)):
-                key = (layers.path, layers.kinds[at])
+            listed = list(model.get_submodule(layers.path))  # type: ignore[call-overload]
+            keys = [(layers.path, at) for at in layers.chosen]
+            begin = functools.partial(self._begin, keys[0])
+            listed[0].register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
+            for layer, key, following in zip(listed, keys, [*keys[1:], None], strict=True):
+                layer.register_forward_hook(functools.partial(self._leave, key, following))
 
-                def before(module: Any, args: Any, kwargs: Any, first: bool = place == 0, key: Any = key) -> None:
-                    if self._into is self.backward:  # a layer is recomputed
-                        return
-                    x = _first(args) if _first(args) is not None else _first(tuple(kwargs.values()))
-                    self._cut("between")
-                    if first and x is not None and x.requires_grad:
-                        x.register_hook(lambda grad, key=key: self._cut(key))
+    def _begin(self, key: Key, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._into is self.backward:  # the layer runs again
+            return
+        self._cut(("", self._around))
+        x = _first((*args, *kwargs.values()))
+        if x is not None and x.requires_grad:
+            x.register_hook(lambda grad: self._cut(key))
 
-                def after(module: Any, args: Any, output: Any, key: Any = key, place: int = place, path: str = layers.path, kinds: Any = layers) -> None:
-                    if self._into is self.backward:
-                        return
-                    self._cut(key)
-                    y = _first(output if isinstance(output, tuple) else (output,))
-                    if y is not None and y.requires_grad:
-                        # the gradient of its output ends what comes after it: the next layer, or the head
-                        after_it = "between" if place + 1 == len(kinds.chosen) else (path, kinds.kinds[kinds.chosen[place + 1]])
-                        y.register_hook(lambda grad, key=after_it: self._cut(key))
-
-                handles.append(layer.register_forward_pre_hook(before, with_kwargs=True, prepend=False))
-                handles.append(layer.register_forward_hook(after))
-        return handles
+    def _leave(self, key: Key, following: Key | None, module: nn.Module, args: Any, output: Any) -> None:
+        if self._into is self.backward:
+            return
+        y = _first(output if isinstance(output, tuple) else (output,))
+        self._cut(key, 0 if y is None else y.numel() * y.element_size())
+        if following is None:
+            self._around += 1
+        if y is not None and y.requires_grad:
+            # the gradient of its output ends the backward of what comes after it
+            key_after = following or ("", self._around)
+            y.register_hook(lambda grad: self._cut(key_after))
 
     def turn(self) -> None:
         """The backward begins."""
-        self._cut("between")
+        self._cut(("", self._around))
         self._into = self.backward
 
     def end(self) -> None:
+        """It has ended."""
         gc.collect()
-        self._cut("between")
+        self._cut(("", 0))
 
-    def _cut(self, key: Any) -> None:
-        live = self.ledger.live
-        segment = Segment(live - self._at, self.ledger.peak - self._at, self.ledger.work, Counter(self.group.sent))
-        self._into.append((key, segment))
+    def _cut(self, key: Key, output: int = 0) -> None:
+        live, ledger, made = self.ledger.live, self.ledger, 0
+        for number, parameter in list(self._without_gradient.items()):
+            if parameter.grad is not None:
+                made += parameter.grad.numel() * parameter.grad.element_size()
+                del self._without_gradient[number]
+        kept, sent = live - self._at - made, Counter(self.group.sent)
+        self._into.append((key, Segment(kept, ledger.peak - self._at, made, output, ledger.work, sent)))
         self._at = live
-        self.ledger.restart()
+        ledger.restart()
         self.group.sent.clear()
 
 
