@@ -91,7 +91,8 @@ def ring(op: str, put: Number, n: Number, r: Rates, gpu: Gpu, per_node: int, sha
     """
     sent = put * {"all_reduce": 2 * (n - 1) / n, "reduce_scatter": (n - 1) / n, "all_gather": n - 1.0}[op]
     inside = n <= per_node
-    rate = np.where(inside, gpu.link * r.link, gpu.network * r.network) * share
+    # over machines NCCL has a ring for each network card
+    rate = np.where(inside, gpu.link * r.link, np.minimum(gpu.network * per_node * r.network, gpu.link * r.link)) * share
     wait = np.where(inside, r.latency, r.hop * (n - 1))
     return np.where(n > 1, wait + sent / rate, 0.0)
 
@@ -109,7 +110,9 @@ def exposed(seconds: Number, behind: Number) -> Number:
 def data_seconds(put: Number, dp: Number, tp: Number, engine_factor: Number, r: Rates, gpu: Gpu, per_node: int) -> Number:
     """The exchange of gradients of ``put`` bytes (and of weights, for engines that split them) over the data group."""
     inside = dp * tp <= per_node
-    rate = np.where(inside, gpu.link * r.link, gpu.network * r.network) * r.data_link
+    peers = np.minimum(dp, np.maximum(1.0, per_node / tp))  # of the group in a machine: each has a network card
+    far = np.minimum(gpu.network * peers * r.network, gpu.link * r.link)
+    rate = np.where(inside, gpu.link * r.link, far) * r.data_link
     machines = np.maximum(1.0, dp * tp / per_node)
     return np.where(dp > 1, engine_factor * put * (dp - 1) / dp / rate + r.data_latency * np.log2(machines), 0.0)
 
