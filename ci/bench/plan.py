@@ -166,12 +166,9 @@ def fit(rows: Rows) -> Nanotron:
 def _descend(rows: Rows, r: Nanotron, width: float) -> tuple[Nanotron, float]:
     """Along one constant after the other, in smaller and smaller steps."""
 
-    alone = rows.pp == 1
-
     def loss(values: Nanotron) -> float:
         off = np.abs(np.log(seconds(rows, values) / rows.seconds))
-        # what is far off is another build's
-        return float(np.mean(np.minimum(off, 0.3)) + 0.2 * np.quantile(off[alone], 0.85))
+        return float(np.mean(np.minimum(off, 0.3)))  # what is far off is another build's
 
     best = loss(r)
     for _ in range(12):
