@@ -17,7 +17,6 @@ from tp_plugin.estimate.states import held_parameters, states
 from tp_plugin.estimate.trace import cut, find_layers, trace
 from tp_plugin.policy import make_plan, policy_for
 
-
 CPU_STATE = 5056
 """Bytes of the CPU generator's state, of which a checkpoint keeps one."""
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """How well the formulas of ``tp-plugin plan`` predict 1,628 measured runs: time, memory, and the pick.
 
-The runs are nanotron's (fused norms, flash attention), so a layer's work is by formula here, where a plan traces it; all
-the rest is the plan's own code. Constants are fitted on one half of the layouts and judged on the other; rows that other
-rows prove wrong are set aside by plan_rows.py's rule.
+The runs are nanotron's (fused norms, flash attention), so a layer's work is by formula here, where a plan traces it;
+all the rest is the plan's own code. Constants are fitted on one half of the layouts and judged on the other; rows that
+other rows prove wrong are set aside by plan_rows.py's rule.
 
     python ci/bench/plan.py                 # writes ci/bench/results/plan.md and plan.json; fails outside of GOALS
     python ci/bench/plan.py --rows FILE --judge    # the constants in plan.json, judged on all rows of another file
@@ -40,6 +40,7 @@ GOALS = {
     '"out of memory" wrong': 0.005, '"fits" wrong': 0.02, '"tight"': 0.10,
 }  # fmt: skip
 AT_LEAST = ("pick within 10%", "top three within 5%")
+
 
 @dataclasses.dataclass(frozen=True)
 class Nanotron(Rates):
@@ -119,7 +120,9 @@ def seconds(rows: Rows, r: Nanotron) -> Any:
         return 14 * parameters(rows, layers, embeddings) / (H100.bandwidth * r.memory)
 
     one = compute + comm
-    t0 = soft_maximum(first * one + np.where(alone, head, 0) + accumulate(first, 1.0), (first + np.where(alone, 2, 0.5)) * host)
+    t0 = soft_maximum(
+        first * one + np.where(alone, head, 0) + accumulate(first, 1.0), (first + np.where(alone, 2, 0.5)) * host
+    )
     t1 = np.where(rows.pp > 2, soft_maximum(middle * one + accumulate(middle, 0.0), middle * host), 0.0)
     t2 = np.where(alone, 0.0, soft_maximum(last * one + head + accumulate(last, 1.0), (last + 1.5) * host))
     slowest = np.maximum(np.maximum(t0, t1), t2)
@@ -128,7 +131,11 @@ def seconds(rows: Rows, r: Nanotron) -> Any:
     far = rows.tp * rows.dp >= PER_NODE
     rate = np.where(far, H100.network * r.network, H100.link * r.link)
     hop = np.where(alone, 0.0, r.stage + 4 * rows.hidden * tok / rows.tp / rate)
-    count = np.where(alone, parameters(rows, rows.layers, 2 - rows.tied), np.maximum(parameters(rows, first, 1), parameters(rows, last, 1)))
+    count = np.where(
+        alone,
+        parameters(rows, rows.layers, 2 - rows.tied),
+        np.maximum(parameters(rows, first, 1), parameters(rows, last, 1)),
+    )
     factor = np.where(rows.zero >= 1, r.partitioned * 1.5, 2.0)
     exchange = data_seconds(4 * count, rows.dp, rows.tp, factor, r, H100, PER_NODE)
     exchange = exchange * np.where(alone, 1.0, r.staged)
@@ -195,7 +202,8 @@ def memory(rows: Rows) -> tuple[Any, Any, Any]:
     kept = tok * (8 * h / t + 6 * h / t + 2 * h / t + 4 * rows.heads / t + 8 * f / t)
     found = []
     for layers, front, back, stage, there in (
-        (first, 1, alone, 0, np.ones(len(rows), bool)), (middle, 0, 0, 1, rows.pp > 2), (last, alone, 1, rows.pp - 1, ~alone),
+        (first, 1, alone, 0, np.ones(len(rows), bool)), (middle, 0, 0, 1, rows.pp > 2),
+        (last, alone, 1, rows.pp - 1, ~alone),
     ):  # fmt: skip
         n = parameters(rows, layers, front + back * np.where(alone, 1 - rows.tied, 1))
         split = np.where(rows.zero >= 1, rows.dp, 1)
@@ -249,7 +257,11 @@ def picks(rows: Rows, r: Nanotron) -> dict[str, float]:
             best = rows.seconds[mine].min()
             first.append(rows.seconds[order[0]] / best <= 1.10)
             three.append(rows.seconds[order[:3]].min() / best <= 1.05)
-    return {"pick within 10%": float(np.mean(first)), "top three within 5%": float(np.mean(three)), "choices": len(first)}
+    return {
+        "pick within 10%": float(np.mean(first)),
+        "top three within 5%": float(np.mean(three)),
+        "choices": len(first),
+    }
 
 
 def main() -> None:
@@ -267,7 +279,11 @@ def main() -> None:
         learn = rows.take((rows.half == 0) & ~np.isnan(rows.seconds))
         rates = fit(learn.take(~learn.wrong))
         found = judge(rows.take(rows.half == 1), rates)
-        report = {"rates": dataclasses.asdict(rates), "held back": found, "fitted on": judge(rows.take(rows.half == 0), rates)}
+        report = {
+            "rates": dataclasses.asdict(rates),
+            "held back": found,
+            "fitted on": judge(rows.take(rows.half == 0), rates),
+        }
         args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
         args.out.with_suffix(".md").write_text(markdown(report))
         print(markdown(report))
@@ -281,10 +297,10 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# The plan's formulas against measured runs",
         "",
-        f"8×H100 nodes, Llama-like models of 1 to 80 B parameters, sequence {SEQUENCE}, 256 sequences a step. Constants fitted on "
-        f"{learnt['ran']} runs, judged on {held['ran']} runs of other layouts (model, tp, pp, dp); of these {held['set aside']} "
-        "that another run proves wrong are set aside (plan_rows.py has the rule). Memory: all rows, also those that did not "
-        "run.",
+        f"8×H100 nodes, models of 1 to 80 B parameters, sequence {SEQUENCE}, 256 sequences a step. Constants "
+        f"fitted on {learnt['ran']} runs, judged on {held['ran']} runs of other layouts (model, tp, pp, dp); of these "
+        f"{held['set aside']} that another run proves wrong are set aside (plan_rows.py has the rule). Memory: all "
+        "rows, also those that did not run.",
         "",
         "| | held back | fitted on | goal |",
         "|---|---|---|---|",

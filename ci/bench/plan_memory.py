@@ -35,6 +35,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "bloom": {"vocab_size": 512, "hidden_size": 128, "n_layer": 4, "use_cache": False},
     "bert": WIDE,
 }
+WITH_LORA = ("llama", "qwen3", "gemma2", "phi3", "gpt2", "bloom")
+"""Whose policies take adapters on all linears at any tp."""
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 SIZE, LENGTH = 4, 128
 PARTS = ("weights", "gradients", "optimizer", "activations")
@@ -48,7 +50,7 @@ def cases() -> list[tuple[Any, ...]]:
         for turn, (tp, dp) in enumerate(((1, 2), (2, 2), (4, 1))):
             for flag in (0, 1):
                 engine = "none" if dp == 1 else ENGINES[(number + 2 * turn + flag) % len(ENGINES)]
-                adapter = "lora" if (number + turn + flag) % 2 else ""
+                adapter = "lora" if architecture in WITH_LORA and (number + turn + flag) % 2 else ""
                 found.append((tp, dp, engine, architecture, bool(flag), adapter))
     return found
 
@@ -62,6 +64,8 @@ def main() -> None:
     from predicted import predicted
     from workers import WorkerError, run
 
+    from tp_plugin.errors import TPError
+
     rows: list[dict[str, Any]] = []
     for tp, dp, engine, architecture, checkpointing, adapter in sorted(cases(), key=lambda c: (c[0] * c[1], c)):
         if args.only and args.only != architecture:
@@ -70,11 +74,11 @@ def main() -> None:
         given = architecture, ARCHITECTURES[architecture], SIZE, LENGTH, checkpointing, adapter
         try:
             real = run(tp * dp, measured, tp, engine, *given)[0]
-        except WorkerError as error:
+            said = predicted(tp, dp, engine, *given)
+        except (WorkerError, RuntimeError, TPError) as error:
             rows.append({"case": name, "failed": str(error)[-300:]})
             print(name, "FAILED", str(error)[-300:].replace("\n", " "), flush=True)
             continue
-        said = predicted(tp, dp, engine, *given)
         rows.append({"case": name, "measured": real, "predicted": said})
         print(name, " ".join(f"{part} {said[part] / max(real[part], 1):.3f}" for part in real), flush=True)
     errors = [abs(r["predicted"][p] / r["measured"][p] - 1) for r in rows if "measured" in r for p in PARTS]

@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 
 SEQUENCE = 4096
-SHAPES = {"1B": (16, 2048, 32, 8192, 1), "3B": (28, 3072, 32, 8192, 1), "8B": (32, 4096, 32, 14336, 0), "80B": (80, 8192, 64, 28672, 0)}  # fmt: skip
+SHAPES = {
+    "1B": (16, 2048, 32, 8192, 1),
+    "3B": (28, 3072, 32, 8192, 1),
+    "8B": (32, 4096, 32, 14336, 0),
+    "80B": (80, 8192, 64, 28672, 0),
+}
 """Layers, width, heads, inner width, tied."""
 VOCABULARY = 131072
 NEARLY_FULL = 72.0
@@ -34,7 +39,8 @@ class Rows:
 
 def read(path: Path) -> Rows:
     """All rows whose batch is what the chart says it is."""
-    lines = [line for line in csv.DictReader(path.open()) if int(line["dp"]) * int(line["mbs"]) * int(line["grad_acc"]) == int(line["gbs"])]  # fmt: skip
+    written = csv.DictReader(path.open())
+    lines = [row for row in written if int(row["dp"]) * int(row["mbs"]) * int(row["grad_acc"]) == int(row["gbs"])]
     number = {name: np.array([float(line[name] or "nan") for line in lines]) for name in lines[0] if name != "model"}
     shapes = np.array([SHAPES[line["model"]] for line in lines], float).T
     gpus = number["nodes"] * 8
@@ -44,7 +50,8 @@ def read(path: Path) -> Rows:
     rows = Rows(
         model=np.array([line["model"] for line in lines]), layers=shapes[0], hidden=shapes[1], heads=shapes[2],
         inner=shapes[3], tied=shapes[4], tp=number["tp"], pp=number["pp"], dp=number["dp"], mbs=number["mbs"],
-        m=number["grad_acc"], zero=number["zero"], nodes=number["nodes"], seconds=seconds, gb=number["mem_gb"], half=half,
+        m=number["grad_acc"], zero=number["zero"], nodes=number["nodes"], seconds=seconds, gb=number["mem_gb"],
+        half=half,
     )  # fmt: skip
     rows.columns["wrong"] = rows.wrong = proven_wrong(rows)  # type: ignore[attr-defined]
     rows.columns["crashed"] = rows.crashed = crashed(rows)  # type: ignore[attr-defined]
@@ -54,11 +61,11 @@ def read(path: Path) -> Rows:
 def proven_wrong(rows: Rows, slack: float = 0.10, seconds: float = 0.06) -> Any:
     """Rows that another row proves wrong, without a model of either.
 
-    What a stage does for a micro-batch does not depend on how many replicas and machines there are; a larger model, more
-    sequences, fewer stages or, inside of a machine, fewer ranks that share it are no less of it. So a row is wrong whose
-    time for each slot of the pipeline (micro-batches + pp - 1) is more than ``slack`` and ``seconds`` above that of a row
-    with no less work. So is one that was nearly out of memory, where allocators thrash. (The exchange of gradients comes
-    once a step: half a second of it is granted.)
+    What a stage does for a micro-batch does not depend on how many replicas and machines there are; a larger model,
+    more sequences, fewer stages or, inside of a machine, fewer ranks that share it are no less of it. So a row is wrong
+    whose time for each slot of the pipeline (micro-batches + pp - 1) is more than ``slack`` and ``seconds`` above that
+    of a row with no less work. So is one that was nearly out of memory, where allocators thrash. (The exchange of
+    gradients comes once a step: half a second of it is granted.)
     """
     slot = rows.seconds / (rows.m + rows.pp - 1)
     size = np.array([int(model.removesuffix("B")) for model in rows.model])
@@ -75,8 +82,8 @@ def proven_wrong(rows: Rows, slack: float = 0.10, seconds: float = 0.06) -> Any:
 def crashed(rows: Rows) -> Any:
     """Rows that did not run, but not for want of memory: one that needs no less of it ran.
 
-    That is one of the same model, tp and pp, no smaller micro-batch and no fewer of them in flight, and optimizer states
-    split over no more replicas.
+    That is one of the same model, tp and pp, no smaller micro-batch and no fewer of them in flight, and optimizer
+    states split over no more replicas.
     """
     ran = ~np.isnan(rows.seconds)
     found = np.zeros(len(rows), bool)

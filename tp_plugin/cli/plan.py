@@ -25,7 +25,7 @@ def plan(config: Any, cluster: Cluster, job: Job, *, rates: Rates | None = None)
         config: a transformers config, or what ``tp-plugin verify`` takes: a model type, config.json or folder.
         cluster: what it is to run on.
         job: what is to be trained, and what of the layout is fixed.
-        rates: a calibration; default the figures of the hardware table, which are good for ranking.
+        rates: constants measured on the cluster; default the figures of the hardware table, which are good for ranking.
 
     Raises:
         TPError: something asked for cannot be done; the message says what could.

@@ -10,7 +10,6 @@ from typing import Any
 from tp_plugin.errors import TPError
 
 
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add them to the parser of the command."""
     add = parser.add_argument
@@ -38,8 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print data instead of tables")
     add("--write", type=Path, metavar="DIR", help="write the configs of the layouts shown, ready to launch")
     add("--plot", type=Path, metavar="FILE.png", help="draw memory and time of the layouts shown")
-    add("--calibrate", action="store_true", help="measure this machine first, and save that to --calibration")
-    add("--calibration", type=Path, metavar="FILE", help="constants that --calibrate has saved")
+    add(
+        "--rates",
+        type=Path,
+        metavar="FILE",
+        help="JSON with constants measured on the cluster; docs/plan.md has the names",
+    )
 
 
 def job_and_cluster(arguments: argparse.Namespace) -> tuple[Any, Any]:

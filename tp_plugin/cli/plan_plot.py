@@ -24,7 +24,8 @@ def draw(path: Path, shown: list[Candidate], gpu: Gpu, *, timed: bool) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
-    names = [f"tp {c.layout.tp} pp {c.layout.pp} dp {c.layout.dp}\n{c.layout.engine} {c.layout.micro_batch}×{c.layout.accumulation}" for c in shown]  # fmt: skip
+    layouts = [c.layout for c in shown]
+    names = [f"tp {x.tp} pp {x.pp} dp {x.dp}\n{x.engine} {x.micro_batch}×{x.accumulation}" for x in layouts]
     _bars(left, names, [{name: value / GIB for name, value in c.memory.parts.items()} for c in shown])
     left.axhline(gpu.memory / GIB, color="black", linestyle="--", linewidth=1)
     left.set(title=f"Memory per rank ({gpu.name}: dashed)", ylabel="GiB")

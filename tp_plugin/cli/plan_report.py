@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     transformers.logging.set_verbosity_error()
     job, cluster = job_and_cluster(arguments)
-    found = planner(arguments.target, cluster, job, rates=_rates(arguments, job))
+    found = planner(arguments.target, cluster, job, rates=_rates(arguments.rates))
     candidates = found.candidates()
     shown = distinct(candidates, max(arguments.top, 1))
     questions = Questions(found, candidates)
@@ -50,16 +51,18 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _rates(arguments: argparse.Namespace, job: Any) -> Rates | None:
-    if arguments.calibrate:
-        raise PlanError("--calibrate: not available")
-    if arguments.calibration is None:
+def _rates(path: Path | None) -> Rates | None:
+    if path is None:
         return None
     try:
-        values = json.loads(arguments.calibration.read_text(encoding="utf-8"))
-        return Rates(source=str(arguments.calibration)).with_values({k: float(v) for k, v in values.items() if k != "source"})
-    except (OSError, ValueError, AttributeError) as error:
-        raise PlanError(f"--calibration {arguments.calibration}: expected a file that --calibrate has written: {error}") from error
+        values = {name: float(value) for name, value in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise PlanError(f"--rates {path}: expected a JSON file of numbers by name: {error}") from error
+    known = [field.name for field in dataclasses.fields(Rates) if field.name != "source"]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise PlanError(f"--rates {path}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+    return dataclasses.replace(Rates(), source=str(path), **values)
 
 
 def distinct(candidates: list[Candidate], count: int) -> list[Candidate]:
@@ -85,7 +88,9 @@ def as_data(planned: Planner, shown: list[Candidate], questions: Questions, coun
         "layouts_considered": count,
         "rates": dataclasses.asdict(planned.rates),
         "seconds_are": "measured constants" if planned.rates.is_measured else "for ranking only",
-        "candidates": [{**each.as_dict(), "config": config_of(each.layout, planned.job, planned.cluster)} for each in shown],
+        "candidates": [
+            {**each.as_dict(), "config": config_of(each.layout, planned.job, planned.cluster)} for each in shown
+        ],
         "largest_micro_batch": questions.largest_micro_batch(best),
         "largest_sequence": questions.largest_sequence(best),
         "least_gpus": questions.least_gpus(),
@@ -106,11 +111,12 @@ class Report:
     def print(self) -> None:
         """All of it."""
         job, cluster, say = self.planned.job, self.planned.cluster, self._say
+        model_type, gpu = self.planned.model.config.model_type, self.planned.gpu  # type: ignore[union-attr]
         what = f"LoRA r={job.lora_rank}" if job.lora_rank else "all weights"
         say(
-            f"{self.planned.model.config.model_type}, {self.questions.parameters / 1e9:,.2f} B parameters, {what} in "  # type: ignore[union-attr]
-            f"{job.dtype}{', ' + job.quantized if job.quantized else ''}, {job.optimizer}; {job.global_batch} sequences "
-            f"of {job.sequence:,} tokens a step; {cluster.gpus} × {self.planned.gpu.name} ({self.planned.gpu.memory / GIB:.0f} "
+            f"{model_type}, {self.questions.parameters / 1e9:,.2f} B parameters, {what} in "
+            f"{job.dtype}{', ' * bool(job.quantized)}{job.quantized}, {job.optimizer}; {job.global_batch} sequences "
+            f"of {job.sequence:,} tokens a step; {cluster.gpus} × {gpu.name} ({gpu.memory / GIB:.0f} "
             f"GiB), {cluster.gpus_per_node} in a machine. {self.count} layouts considered; legal tp: "
             f"{', '.join(map(str, self.planned.legal))}."
         )
@@ -134,9 +140,14 @@ class Report:
             say(self.questions.hours_line(best))
         source = self.planned.rates.source if self.timed else "assumed"
         say(
-            f"Memory: parameters, gradients and states from the layout record, activations by tracing a layer of each kind; "
+            "Memory: parameters, gradients and states from the layout record, activations by tracing a layer of each "
+            "kind; "
             f"context, communicators and fragmentation are assumed. Time: {source} constants"
-            + ("." if self.timed else f" for this ranking only ({self.planned.gpu.source}); --calibrate on the machine gives seconds.")
+            + (
+                "."
+                if self.timed
+                else f" for this ranking only ({self.planned.gpu.source}); measured --rates give seconds."
+            )
         )
 
     def _say(self, text: str) -> None:

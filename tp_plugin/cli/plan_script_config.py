@@ -38,7 +38,11 @@ def _accelerate(written: dict[str, Any], path: Path) -> dict[str, Any]:
         section = dict(written.get("deepspeed_config") or {})
         file = section.get("deepspeed_config_file")
         if file:
-            inner = as_mapping(str(file)) or as_mapping(str(path.parent / file)) or as_mapping(str(path.parent / Path(file).name))
+            inner = (
+                as_mapping(str(file))
+                or as_mapping(str(path.parent / file))
+                or as_mapping(str(path.parent / Path(file).name))
+            )
             if inner is None:
                 raise TPError(f"--script-config {path}: its deepspeed_config_file {file} cannot be read")
             found |= _deepspeed(inner)

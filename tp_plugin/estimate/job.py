@@ -38,7 +38,12 @@ class Cluster:
         if per_node < 1 or (self.gpus > per_node and self.gpus % per_node):
             raise PlanError(f"--gpus {self.gpus} are no whole number of machines with --gpus-per-node {per_node}")
         object.__setattr__(self, "gpus_per_node", min(per_node, self.gpus))
-        object.__setattr__(self, "gpu", gpu(self.gpu) if isinstance(self.gpu, str) else self.gpu)
+        object.__setattr__(self, "gpu", self.hardware)
+
+    @property
+    def hardware(self) -> Gpu:
+        """What one GPU is like."""
+        return gpu(self.gpu) if isinstance(self.gpu, str) else self.gpu
 
 
 @dataclass(frozen=True)

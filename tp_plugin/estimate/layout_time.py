@@ -24,8 +24,15 @@ class LayoutTime:
     def __init__(
         self, trace: Trace, held: list[Held], layout: Layout, rates: Rates, cluster: Cluster, layers: int, job: Job
     ):  # fmt: skip
-        self.trace, self.held, self.layout, self.rates, self.cluster, self.job = trace, held, layout, rates, cluster, job
-        self.layers, self.gpu = layers, cluster.gpu
+        self.trace, self.held, self.layout, self.rates, self.cluster, self.job = (
+            trace,
+            held,
+            layout,
+            rates,
+            cluster,
+            job,
+        )
+        self.layers, self.gpu = layers, cluster.hardware
         self._seconds: dict[int, tuple[float, float, float]] = {}
 
     def _segment(self, segment: Segment, is_layer: bool) -> tuple[float, float, float]:
@@ -40,11 +47,11 @@ class LayoutTime:
             compute += float(product(b * scale[0], m * scale[1], k * scale[2], n, rates, gpu, size))
         traffic = work.traffic * (COMPILED_TRAFFIC if self.job.compiled and is_layer else 1.0)
         compute += traffic * batch / (gpu.bandwidth * rates.memory)
-        sent = sum(
+        sent: float = sum(
             n * float(ring(op, put * batch, self.layout.tp, rates, gpu, self.cluster.gpus_per_node))
             for (op, put), n in segment.sent.items()
         )
-        kernels = work.kernels if is_layer else min(work.kernels, HEAD_KERNELS)
+        kernels: float = work.kernels if is_layer else min(work.kernels, HEAD_KERNELS)
         kernels *= COMPILED_KERNELS if self.job.compiled and is_layer else 1.0
         host = kernels * rates.kernel + sum(segment.sent.values()) * rates.collective
         self._seconds[id(segment)] = compute, sent, host

@@ -159,6 +159,10 @@ class _Answers:
             else:
                 count = -(-count // self._experts)
             return True, torch.empty(count, mask.dim(), dtype=torch.int64, device=mask.device)
+        if packet is aten._grouped_mm:  # the meta device's takes bf16 only
+            a, b, groups = args[0], args[1], args[2].shape[0]
+            shape = (a.shape[0], b.shape[-1]) if b.dim() == 3 else (groups, a.shape[0], b.shape[1])
+            return True, a.new_empty(shape)
         if packet in (aten.histc, aten.bincount):
             bins = args[1] if len(args) > 1 else kwargs.get("bins", 1)
             dtype = args[0].dtype if packet is aten.histc else torch.int64
@@ -179,14 +183,16 @@ class _Attention(torch.autograd.Function):
         ctx.flops /= 2 if causal else 1
         work().attention += ctx.flops
         work().kernels += 1
-        return output
+        return output  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         query, key, value, *_ = ctx.saved_tensors
         ctx.work().attention += 2.5 * ctx.flops
         ctx.work().kernels += 2
-        grads = (t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (query, key, value))
+        grads = (
+            t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (query, key, value)
+        )
         return *grads, None, None
 
 

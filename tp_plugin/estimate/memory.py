@@ -42,18 +42,18 @@ def checkpointed(trace: Trace) -> Trace:
         if key in ahead:
             first = ahead[key]
             again = first.kept - first.output
-            segment = replace(segment, kept=segment.kept + again, peak=max(first.peak - first.output, again + segment.peak))
+            segment = replace(
+                segment, kept=segment.kept + again, peak=max(first.peak - first.output, again + segment.peak)
+            )
         backward.append((key, segment))
     return Trace(forward, backward)
 
 
 def part_of_stage(found: list[tuple[Key, Segment]], stage: range, first: bool, last: bool) -> list[tuple[Key, Segment]]:
-    """The segments of one pipeline stage: its layers, what is in front of them on the first, behind them on the last."""
+    """The segments of one pipeline stage: its layers, what is in front of the first, and behind the last."""
     ends = max((number for (path, number), _ in found if not path), default=0)
     return [
-        (key, segment)
-        for key, segment in found
-        if (key[1] in stage if key[0] else (last if key[1] == ends else first))
+        (key, segment) for key, segment in found if (key[1] in stage if key[0] else (last if key[1] == ends else first))
     ]
 
 
@@ -101,7 +101,14 @@ def memory(
 
 
 def _of_stage(
-    trace: Trace, held: list[Held], layout: Layout, optimizer: str, mixed: bool, layers: range, stage: int, gpu: Gpu | None
+    trace: Trace,
+    held: list[Held],
+    layout: Layout,
+    optimizer: str,
+    mixed: bool,
+    layers: range,
+    stage: int,
+    gpu: Gpu | None,
 ) -> Memory:
     first, last = stage == 0, stage == layout.pp - 1
     mine = [p for p in held if any(in_stage(place, layers, first, last) for place in p.places)]
@@ -135,7 +142,11 @@ def _of_stage(
     communicators = sum((layout.tp > 1, layout.dp > 1, layout.pp > 1)) * COMMUNICATOR
     parts["context"] = CONTEXT + communicators
     # a collective's tensors stay reserved while the host runs ahead of the device
-    ahead = 2 * sum(size for _, s in step.forward for (_, size), n in s.sent.items() for _ in range(n)) if layout.tp > 1 else 0
+    ahead = (
+        2 * sum(size for _, s in step.forward for (_, size), n in s.sent.items() for _ in range(n))
+        if layout.tp > 1
+        else 0
+    )
     low = total + CONTEXT
     high = (total + 0.5 * ahead) * (1 + FRAGMENTS) + CONTEXT + communicators
     return Memory(parts, low, high, stage)

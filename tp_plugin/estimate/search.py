@@ -12,7 +12,6 @@ from torch import nn
 from tp_plugin.config.run_config import RunConfig
 from tp_plugin.errors import PolicyError
 from tp_plugin.estimate import memory as memories
-from tp_plugin.estimate.hardware import Gpu
 from tp_plugin.estimate.job import Candidate, Cluster, Job, Layout, Memory, PlanError
 from tp_plugin.estimate.layout_time import LayoutTime
 from tp_plugin.estimate.states import Held, held_parameters
@@ -37,13 +36,19 @@ class Planner:
     """
 
     def __init__(
-        self, model: nn.Module, policy: Policy, job: Job, cluster: Cluster, rates: Rates, example: Mapping[str, Any] = {}
-    ):  # fmt: skip
-        self.model, self.policy, self.job, self.cluster, self.rates, self.example = model, policy, job, cluster, rates, example
+        self,
+        model: nn.Module,
+        policy: Policy,
+        job: Job,
+        cluster: Cluster,
+        rates: Rates,
+        example: Mapping[str, Any] | None = None,
+    ):
+        self.model, self.policy, self.job, self.cluster, self.rates = model, policy, job, cluster, rates
+        self.example = example
         self.stacks = find_layers(model, make_plan(model, policy, 1))
         self._cut = cut(model, self.stacks)
-        assert isinstance(cluster.gpu, Gpu)
-        self.gpu = cluster.gpu
+        self.gpu = cluster.hardware
 
     @property
     def layers(self) -> int:
@@ -80,7 +85,9 @@ class Planner:
             PlanError: nothing can be made of what is fixed, with what could.
         """
         found = [self.candidate(layout) for layout in self._layouts()]
-        return sorted(found, key=lambda c: (ORDER[c.verdict], c.seconds if c.verdict != "out of memory" else c.memory.low))
+        return sorted(
+            found, key=lambda c: (ORDER[c.verdict], c.seconds if c.verdict != "out of memory" else c.memory.low)
+        )
 
     def candidate(self, layout: Layout) -> Candidate:
         """What a layout would be like."""
@@ -195,9 +202,11 @@ class Planner:
         found = []
         if layout.tp > self.cluster.gpus_per_node:
             found.append(f"tp {layout.tp} goes over machines: its collectives take the network")
-        config = getattr(self.model.config, "get_text_config", lambda: self.model.config)()  # type: ignore[union-attr, operator]
+        config = getattr(self.model.config, "get_text_config", lambda: self.model.config)()
         heads, kv = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
-        width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads and hasattr(config, "hidden_size") else 0)
+        width = getattr(config, "head_dim", None) or (
+            config.hidden_size // heads if heads and hasattr(config, "hidden_size") else 0
+        )
         if kv and kv < layout.tp:
             found.append(f"{kv} key/value heads on {layout.tp} ranks: some hold the same")
         if width and width % 64:

@@ -66,7 +66,8 @@ def held_parameters(model: nn.Module, plan: Plan, stacks_of: Iterable[str], quan
     embeddings: set[int] = set()
     if hasattr(model, "get_input_embeddings") and (embedding := _embedding(model)) is not None:
         embeddings = {id(p) for p in embedding.parameters()}
-    stacks, found, behind = tuple(stacks_of), {}, False
+    stacks, behind = tuple(stacks_of), False
+    found: dict[int, Held] = {}
     linears = {f"{path}.weight" for path in (*plan.columns, *plan.rows)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         stack = next((s for s in stacks if name.startswith(f"{s}.")), None)

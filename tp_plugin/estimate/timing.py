@@ -13,7 +13,7 @@ Everything takes numpy arrays as well as numbers: a benchmark scores a thousand 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -69,11 +69,6 @@ class Rates:
         """Whether they were measured on the machine they are used for."""
         return self.source != "assumed"
 
-    def with_values(self, values: dict[str, float]) -> Rates:
-        """With some of the numbers replaced."""
-        known = {field.name for field in fields(self)}
-        return replace(self, **{name: value for name, value in values.items() if name in known})
-
 
 def product(b: Number, m: Number, k: Number, n: Number, r: Rates, gpu: Gpu, size: float = 2.0) -> Number:
     """``b`` products of M × K by K × N matrices with elements of ``size`` bytes."""
@@ -92,7 +87,9 @@ def ring(op: str, put: Number, n: Number, r: Rates, gpu: Gpu, per_node: int, sha
     sent = put * {"all_reduce": 2 * (n - 1) / n, "reduce_scatter": (n - 1) / n, "all_gather": n - 1.0}[op]
     inside = n <= per_node
     # over machines NCCL has a ring for each network card
-    rate = np.where(inside, gpu.link * r.link, np.minimum(gpu.network * per_node * r.network, gpu.link * r.link)) * share
+    rate = (
+        np.where(inside, gpu.link * r.link, np.minimum(gpu.network * per_node * r.network, gpu.link * r.link)) * share
+    )
     wait = np.where(inside, r.latency, r.hop * (n - 1))
     return np.where(n > 1, wait + sent / rate, 0.0)
 
@@ -107,7 +104,9 @@ def exposed(seconds: Number, behind: Number) -> Number:
     return np.maximum(seconds - behind, 0.0)
 
 
-def data_seconds(put: Number, dp: Number, tp: Number, engine_factor: Number, r: Rates, gpu: Gpu, per_node: int) -> Number:
+def data_seconds(
+    put: Number, dp: Number, tp: Number, engine_factor: Number, r: Rates, gpu: Gpu, per_node: int
+) -> Number:
     """The exchange of gradients of ``put`` bytes (and of weights, for engines that split them) over the data group."""
     inside = dp * tp <= per_node
     peers = np.minimum(dp, np.maximum(1.0, per_node / tp))  # of the group in a machine: each has a network card

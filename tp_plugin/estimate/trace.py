@@ -97,10 +97,16 @@ def find_layers(model: nn.Module, plan: Plan) -> list[Layers]:
     for path in plan.blocks:
         match = re.match(r"(.*?)\.(\d+)(?:\.|$)", path)
         if match and isinstance(model.get_submodule(match[1]), nn.ModuleList):
-            found[match[1]] = list(model.get_submodule(match[1]))
+            found[match[1]] = _listed(model, match[1])
     if not found:
         raise TPError(f"{type(model).__name__} has no list of layers that its policy splits; nothing can be planned")
     return [Layers(path, *_kinds(layers)) for path, layers in found.items()]
+
+
+def _listed(model: nn.Module, path: str) -> list[nn.Module]:
+    layers = model.get_submodule(path)
+    assert isinstance(layers, nn.ModuleList)
+    return list(layers)
 
 
 def _kinds(layers: list[nn.Module]) -> tuple[list[int], list[int]]:
@@ -128,12 +134,14 @@ def _kind(layer: nn.Module) -> str:
 
 def cut(model: nn.Module, stacks_of: list[Layers]) -> nn.Module:
     """A copy of ``model`` that has only the chosen layers."""
-    lists = [(layers, model.get_submodule(layers.path)) for layers in stacks_of]
-    memo = {id(layer): nn.Identity() for layers, whole in lists for at, layer in enumerate(whole) if at not in layers.chosen}
+    lists = [(layers, _listed(model, layers.path)) for layers in stacks_of]
+    memo = {
+        id(layer): nn.Identity() for layers, whole in lists for at, layer in enumerate(whole) if at not in layers.chosen
+    }
     small = copy.deepcopy(model, memo)
-    for layers, whole in lists:
+    for layers, _ in lists:
         owner, _, name = layers.path.rpartition(".")
-        kept = nn.ModuleList(small.get_submodule(layers.path)[at] for at in layers.chosen)
+        kept = nn.ModuleList(_listed(small, layers.path)[at] for at in layers.chosen)
         setattr(small.get_submodule(owner), name, kept)
     whole_depths = {len(layers.kinds): layers.chosen for layers in stacks_of}
     for config in {id(m.config): m.config for m in small.modules() if hasattr(m, "config")}.values():
@@ -223,7 +231,9 @@ def _checkpoint(model: Any, ledger: MetaLedger) -> None:
         model.enable_input_require_grads()
 
 
-def _all_layers(found: list[tuple[Key, Segment]], stacks_of: Mapping[str, Layers], step: int) -> list[tuple[Key, Segment]]:
+def _all_layers(
+    found: list[tuple[Key, Segment]], stacks_of: Mapping[str, Layers], step: int
+) -> list[tuple[Key, Segment]]:
     """The segments of a cut model, with what stands for each layer that was cut out in its place."""
     known = dict(found)
     whole: list[tuple[Key, Segment]] = []
@@ -236,7 +246,7 @@ def _all_layers(found: list[tuple[Key, Segment]], stacks_of: Mapping[str, Layers
 
 
 def _loss(output: Any) -> torch.Tensor:
-    loss = getattr(output, "loss", None)
+    loss: Any = getattr(output, "loss", None)
     if loss is None:
         found = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
         loss = sum(t.pow(2).mean() for t in found if isinstance(t, torch.Tensor) and t.is_floating_point())
@@ -256,9 +266,9 @@ class _Recorder:
         group.sent.clear()
 
     def watch(self, model: nn.Module, stacks_of: list[Layers]) -> None:
-        """Have the layers of ``model`` say when they begin and end; their inputs and outputs, when their gradients come."""
+        """Have the layers of ``model`` say when they begin and end; and their gradients, when they come."""
         for layers in stacks_of:
-            listed = list(model.get_submodule(layers.path))  # type: ignore[call-overload]
+            listed = _listed(model, layers.path)
             keys = [(layers.path, at) for at in layers.chosen]
             begin = functools.partial(self._begin, keys[0])
             listed[0].register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
