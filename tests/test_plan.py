@@ -166,8 +166,10 @@ ASKED = ["--gpus", "8", "--sequence", "128", "--global-batch", "32"]
 def test_what_is_printed(config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", config_file, *ASKED, "--tokens", "1e9", "--write", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
-    for words in ("Layouts, best first", "fits", "GiB per rank", "activations", "bubble", "num_processes: 8",
-                  "with checkpointing", "legal tp: 1, 2, 3, 4", "would hold it", "hours", "for this ranking only", "weights + cache"):  # fmt: skip
+    for words in (
+        "Layouts, best first", "fits", "GiB per rank", "activations", "bubble", "num_processes: 8", "with checkpointing",
+        "legal tp: 1, 2, 3, 4", "would hold it", "hours", "for this ranking only", "weights + cache",
+    ):  # fmt: skip
         assert words in " ".join(shown.split()), (words, shown)
     written = sorted(path.name for path in (tmp_path / "out").glob("*.yaml"))
     assert written == ["layout1.yaml", "layout2.yaml", "layout3.yaml"]

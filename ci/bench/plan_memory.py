@@ -27,7 +27,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma2": {**WIDE, "head_dim": 32, "sliding_window": 64},
     "phi3": WIDE,
     "mixtral": {**WIDE, "head_dim": 32},
-    "deepseek_v3": WIDE,
+    # heads of one width: with others the CPU has no fused attention
+    "deepseek_v3": {**WIDE, "qk_nope_head_dim": 8, "v_head_dim": 16},
     "gpt_neox": WIDE,
     "falcon": WIDE,
     "gpt2": GPT,

@@ -176,7 +176,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, causal: bool, work: Any) -> torch.Tensor:
         batch, heads, tokens, width = query.shape
-        output = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+        output = torch.empty_like(query)  # laid out as the queries are, which decides whether it is copied later
+        if value.shape[-1] != width:
+            output = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
         sums = query.new_empty(batch, heads, tokens, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, sums)
         ctx.work, ctx.flops = work, 2.0 * batch * heads * tokens * key.shape[2] * (width + value.shape[-1])
@@ -209,7 +211,9 @@ class FusedKernels(TorchFunctionMode):
             query, key, value, *rest = args
             mask = rest[0] if rest else kwargs.get("attn_mask")
             dropout = rest[1] if len(rest) > 1 else kwargs.get("dropout_p", 0.0)
-            if not dropout and (mask is None or not mask.requires_grad):
+            # no fused kernel spreads one key head over several query heads by itself
+            alike = key.shape[1] == query.shape[1] or kwargs.get("enable_gqa", False)
+            if alike and not dropout and (mask is None or not mask.requires_grad):
                 causal = bool(kwargs.get("is_causal", rest[2] if len(rest) > 2 else False)) or mask is not None
                 output: torch.Tensor = _Attention.apply(query, key, value, causal, lambda: self.ledger.work)
                 return output
