@@ -167,8 +167,9 @@ def test_what_is_printed(config_file: str, tmp_path: Path, capsys: pytest.Captur
     assert main(["plan", config_file, *ASKED, "--tokens", "1e9", "--write", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     for words in (
-        "Layouts, best first", "fits", "GiB per rank", "activations", "bubble", "num_processes: 8", "with checkpointing",
-        "legal tp: 1, 2, 3, 4", "would hold it", "hours", "for this ranking only", "weights + cache",
+        "Layouts, best first", "fits", "GiB per rank", "activations", "bubble", "num_processes: 8",
+        "with checkpointing", "legal tp: 1, 2, 3, 4", "would hold it", "hours",
+        "for this ranking only", "weights + cache",
     ):  # fmt: skip
         assert words in " ".join(shown.split()), (words, shown)
     written = sorted(path.name for path in (tmp_path / "out").glob("*.yaml"))

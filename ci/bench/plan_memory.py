@@ -95,9 +95,10 @@ def markdown(total: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Predicted memory of our own runs",
         "",
-        f"CPU, fp32, {SIZE} x {LENGTH} tokens, as the allocator counts; predicted to measured. Of {total['figures']} figures "
-        f"(without the peaks) the median deviation is {total['median']:.2%}, the worst {total['worst']:.1%}; goals: "
-        f"{MEDIAN:.0%} and {WORST:.0%}. Peaks of engines are without their buckets and gathered weights.",
+        f"CPU, fp32, {SIZE} x {LENGTH} tokens, as the allocator counts; predicted to measured. Of "
+        f"{total['figures']} figures "
+        f"(without the peaks) the median deviation is {total['median']:.2%}, the worst {total['worst']:.1%}; "
+        f"goals: {MEDIAN:.0%} and {WORST:.0%}. Peaks of engines are without their buckets and gathered weights.",
         "",
         "| run | " + " | ".join((*PARTS, "peak")) + " |",
         "|" + "---|" * (len(PARTS) + 2),

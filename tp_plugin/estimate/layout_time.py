@@ -14,31 +14,39 @@ COMPILED_KERNELS, COMPILED_TRAFFIC = 0.35, 0.5
 """What torch.compile leaves of the kernels and of the traffic of element-wise operations."""
 
 
+Seconds = dict[tuple[int, int], tuple[float, float, float]]
+"""``(id of a segment, sequences)`` → seconds of compute, of collectives, of the host."""
+
+
 class LayoutTime:
     """One layout's.
 
     Args:
         trace: of one sequence, without checkpointing.
+        layers: of the whole model.
+        known: what was computed for other layouts of the same traces.
     """
 
     def __init__(
-        self, trace: Trace, held: list[Held], layout: Layout, rates: Rates, cluster: Cluster, layers: int, job: Job
-    ):  # fmt: skip
-        self.trace, self.held, self.layout, self.rates, self.cluster, self.job = (
-            trace,
-            held,
-            layout,
-            rates,
-            cluster,
-            job,
-        )
-        self.layers, self.gpu = layers, cluster.hardware
-        self._seconds: dict[int, tuple[float, float, float]] = {}
+        self,
+        trace: Trace,
+        held: list[Held],
+        layout: Layout,
+        rates: Rates,
+        cluster: Cluster,
+        layers: int,
+        job: Job,
+        known: Seconds,
+    ):
+        self.trace, self.held, self.layout, self.rates = trace, held, layout, rates
+        self.cluster, self.job, self.layers, self.gpu = cluster, job, layers, cluster.hardware
+        self._seconds = known
 
     def _segment(self, segment: Segment, is_layer: bool) -> tuple[float, float, float]:
         """Seconds of compute, of collectives, and of the host."""
-        if id(segment) in self._seconds:
-            return self._seconds[id(segment)]
+        key = id(segment), self.layout.micro_batch
+        if key in self._seconds:
+            return self._seconds[key]
         batch, rates, gpu, work = self.layout.micro_batch, self.rates, self.gpu, segment.work
         size = 4.0 if self.job.dtype == "fp32" else 2.0
         compute = work.attention * batch / (gpu.peak * rates.attention)
@@ -54,8 +62,8 @@ class LayoutTime:
         kernels: float = work.kernels if is_layer else min(work.kernels, HEAD_KERNELS)
         kernels *= COMPILED_KERNELS if self.job.compiled and is_layer else 1.0
         host = kernels * rates.kernel + sum(segment.sent.values()) * rates.collective
-        self._seconds[id(segment)] = compute, sent, host
-        return self._seconds[id(segment)]
+        self._seconds[key] = compute, sent, host
+        return self._seconds[key]
 
     def _stage(self, stage: int) -> dict[str, float]:
         layout, pp = self.layout, self.layout.pp

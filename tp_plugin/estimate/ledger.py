@@ -185,7 +185,7 @@ class _Attention(torch.autograd.Function):
         ctx.flops /= 2 if causal else 1
         work().attention += ctx.flops
         work().kernels += 1
-        return output  # type: ignore[no-any-return]
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:

@@ -13,7 +13,7 @@ from tp_plugin.config.run_config import RunConfig
 from tp_plugin.errors import PolicyError
 from tp_plugin.estimate import memory as memories
 from tp_plugin.estimate.job import Candidate, Cluster, Job, Layout, Memory, PlanError
-from tp_plugin.estimate.layout_time import LayoutTime
+from tp_plugin.estimate.layout_time import LayoutTime, Seconds
 from tp_plugin.estimate.states import Held, held_parameters
 from tp_plugin.estimate.timing import Rates
 from tp_plugin.estimate.trace import Trace, cut, find_layers, trace
@@ -46,6 +46,7 @@ class Planner:
     ):
         self.model, self.policy, self.job, self.cluster, self.rates = model, policy, job, cluster, rates
         self.example = example
+        self._known: Seconds = {}
         self.stacks = find_layers(model, make_plan(model, policy, 1))
         self._cut = cut(model, self.stacks)
         self.gpu = cluster.hardware
@@ -96,7 +97,7 @@ class Planner:
         total = sum(seconds.values())
         tokens = self.job.global_batch * self.job.sequence / total / self.cluster.gpus
         verdict = memories.verdict(held, self.gpu)
-        return Candidate(layout, held, verdict, total, seconds, tokens, self._warnings(layout))
+        return Candidate(layout, held, verdict, total, seconds, tokens, self._warnings(layout, seconds))
 
     def memory(self, layout: Layout) -> Memory:
         """Of the fullest stage."""
@@ -109,7 +110,9 @@ class Planner:
     def time(self, layout: Layout) -> dict[str, float]:
         """Seconds of a step by part."""
         step = self.trace(layout.tp, layout.sequence_parallel, False)
-        work = LayoutTime(step, self.held(layout.tp), layout, self.rates, self.cluster, self.layers, self.job)
+        work = LayoutTime(
+            step, self.held(layout.tp), layout, self.rates, self.cluster, self.layers, self.job, self._known
+        )
         return work.parts()
 
     @functools.cache  # noqa: B019 - a planner lives as long as a command
@@ -198,7 +201,7 @@ class Planner:
             return (False,)
         return (False, True) if asked is None else (asked,)
 
-    def _warnings(self, layout: Layout) -> list[str]:
+    def _warnings(self, layout: Layout, seconds: dict[str, float]) -> list[str]:
         found = []
         if layout.tp > self.cluster.gpus_per_node:
             found.append(f"tp {layout.tp} goes over machines: its collectives take the network")
@@ -211,11 +214,6 @@ class Planner:
             found.append(f"{kv} key/value heads on {layout.tp} ranks: some hold the same")
         if width and width % 64:
             found.append(f"heads of {width}: no multiple of 64, attention kernels lose about a third")
-        if self.launch_bound(layout):
+        if seconds["launch"] > seconds["compute"]:
             found.append("launch-bound: the host starts kernels slower than the device runs them")
         return found
-
-    def launch_bound(self, layout: Layout) -> bool:
-        """Whether the host is what a micro-batch waits for."""
-        parts = self.time(layout)
-        return parts.get("launch", 0.0) > parts.get("compute", 0.0)
