@@ -22,11 +22,13 @@ sys.path.insert(0, str(ROOT))
 DOCS = ROOT / "docs"
 VALUES = {
     **{"int": "whole number", "float": "number", "bool": "true, false", "str | None": "text"},
+    **{"pipeline_microbatches": "auto, whole number", "pipeline_schedule": "auto, 1f1b, gpipe"},
+    **{"pipeline_split": "auto, list"},
     **{"tuple[str, ...]": "list", "guard": "always, off, whole number", "report": "on, off"},
 }
 """What is written for a field of a type, or of this name."""
 
-WORDS = {"guard": "always", "report": "on"}
+WORDS = {"guard": "always", "report": "on", "pipeline_microbatches": "auto", "pipeline_split": "auto"}
 """Defaults that are written as a word."""
 
 OFF = ("TP_PLUGIN_SUMMARISED",)
@@ -39,7 +41,9 @@ def options() -> str:
 
     described = dict(_attributes(RunConfig.__doc__ or ""))
     lines = ["| key | value | default | effect |", "|---|---|---|---|"]
-    for field in dataclasses.fields(RunConfig)[1:]:  # without tp_size, which stands beside the mapping
+    for field in dataclasses.fields(RunConfig):
+        if field.name in ("tp_size", "pp_size"):  # which stand beside the mapping
+            continue
         words = {True: "true", False: "false", None: "none", (): "none"}
         default = WORDS.get(field.name) or field.default
         default = default if default not in words or field.type == "int" else words[default]

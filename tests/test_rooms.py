@@ -19,6 +19,7 @@ FLOORS = (
     ("tensor",),
     ("runtime",),
     ("shard", "checkpoint"),
+    ("estimate",),
     ("engines",),
     ("launch", "cli"),
 )

@@ -26,6 +26,7 @@ _HOME = {
     "PerGroup": "tp_plugin.policy",
     "ParamLayout": "tp_plugin.policy",
     "TPError": "tp_plugin.errors",
+    "plan": "tp_plugin.cli.plan",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -1,4 +1,4 @@
-"""The command line: ``tp-plugin policies``, ``verify``, ``doctor``, ``export`` and ``reshard``."""
+"""The command line: ``tp-plugin policies``, ``plan``, ``verify``, ``doctor``, ``export`` and ``reshard``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(arguments)
     except TPError as error:
         print(f"tp-plugin {arguments.command}: {error}", file=sys.stderr)
-        return 1
+        return 2 if arguments.command == "plan" else 1
     finally:
         os.environ[ENV_DISABLE] = before
 
@@ -51,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="look for what would keep tp_size from working here")
     doctor.add_argument("config", nargs="?", type=Path, help="Accelerate or DeepSpeed config file to look at, too")
     doctor.add_argument("--report", type=Path, metavar="FILE", help="write it to a file, for a bug report")
+
+    from tp_plugin.cli.plan_arguments import add_arguments
+
+    add_arguments(commands.add_parser("plan", help="say what fits a cluster and how fast it is, before the launch"))
 
     export = commands.add_parser("export", help="turn a checkpoint into a plain Hugging Face model")
     reshard = commands.add_parser("reshard", help="rewrite a checkpoint for another tp_size and dp size")
@@ -81,6 +85,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from tp_plugin.cli.doctor import doctor
 
         return doctor(arguments.config, arguments.report, arguments.environ)
+    if arguments.command == "plan":
+        from tp_plugin.cli.plan_report import run
+
+        return run(arguments)
     if arguments.command == "verify":
         from tp_plugin.cli.verify import verify
 

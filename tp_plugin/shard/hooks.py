@@ -66,15 +66,20 @@ def install(model: nn.Module, hooks: Iterable[Hook], parts: Parts) -> None:
 
 def table(model: nn.Module, plan: Plan, parts: Parts, state: ModelState, guard: BatchGuard) -> Iterator[Hook]:
     """All rows for ``model``, of which this rank computes what is in ``plan``."""
+    yield from computing(model, parts)
+    yield from _direct_calls(plan, parts, state)
+    yield from _model(model, state, guard)
+    yield from _own_forwards(model, parts, state)
+
+
+def computing(model: nn.Module, parts: Parts) -> Iterator[Hook]:
+    """The rows that change what is computed; the others watch over a run."""
     yield from _blocks(model, parts)
     yield from _dropouts(parts)
     yield from _residuals(parts)
     yield from _stacks(parts)
     yield from _outputs(parts)
     yield from _vocabulary(parts)
-    yield from _direct_calls(plan, parts, state)
-    yield from _model(model, state, guard)
-    yield from _own_forwards(model, parts, state)
 
 
 def _direct_calls(plan: Plan, parts: Parts, state: ModelState) -> Iterator[Hook]:

@@ -146,7 +146,7 @@ class Regather:
         entered = self._entered()
         if (
             entered is not None
-            and tensor.untyped_storage().data_ptr() == entered.untyped_storage().data_ptr()
+            and tensor.untyped_storage()._cdata == entered.untyped_storage()._cdata
             and tensor.numel() == entered.numel()
             and tensor.is_contiguous()
         ):

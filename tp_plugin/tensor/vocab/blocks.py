@@ -28,8 +28,8 @@ ON_DEVICE = BlockSizes(0.167, 1 << 25)
 
 
 def on_device(device: torch.device) -> bool:
-    """Whether computing is launching kernels."""
-    return device.type != "cpu"
+    """Whether computing is launching kernels; on the meta device, where nothing is computed, it is not."""
+    return device.type not in ("cpu", "meta")
 
 
 def pieces(lines: int, width: int, stored: int, cost: int, device: torch.device) -> Iterator[tuple[int, int]]:

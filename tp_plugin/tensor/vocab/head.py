@@ -18,6 +18,7 @@ from tp_plugin.tensor.graphs import end_graph, skip
 from tp_plugin.tensor.peer_reads import Held
 from tp_plugin.tensor.vocab.blocks import pieces
 from tp_plugin.tensor.vocab.expr import ALL, Expr, HeadOutput, HeadProduct, pad
+from tp_plugin.tensor.vocab.kernels import autocast_dtype
 from tp_plugin.tensor.vocab.logits import Logits, in_graph, incoming
 from tp_plugin.tensor.vocab.vocabulary import Vocabulary
 
@@ -96,8 +97,7 @@ class FusedForward(WrappedForward):
 
 def fused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, vocabulary: Vocabulary) -> torch.Tensor:
     """:func:`deferred` logits of which the output is not known: it is computed block by block, each time it is used."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype = autocast_dtype(x.device.type) or x.dtype
     rows = x.detach().reshape(-1, x.shape[-1]).to(dtype)
     own_bias = None if bias is None else bias.detach()
     start, peers = vocabulary.mine[0], vocabulary.peers

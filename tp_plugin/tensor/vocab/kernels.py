@@ -40,6 +40,12 @@ def _triton(dtype: torch.dtype, sums: torch.dtype, device: torch.device) -> Any:
     return triton_for(device.type) if dtype in _DTYPES and sums == torch.float32 else None
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What autocast computes products in on devices of this kind, if it is on; the meta device knows no autocast."""
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 def cost(dtype: torch.dtype, sums: torch.dtype, device: torch.device) -> int:
     """Bytes of temporaries for each element of a block in ``dtype``, beside the result, if ``sums`` is what adds it."""
     if _triton(dtype, sums, device) is not None:

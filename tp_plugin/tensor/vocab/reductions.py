@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tp_plugin.tensor.device_asserts import asserts_by_itself
+from tp_plugin.tensor.vocab import kernels
 from tp_plugin.tensor.vocab.elementwise import cast, elementwise
 from tp_plugin.tensor.vocab.gather import together
 from tp_plugin.tensor.vocab.logits import Logits
@@ -33,9 +34,7 @@ def _per_row(found: torch.Tensor, logits: Logits, keepdim: bool = False) -> torc
 
 def _dtype_of(func: Handler, logits: Logits) -> torch.dtype:
     """What torch's ``func`` of a dimension makes of logits of this dtype; autocast may choose another one."""
-    kind = logits.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return _dtype_under(autocast, func, logits.dtype, logits.device)
+    return _dtype_under(kernels.autocast_dtype(logits.device.type), func, logits.dtype, logits.device)
 
 
 def _plain_cross_entropy(table: torch.Tensor, dim: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from tp_plugin.tensor import regions
 from tp_plugin.tensor.vocab.head import Fetched, deferred, fused, stays
+from tp_plugin.tensor.vocab.kernels import autocast_dtype
 from tp_plugin.tensor.vocab.reductions import log_probabilities
 from tp_plugin.tensor.vocab.statistics import largest, row_sums, statistics
 from tp_plugin.tensor.vocab.vocabulary import Vocabulary
@@ -46,8 +47,7 @@ def scores(
     entered = regions.copy_to_tp(hidden, vocabulary.group)
     logits: Any
     if keep or not stays(weight):
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        dtype = autocast_dtype(hidden.device.type) or hidden.dtype
         with torch.no_grad():
             own = F.linear(entered.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         logits = deferred(entered, weight, bias, own, vocabulary, fetched).float()
