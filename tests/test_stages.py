@@ -6,12 +6,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import config_for
 
 from tp_plugin.cli.models import build
+from tp_plugin.config import accelerate_yaml
+from tp_plugin.config.resolve import resolve
 from tp_plugin.config.run_config import RunConfig
+from tp_plugin.config.written import Written
 from tp_plugin.errors import PolicyError, TPError
 from tp_plugin.policy import ParamLayout, make_plan, policy_for
 from tp_plugin.policy.stages import balanced, on_stage
@@ -36,6 +39,7 @@ def staged(draw: st.DrawFn) -> tuple[ParamLayout, ParamLayout, tuple[int, ...], 
     return layout, layout.on_stages(stages, count), stages, count
 
 
+@settings(deadline=None)
 @given(staged())
 def test_a_unit_holds_what_its_stages_hold(made: tuple[ParamLayout, ParamLayout, tuple[int, ...], int]) -> None:
     layout, unit, stages, count = made
@@ -61,6 +65,7 @@ def test_a_number_lies_on_every_stage() -> None:
         scale.on_stages((0,), 2)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1, 10), min_size=1, max_size=9), st.floats(0, 20), st.floats(0, 20), st.integers(1, 4))
 def test_balanced_cuts(costs: list[float], first: float, last: float, stages: int) -> None:
     stages = min(stages, len(costs))
@@ -82,6 +87,7 @@ def test_balanced_cuts(costs: list[float], first: float, last: float, stages: in
     assert dearest(cuts) <= min(dearest(other) for other in all_cuts(0, stages)) * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 9))
 def test_one_forward_one_backward(stages: int, micro_batches: int) -> None:
     """Each once, in order, no backward before its forward; at most as many alive as there are stages to come."""
@@ -144,3 +150,15 @@ def test_options_are_checked(options: dict[str, object], message: str) -> None:
     assert RunConfig.parse(again.tp_size, again.options, pp_size=again.pp_size) == fine
     with pytest.raises(TPError, match="pp_size: 2 together with DeepSpeed is not supported"):
         fine.refuse_stages("DeepSpeed")
+
+
+def test_the_first_place_with_the_key_counts() -> None:
+    here, file = Written("the command line", None, None, "4"), Written("the file", 2, {"fuse": True}, 2)
+    assert resolve(command_line=here, accelerate_yaml=file) == RunConfig(2, pp_size=4, fuse=True)
+    assert resolve(environment=Written("the environment", None, None, "2")) == RunConfig(1, pp_size=2)
+    with pytest.raises(TPError, match="pp_size is 4 in the command line, but 2 in ds.json; write it in one place"):
+        resolve(command_line=here, deepspeed=Written("ds.json", None, None, 2))
+    with pytest.raises(TPError, match="pp_size: expected a whole number >= 1, found 'two' in the file"):
+        resolve(accelerate_yaml=Written("the file", None, None, "two"))
+    with pytest.raises(TPError, match=r"`fsdp_config.pp_size: 2` has no effect there"):
+        accelerate_yaml.without_our_keys({"fsdp_config": {"pp_size": 2}})
