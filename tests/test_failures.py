@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tp_plugin.launch.failures import summary
+from tp_plugin.engines.patching import taken_back
+from tp_plugin.launch.failures import install_in_launcher, summary
 
 SCRIPT = """\
 import os, sys, time
@@ -70,6 +71,20 @@ def test_one_traceback_and_the_cause_last(way: str, tmp_path: Path) -> None:
 def test_a_refusal_is_said_once(tmp_path: Path) -> None:
     text = said("accelerate launch", tmp_path, "refusal")
     assert text.count("write it in one place") == 1 and "Traceback" not in text
+
+
+def test_a_launcher_is_patched_once() -> None:
+    """``accelerate launch`` finds the key in its own config, and in a DeepSpeed config that it hands to the script."""
+
+    class Launch:
+        def __call__(self) -> None: ...
+
+    api = SimpleNamespace(elastic_launch=Launch)
+    with taken_back():
+        install_in_launcher(api)
+        once = Launch.__call__
+        install_in_launcher(api)
+        assert Launch.__call__ is once and once.tp_patched  # type: ignore[attr-defined]
 
 
 def test_verbose_is_every_rank(tmp_path: Path) -> None:

@@ -172,9 +172,9 @@ def test_what_a_run_with_the_key_imports_more() -> None:
     imports = "import sys, torch, transformers, accelerate; print(*sorted(sys.modules))"
     with_key, plain = (set(python(imports, TP_PLUGIN_TP_SIZE=size).stdout.split()) for size in ("2", "1"))
     more = with_key - plain
-    assert len({name for name in more if name.startswith(("tp_plugin", "model_policies"))}) <= 180
+    assert len({name for name in more if name.startswith(("tp_plugin", "model_policies"))}) <= 220
     others = sorted(name for name in more if not name.startswith(("tp_plugin", "model_policies")))
-    assert len(others) <= 12, others
+    assert len(others) <= 30, others  # the compiler alone is 900
     assert not any(name.startswith(("torch._dynamo", "torch._inductor", "sympy")) for name in others)
 
 

@@ -35,7 +35,8 @@ def install_in_worker() -> None:
 
 def install_in_launcher(api: Any) -> None:
     """Patch ``torch.distributed.launcher.api``, through which torchrun and ``accelerate launch`` start workers."""
-    wrap(api.elastic_launch, "__call__", _launch)
+    if not getattr(api.elastic_launch.__call__, "tp_patched", False):  # a launcher may find the key in two places
+        wrap(api.elastic_launch, "__call__", _launch)
 
 
 def _record(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -73,7 +74,7 @@ def _launch(original: Any, self: Any, *args: Any) -> Any:
         sys.excepthook = functools.partial(_print, f"tp_plugin: ended by signal {int(signal.sigval)}.")
         raise
     finally:
-        del os.environ[ENV_SUMMARISED]
+        os.environ.pop(ENV_SUMMARISED, None)
 
 
 def _print(text: str, *exception: Any) -> None:
