@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 from typing import Any
 
 import torch
@@ -30,17 +31,19 @@ class Allocations:
         self._profile.__exit__(*error)
         events = self._profile.profiler.kineto_results.events()  # type: ignore[union-attr]
         found = sorted((e.start_ns(), e.name(), e.nbytes()) for e in events if e.name().startswith((MARK, "[memory]")))
-        self.forward = self.peak = ready = live = top = 0
+        forwards, peaks = [], []
+        ready = live = top = 0
         for _, name, size in found:
             live += size
             top = max(top, live)
             if name == MARK + "ready":
                 ready = top = live
-            # what an earlier run had left may go in any step, but once: the largest counts
             elif name == MARK + "forward":
-                self.forward = max(self.forward, live - ready)
+                forwards.append(live - ready)
             elif name == MARK + "backward":
-                self.peak = max(self.peak, top - ready)
+                peaks.append(top - ready)
+        # what an earlier run had left may go in any step, but once
+        self.forward, self.peak = statistics.median(forwards), statistics.median(peaks)
 
 
 def measured(

@@ -156,7 +156,7 @@ def test_the_first_place_with_the_key_counts() -> None:
     here, file = Written("the command line", None, None, "4"), Written("the file", 2, {"fuse": True}, 2)
     assert resolve(command_line=here, accelerate_yaml=file) == RunConfig(2, pp_size=4, fuse=True)
     assert resolve(environment=Written("the environment", None, None, "2")) == RunConfig(1, pp_size=2)
-    with pytest.raises(TPError, match="pp_size is 4 in the command line, but 2 in ds.json; write it in one place"):
+    with pytest.raises(TPError, match=r"pp_size is 4 in the command line, but 2 in ds\.json; write it in one place"):
         resolve(command_line=here, deepspeed=Written("ds.json", None, None, 2))
     with pytest.raises(TPError, match="pp_size: expected a whole number >= 1, found 'two' in the file"):
         resolve(accelerate_yaml=Written("the file", None, None, "two"))

@@ -46,8 +46,7 @@ def parallelize(model: nn.Module, tp_size: int | None = None, policy: Policy | N
             "`tp_size` in the Accelerate config (or TP_PLUGIN_TP_SIZE in the environment) instead"
         )
     options = current_config()
-    for library in ("deepspeed", "torch._dynamo"):
-        worker.register(library)
+    worker.register("deepspeed")
     if not torch.distributed.is_initialized() and {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
         torch.distributed.init_process_group()  # as deepspeed.initialize would, by the launcher's variables
     shard(model, tp_size or options.tp_size, policy, options=options)

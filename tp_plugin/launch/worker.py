@@ -49,7 +49,6 @@ _PATCHES = {
     "torch.distributed.fsdp._fully_shard._fsdp_state": ("tp_plugin.engines.fsdp2.wrapping", "install_state"),
     "torch.distributed.fsdp._fully_shard._fsdp_param": ("tp_plugin.engines.fsdp2.wrapping", "install_param"),
     "torch.distributed.fsdp._fully_shard._fsdp_param_group": ("tp_plugin.engines.fsdp2.wrapping", "install_group"),
-    "torch._dynamo": ("tp_plugin.tensor.graphs", "tell"),
     "peft.peft_model": ("tp_plugin.engines.peft", "install"),
     "peft.tuners.tuners_utils": ("tp_plugin.engines.peft", "install_tuners"),
     "trl.trainer.utils": ("tp_plugin.engines.trl", "install"),

@@ -32,7 +32,7 @@ from tp_plugin.shard.pipeline import Pipeline
 from tp_plugin.shard.replicas import agree_on_weights, take_share_
 from tp_plugin.shard.state_dict import ModuleStateHooks, StateDictHooks, join
 from tp_plugin.shard.topology_warning import warn_of_topology
-from tp_plugin.tensor.graphs import trace_once
+from tp_plugin.tensor.graphs import tell_dynamo, trace_once
 from tp_plugin.tensor.pipeline.stage_reads import StageReads
 
 
@@ -137,6 +137,7 @@ def shard_model(
 ) -> None:
     """Carry out ``plan`` on ``model``, whose parameters with ids in ``shared`` are shares. Collective over the unit."""
     mesh = runtime.mesh
+    tell_dynamo()
     warn_of_topology(model, plan, mesh, runtime.transport.machines)
     split = stacks(model, plan) if options.sequence_parallel else {}
     plan.partial |= between(plan, [layer for layers in split.values() for layer in layers])

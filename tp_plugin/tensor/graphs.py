@@ -1,6 +1,6 @@
 """Where torch.compile's graphs begin and end: what of dynamo has no public name stands here, and nowhere else.
 
-dynamo itself, which takes a second to import, is left to runs that compile: its decorators would import it.
+dynamo itself, which takes a second to import, is left to runs that train: its decorators would import it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from torch._C._dynamo.eval_frame import (
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_untraced_classes: set[type] = set()
+
 
 def skip(function: F) -> F:
     """Have dynamo not trace this function, but what it calls, as ``torch._dynamo.skip`` does."""
-    return _untraced(function, _FrameAction.DEFAULT)
+    return _not_traced(function, _FrameAction.DEFAULT)
 
 
 def disable(function: F) -> F:
     """Have dynamo trace neither this function nor what it calls, as ``torch._dynamo.disable`` does."""
-    return _untraced(function, _FrameAction.SKIP)
+    return _not_traced(function, _FrameAction.SKIP)
 
 
 def assume_constant_result(function: F) -> F:
@@ -42,19 +44,16 @@ def end_graph() -> None:
     set_eval_frame(None)
 
 
-_untraced_kinds: set[type] = set()
-
-
 def untraced(kind: type) -> None:
     """Graphs end at tensors of class ``kind``: a graph would be told their shape, and guard it by their memory's."""
-    _untraced_kinds.add(kind)
-    if (dynamo := sys.modules.get("torch._dynamo.config")) is not None:
-        dynamo.nontraceable_tensor_subclasses.add(kind)
+    _untraced_classes.add(kind)
+    if "torch._dynamo" in sys.modules:
+        tell_dynamo()
 
 
-def tell(dynamo: Any) -> None:
-    """Of the classes that :func:`untraced` was called for before ``torch._dynamo`` was imported."""
-    dynamo.config.nontraceable_tensor_subclasses.update(_untraced_kinds)
+def tell_dynamo() -> None:
+    """Import dynamo and tell it of these classes: when a model is sharded, before any of their tensors is seen."""
+    torch._dynamo.config.nontraceable_tensor_subclasses.update(_untraced_classes)
 
 
 def refuse_tracer() -> None:
@@ -81,7 +80,7 @@ def trace_once(forward: Any) -> None:
         forward = forward.__wrapped__
 
 
-def _untraced(function: F, below: _FrameAction) -> F:
+def _not_traced(function: F, below: _FrameAction) -> F:
     _skip_code(function.__code__, below)
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function
