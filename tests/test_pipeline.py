@@ -13,6 +13,7 @@ from workers import run, sees_whole
 
 from tp_plugin.cli.models import build
 from tp_plugin.config.run_config import RunConfig
+from tp_plugin.errors import TPError
 from tp_plugin.runtime.runtime import require
 from tp_plugin.runtime.start import stop
 from tp_plugin.shard import parallelize
@@ -101,7 +102,8 @@ def case(
     model_type: str, tp: int, options: dict[str, Any], loss: str = "models_own", how: str = "as_it_is"
 ) -> dict[str, Any]:
     loss_of = globals()[loss]
-    model = build(config_for(model_type, num_hidden_layers=4), meta=False)
+    without = {"output_router_logits": False} if "moe" in model_type else {}
+    model = build(config_for(model_type, num_hidden_layers=4, **without), meta=False)
     plain = copy.deepcopy(model)
     model, plain = globals()[how](model), globals()[how](plain)
     stop()
@@ -309,3 +311,83 @@ def test_a_stage_holds_the_activations_of_few_micro_batches() -> None:
     assert first == pytest.approx(of_all_rows * 2 / 8, rel=0.05)
     _, last_of_all_rows = run(2, saved_bytes, 2, 1)
     assert last == pytest.approx(last_of_all_rows * 1 / 8, rel=0.05)
+
+
+@sees_whole
+def refusals() -> list[str]:
+    stop()
+    model = build(config_for("llama"), meta=False)
+    parallelize(model, 1, options=RunConfig(1, pp_size=2))
+    ids = torch.randint(3, 97, (2, 5), generator=torch.Generator().manual_seed(0))
+    embedded = torch.ones(2, 5, 48, requires_grad=True)
+    hook = model.model.layers[0].register_forward_hook
+    found = []
+    for call in (
+        lambda: model(inputs_embeds=embedded, labels=ids),
+        lambda: model(input_ids=ids, output_hidden_states=True),
+        lambda: copy.deepcopy(model),
+        lambda: hook(lambda module, args, output: None),
+        lambda: model(attention_mask=torch.ones(2, 5)),
+        lambda: (model(input_ids=ids, labels=ids).logits.sum() * 2).backward(),
+    ):
+        try:
+            call()
+            found.append("")
+        except TPError as error:
+            found.append(str(error))
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="handed out already"):
+        loss.backward()
+    stop()
+    return found
+
+
+def test_what_is_refused_in_a_call() -> None:
+    said = (
+        "'inputs_embeds' requires a gradient",
+        "output_hidden_states is on",
+        "cannot be copied",
+        "a hook is registered on model.layers.0",
+        "none of input_ids, inputs_embeds and pixel_values",
+        "whose backward the pipeline has run already",
+    )
+    for found in run(2, refusals):
+        for message, expected in zip(found, said, strict=True):
+            assert expected in message
+
+
+@sees_whole
+def half_precision() -> tuple[float, float]:
+    """Gradients of a scaled loss in fp16 against those in fp32: relative distance, of one process and ours."""
+    stop()
+    model = build(config_for("llama", num_hidden_layers=4), meta=False)
+    plain = copy.deepcopy(model)
+    parallelize(model, 1, options=RunConfig(1, pp_size=2, pipeline_microbatches=3))
+    batch = batch_of(model, 0)
+
+    def grads(one: Any, dtype: torch.dtype | None) -> torch.Tensor:
+        one.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            loss = one(**batch).loss
+        (loss * 1e-5 * 65536).backward()  # as of a scaler, and of a loss whose gradients are small
+        return torch.cat([p.grad.clone().reshape(-1) for p in one.parameters()]) / (1e-5 * 65536)
+
+    exact = grads(plain, None)
+    apart = [((grads(one, torch.float16) - exact).norm() / exact.norm()).item() for one in (plain, model)]
+    stop()
+    return apart[0], apart[1]
+
+
+def test_fp16_gradients_do_not_underflow() -> None:
+    for plain, ours in run(2, half_precision):
+        assert ours <= 1.5 * plain < 0.05
+
+
+@pytest.mark.parametrize("option", ["sequence_parallel", "fuse", "fused_head"])
+def test_options_of_tensor_parallelism(option: str) -> None:
+    check(run(4, case, "llama", 2, {"pp_size": 2, "pipeline_microbatches": 3, option: True}))
+
+
+def test_whole_experts_on_the_ranks_of_a_stage() -> None:
+    check(run(4, case, "qwen3_moe", 2, {"pp_size": 2, "pipeline_microbatches": 3, "expert_parallel": True}))

@@ -33,6 +33,9 @@ def find_stages(model: nn.Module, plan: Plan, count: int, sizes: Sequence[int] =
     layers = list(model.get_submodule(stack).children())
     if len(layers) < count:
         raise PolicyError(f"pp_size={count}: {type(model).__name__} has {len(layers)} layers; write pp_size: 1")
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise _refused(model, f"{path} takes statistics of the whole batch, which is cut into micro-batches")
     run = _traced(model, stack, len(layers))
     before, after, within = (_with_parameters(model, paths) for paths in (run.before, run.after, run.within))
     if both := [path for path in before if path in after]:

@@ -82,6 +82,8 @@ class PipelineForward:
         if self._takes("return_dict"):
             call["return_dict"] = True
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self._model.parameters())
+        if learns:
+            self._refuse_learned(call)
         batches = self._cut(call, learns)
         for layer in self._absent:
             if getattr(layer, "gradient_checkpointing", False):  # nothing to compute again, and messages are sent once
@@ -90,7 +92,7 @@ class PipelineForward:
         with self._executor.running(), self._executor.seeds.around(batches.device, draws) as seed:
             if not learns:
                 output = self._evaluate(batches)
-            elif batches.has_labels and not self._always_late and not call.get(SCORES):
+            elif batches.has_labels and not (self._always_late or call.get(SCORES) or self._underflows(batches.device)):
                 output = self._one_f_one_b(batches)
             else:
                 output = self._late(batches, seed)
@@ -105,6 +107,20 @@ class PipelineForward:
                     f"{name} is on, and layers of other pipeline stages give theirs there; turn it off, or write "
                     "pp_size: 1"
                 )
+
+    def _refuse_learned(self, call: dict[str, Any]) -> None:
+        for name, value in call.items():
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                raise TPError(
+                    f"{name!r} requires a gradient, which pipeline stages do not give back to what has computed it; "
+                    "pass it with .detach(), or write pp_size: 1"
+                )
+
+    def _underflows(self, device: torch.device) -> bool:
+        """Whether activations are fp16: their gradients need the scaler's factor, which the script's backward has."""
+        kind = device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        return autocast or any(p.dtype == torch.float16 for p in self._model.parameters())
 
     def _cut(self, call: dict[str, Any], learns: bool) -> MicroBatches:
         cached = call.get("past_key_values") is not None or bool(call.get("use_cache"))
