@@ -66,6 +66,7 @@ class Cards:
         here: Any = torch.accelerator
         here.is_available = lambda: True
         here.current_accelerator = lambda check_available=False: torch.device("cuda")
+        here.synchronize, here.max_memory_allocated = lambda device=None: None, lambda device=None: 0
         here.device_count, here.current_device_index = cuda.device_count, cuda.current_device
 
     def _wrappers(self) -> None:

@@ -155,7 +155,9 @@ def test_two_stages(model_type: str) -> None:
     assert first["bytes"]["send/pp"] == last["bytes"]["send/pp_back"] == hidden
     # the tied weight's gradient; nothing of activations
     sums = {name: n for name, n in first["counts"].items() if name.startswith("all_reduce/") and "pp" not in name}
-    assert sums == ({"all_reduce/unit": forwards} if model_type == "gpt2" else {})
+    tied = forwards if model_type == "gpt2" else 0
+    assert sums.get("all_reduce/unit", 0) in (tied, tied + STEPS)  # norms, where torch's are patched in this process
+    assert not sums.keys() - {"all_reduce/unit"}
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])

@@ -121,7 +121,7 @@ def test_launches_and_memory_with_kernels(dtype: torch.dtype) -> None:
     for found in run(2, budget_case, dtype, True, 16000, 0):
         assert found["calls"]["row_statistics"] == 3
         for name, (forward, backward, peak) in found["of"].items():
-            assert forward.total() <= BUDGET and backward.total() <= BUDGET, (name, forward, backward)
+            assert forward.total() <= BUDGET and backward.total() <= BUDGET, (name, str(forward), str(backward))
             assert peak <= 1.2, (name, peak)
 
 
@@ -130,7 +130,7 @@ def test_launches_of_the_reference(dtype: torch.dtype) -> None:
     """Where logits are small, there is one block of them on a device."""
     for found in run(2, budget_case, dtype, False, 2001, blocks.ON_DEVICE.least):
         for name, (forward, backward, _) in found["of"].items():
-            assert forward.total() <= BUDGET and backward.total() <= BUDGET, (name, forward, backward)
+            assert forward.total() <= BUDGET and backward.total() <= BUDGET, (name, str(forward), str(backward))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -160,7 +160,7 @@ def test_numbers_with_kernels(tp: int, vocabulary: int) -> None:
 
 def test_blocks_by_bytes() -> None:
     """On a CPU they suit its caches, on a device there are few; temporaries stay below a share of the logits."""
-    cpu, device = torch.device("cpu"), torch.device("meta")
+    cpu, device = torch.device("cpu"), torch.device("cuda")
     lines, width = 8192, 16032
     for stored, cost in ((2, 2), (2, 6), (4, 8), (4, 16)):
         for where, most in ((cpu, 0.1), (device, 0.167)):

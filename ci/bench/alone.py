@@ -5,6 +5,7 @@ What the rank computes, keeps and sends is what it would among its peers; only t
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def mesh_of(tp: int) -> Mesh:
     ranks, context, pg = range(tp), CommContext(), dist.group.WORLD
     group, me = Group("tp", ranks, pg, context), Group("data", (0,), None, context)
     unit_cpu = _Echo("unit_cpu", ranks, pg, context)
-    devices: Any = None  # torch's own mesh: nothing here asks for it
+    devices: Any = types.SimpleNamespace(device_type="cpu")  # of torch's own mesh nothing else is asked here
     return Mesh(tp, 1, group, group, unit_cpu, me, me, Group("world", ranks, pg, context), devices, context, me, me)
 
 

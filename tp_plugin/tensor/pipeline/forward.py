@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tp_plugin.errors import TPError
+from tp_plugin.tensor.graphs import skip
 from tp_plugin.tensor.pipeline.executor import Executor, Passed
 from tp_plugin.tensor.pipeline.hand_out import Computed, Gradients, Late
 from tp_plugin.tensor.pipeline.micro_batches import MicroBatches, arguments, cut
@@ -74,7 +75,7 @@ class PipelineForward:
             "pp_size: 1"
         )
 
-    @torch.compiler.disable(recursive=False)
+    @skip
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = arguments(self.__signature__, args, kwargs)
         self._refuse(call)
