@@ -322,13 +322,14 @@ def refusals() -> list[str]:
     parallelize(model, 1, options=RunConfig(1, pp_size=2))
     ids = torch.randint(3, 97, (2, 5), generator=torch.Generator().manual_seed(0))
     embedded = torch.ones(2, 5, 48, requires_grad=True)
-    hook = model.model.layers[0].register_forward_hook
+    hooked = build(config_for("llama"), meta=False)
+    hooked.model.layers[0].register_forward_hook(lambda module, args, output: None)
     found = []
     for call in (
         lambda: model(inputs_embeds=embedded, labels=ids),
         lambda: model(input_ids=ids, output_hidden_states=True),
         lambda: copy.deepcopy(model),
-        lambda: hook(lambda module, args, output: None),
+        lambda: parallelize(hooked, 1, options=RunConfig(1, pp_size=2)),
         lambda: model(attention_mask=torch.ones(2, 5)),
         lambda: (model(input_ids=ids, labels=ids).logits.sum() * 2).backward(),
     ):

@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from tp_plugin.config.run_config import RunConfig
 from tp_plugin.mesh.groups import CommContext, Group
 from tp_plugin.mesh.roles import Mesh
+from tp_plugin.runtime import start
 from tp_plugin.runtime.runtime import slot
 from tp_plugin.runtime.start import build, stop
 
@@ -62,5 +63,6 @@ def mesh_of(tp: int) -> Mesh:
 def use(groups: Mesh) -> Mesh:
     """Have what runs next run on this mesh."""
     stop()
+    start.tell_place = lambda rank, device_type: None  # a FakeStore keeps nothing
     slot.runtime = build(RunConfig(groups.tp_size), groups)
     return groups
