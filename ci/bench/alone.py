@@ -64,5 +64,5 @@ def use(groups: Mesh) -> Mesh:
     """Have what runs next run on this mesh."""
     stop()
     start.tell_place = lambda rank, device_type: None  # a FakeStore keeps nothing
-    slot.runtime = build(RunConfig(groups.tp_size), groups)
+    slot.runtime = build(RunConfig(groups.tp_size, report=False), groups)
     return groups
