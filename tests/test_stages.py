@@ -132,6 +132,12 @@ def test_refused(model_type: str, count: int, sizes: tuple[int, ...], message: s
         find_stages(model, make_plan(model, policy_for(model.config), 1), count, sizes)
 
 
+def test_layers_left_out_at_random_are_refused() -> None:
+    model = build(config_for("opt", layerdrop=0.1), meta=True)
+    with pytest.raises(PolicyError, match="leaves out layers at random"):
+        find_stages(model, make_plan(model, policy_for("opt"), 1), 2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -34,6 +34,8 @@ def find_stages(model: nn.Module, plan: Plan, count: int, sizes: Sequence[int] =
     if len(layers) < count:
         raise PolicyError(f"pp_size={count}: {type(model).__name__} has {len(layers)} layers; write pp_size: 1")
     for path, module in model.named_modules():
+        if getattr(module, "layerdrop", 0):
+            raise _refused(model, f"{path or 'it'} leaves out layers at random (layerdrop), each stage others")
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise _refused(model, f"{path} takes statistics of the whole batch, which is cut into micro-batches")
     run = _traced(model, stack, len(layers))

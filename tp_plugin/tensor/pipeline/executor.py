@@ -73,9 +73,15 @@ class Executor:
         self.seeds.micro_batch = number
         self.seeds.start()
         output = self._inner(**call)
+        missed = (self._received is None and not self.messages.is_first) or (
+            self._sent is None and not self.messages.is_last
+        )
+        if missed:  # what this stage has computed did not come from the stage before
+            raise TPError(
+                "pipeline stages: the model's forward left out a layer at the edge of this stage; write pp_size: 1"
+            )
         if not self.messages.is_last:
-            if self._sent is None:
-                raise TPError("pipeline stages: the layers of this stage did not run in the model's forward")
+            assert self._sent is not None
             self.messages.send_hidden(self._sent)
         passed = Passed(self._received, self._sent, output)
         self._received = self._sent = None

@@ -79,7 +79,8 @@ class PipelineForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = arguments(self.__signature__, args, kwargs)
         self._refuse(call)
-        as_tuple = call.pop("return_dict", None) is False
+        asked = call.pop("return_dict", None)
+        as_tuple = not (getattr(getattr(self._model, "config", None), "return_dict", True) if asked is None else asked)
         if self._takes("return_dict"):
             call["return_dict"] = True
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self._model.parameters())
