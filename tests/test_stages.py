@@ -19,6 +19,7 @@ from tp_plugin.errors import PolicyError, TPError
 from tp_plugin.policy import ParamLayout, make_plan, policy_for
 from tp_plugin.policy.stages import balanced, on_stage
 from tp_plugin.shard.find_stages import find_stages
+from tp_plugin.tensor.pipeline.micro_batches import cut
 from tp_plugin.tensor.pipeline.schedule import one_f_one_b
 
 
@@ -130,6 +131,39 @@ def test_refused(model_type: str, count: int, sizes: tuple[int, ...], message: s
     model = build(config_for(model_type), meta=True)
     with pytest.raises(PolicyError, match=message):
         find_stages(model, make_plan(model, policy_for(model.config), 1), count, sizes)
+
+
+def test_a_call_in_micro_batches() -> None:
+    """Rows that the number does not divide, arguments of other shapes, and what each loss counts."""
+    model = build(config_for("llama"), meta=True)
+    ids = torch.arange(12).view(3, 4)
+    labels = torch.tensor([[-100, 1, 2, 3], [-100, -100, -100, -100], [-100, -100, -100, 4]])
+    call = {
+        "input_ids": ids, "labels": labels, "cache_position": torch.arange(3), "attention_mask": {"full": ids > 2},
+        "position_ids": torch.arange(3 * 3 * 4).view(3, 3, 4), "other": torch.ones(1, 4), "use_cache": False,
+    }  # fmt: skip
+    cut_call = cut(model, model.forward, call, 2)
+    assert cut_call.rows == [2, 1] and cut_call.shares == [1.0, 1.0] and cut_call.has_labels
+    for part, rows in zip(cut_call.calls, (slice(0, 2), slice(2, 3)), strict=True):
+        assert torch.equal(part["input_ids"], ids[rows]) and torch.equal(part["labels"], labels[rows])
+        assert torch.equal(part["attention_mask"]["full"], ids[rows] > 2)
+        assert torch.equal(part["position_ids"], call["position_ids"][:, rows])
+        assert part["cache_position"] is call["cache_position"] and part["other"] is call["other"]
+        assert part["num_items_in_batch"] == 4  # labels of a causal model are moved by one
+    flat = {"input_ids": ids, "position_ids": torch.arange(3)}
+    assert all(part["position_ids"] is flat["position_ids"] for part in cut(model, model.forward, flat, 3).calls)
+
+    masked = build(config_for("bert"), meta=True)  # computes its mean itself
+    shares = cut(masked, masked.forward, {"input_ids": ids, "labels": labels}, 3).shares
+    assert [float(share) for share in shares] == [0.75, 0.0, 0.25]
+
+
+def test_a_loss_of_another_kind_is_that_of_one_micro_batch() -> None:
+    model = build(config_for("llama"), meta=True)
+    model.loss_function = lambda logits, labels, **kwargs: logits.square().mean().sqrt()
+    ids = torch.ones(4, 3, dtype=torch.long)
+    with pytest.warns(UserWarning, match="LlamaForCausalLM is not known to be a mean over labels"):
+        assert cut(model, model.forward, {"input_ids": ids, "labels": ids}, 4).rows == [4]
 
 
 def test_layers_left_out_at_random_are_refused() -> None:

@@ -94,8 +94,10 @@ def cut(model: nn.Module, inner: Any, call: dict[str, Any], count: int) -> Micro
 
 
 def _part(name: str, value: Any, rows: int, count: int, at: int) -> Any:
-    if isinstance(value, torch.Tensor) and name not in WHOLE and value.dim() and value.shape[0] == rows:
-        return value.tensor_split(count)[at]
+    if isinstance(value, torch.Tensor) and name not in WHOLE:
+        # positions may be (tokens,), for all rows, or (axes, rows, tokens), as multimodal rotary embeddings have them
+        dim = {1: None, 3: 1}.get(value.dim(), 0) if name == "position_ids" else 0 if value.dim() else None
+        return value if dim is None or value.shape[dim] != rows else value.tensor_split(count, dim)[at]
     if isinstance(value, dict):
         return {key: _part(key, inner, rows, count, at) for key, inner in value.items()}
     return value
