@@ -13,6 +13,7 @@ import faulthandler
 import importlib
 import os
 import queue
+import random
 import signal
 import socket
 import sys
@@ -22,6 +23,7 @@ import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.multiprocessing as mp
 
@@ -132,6 +134,13 @@ def _import(module: str) -> None:
     importlib.import_module(module)
 
 
+def _seed() -> None:
+    """The same generators on all ranks, whatever ran before: else the first step of a run brings them together."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
 def _work(rank: int, world: int, port: int, tasks: Any, results: Any) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
@@ -155,6 +164,7 @@ def _work(rank: int, world: int, port: int, tasks: Any, results: Any) -> None:
             target: Any = importlib.import_module(module)
             for part in name.split("."):
                 target = getattr(target, part)
+            _seed()
             with _shards_or_whole(target):
                 results.put((rank, True, target(*args)))
         except BaseException:

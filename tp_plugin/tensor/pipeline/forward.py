@@ -18,7 +18,7 @@ from tp_plugin.errors import TPError
 from tp_plugin.tensor.graphs import skip
 from tp_plugin.tensor.pipeline.executor import Executor, Passed
 from tp_plugin.tensor.pipeline.hand_out import Computed, Gradients, Late
-from tp_plugin.tensor.pipeline.micro_batches import MicroBatches, arguments, cut
+from tp_plugin.tensor.pipeline.micro_batches import MicroBatches, arguments, counted, cut
 from tp_plugin.tensor.pipeline.schedule import one_f_one_b
 from tp_plugin.tensor.rng import Dropouts
 
@@ -156,7 +156,7 @@ class PipelineForward:
                 if kind == "forward":
                     passed = alive[at] = executor.forward(at, batches.calls[at], True)
                     if messages.is_last:
-                        passed.loss = passed.output.loss * batches.shares[at]
+                        passed.loss = counted(passed.output.loss, batches.shares[at])
                         total = passed.loss.detach().float() if total is None else total + passed.loss.detach().float()
                     outputs.append(_detached(passed.output))
                     passed.output = None
@@ -236,7 +236,7 @@ class PipelineForward:
         total = torch.zeros((), device=batches.device)
         if self._messages.is_last:
             for one, share in zip(passed, batches.shares, strict=True):
-                total = total + one.output.loss.detach().float() * share
+                total = total + counted(one.output.loss.detach().float(), share)
         return self._messages.from_last(total)
 
     def _output(self, outputs: list[Any], batches: MicroBatches, loss: torch.Tensor | None, spent: bool) -> Any:

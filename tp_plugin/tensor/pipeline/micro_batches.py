@@ -36,6 +36,12 @@ class MicroBatches:
     shares: list[Any]
 
 
+def counted(loss: torch.Tensor, share: Any) -> torch.Tensor:
+    """What a micro-batch's loss adds to the whole's; without any label its mean is NaN, and adds nothing."""
+    part: torch.Tensor = loss * share
+    return torch.where(share > 0, part, torch.zeros_like(part)) if isinstance(share, torch.Tensor) else part
+
+
 def arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
     """All arguments of a call by name."""
     bound = signature.bind(*args, **kwargs).arguments
