@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -55,6 +57,20 @@ def test_it_is_said_once_by_the_first_rank() -> None:
     assert first["said"].count("the first optimizer step took") == 1
     assert "(2 micro-batches)" in lines[-1] and "tokens/s per rank" in lines[-1] and "on rank 0" in lines[-1]
     assert first["measuring"] is None
+
+
+def test_the_next_random_number_is_the_script_s_own() -> None:
+    """In a process of its own: what draws is an import (rich), the first one."""
+    script = """
+import random, sys
+import tp_plugin.engines.launch_report as report
+assert "rich.style" not in sys.modules
+random.seed(0)
+state = random.getstate()
+report._print({"model": "llama"})
+assert "rich.style" in sys.modules and random.getstate() == state
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 def test_off() -> None:

@@ -6,6 +6,7 @@ Where ranks are they said when they started, in the key-value store: no collecti
 from __future__ import annotations
 
 import math
+import random
 import sys
 from collections.abc import Iterable
 from itertools import groupby
@@ -123,9 +124,11 @@ def _count(numel: int) -> str:
 
 
 def _print(lines: dict[str, str]) -> None:
+    state = random.getstate()  # rich draws from it when it is imported, and so would have the script's next number
     from rich.console import Console
     from rich.table import Table
 
+    random.setstate(state)
     table = Table(show_header=False, box=None, padding=(0, 1), title="tp_plugin", title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
