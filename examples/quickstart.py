@@ -2,6 +2,7 @@
 
     bash ci/quickstart.sh                  # makes the environment first
     bash ci/quickstart.sh --engine zero2   # the same with DeepSpeed's ZeRO, at tp 2 x dp 2
+    bash ci/quickstart.sh --pp 2           # two pipeline stages, at tp 2: four processes hold one model
     bash ci/quickstart.sh --real           # a real model and `trl sft` instead: examples/real_model.py
     python examples/quickstart.py          # in an environment that has the package
 
@@ -62,6 +63,7 @@ class Engine:
 
     config: Path
     dp: int = 1
+    pp: int = 1
     options: tuple[object, ...] = ()  # of `accelerate launch`
     env: dict[str, str] = field(default_factory=dict)
     single: tuple[object, ...] = (EXAMPLES / "configs" / "single.yaml",)  # config and options of the reference
@@ -70,7 +72,12 @@ class Engine:
 
     @property
     def column(self) -> str:
-        return "tp_size 2" if self.dp == 1 else f"tp 2 x dp {self.dp}"
+        more = [f"{name} {size}" for name, size in (("pp", self.pp), ("dp", self.dp)) if size > 1]
+        return " x ".join(["tp 2", *more]) if more else "tp_size 2"
+
+    @property
+    def processes(self) -> int:
+        return 2 * self.pp * self.dp
 
 
 @dataclass
@@ -104,10 +111,13 @@ def run(*command: object, env: dict[str, str], capture: bool = False) -> str:
     return result.stdout or ""
 
 
-def choose_engine(name: str, work: Path) -> Engine:
+def choose_engine(name: str, pp: int, work: Path) -> Engine:
     configs = EXAMPLES / "configs"
-    if name == "ddp":
+    if name == "ddp" and pp == 1:
         return Engine(configs / "tp2.yaml")
+    if name == "ddp":
+        options = ("--pp_size", pp, "--num_processes", 2 * pp)
+        return Engine(configs / "tp2.yaml", pp=pp, options=options)
     config = work / f"{name}.yaml"
     yaml = (configs / "tp2_dp2_zero3.yaml").read_text(encoding="utf-8")
     config.write_text(yaml.replace("examples/configs/ds_zero3", str(configs / f"ds_{name}")), encoding="utf-8")
@@ -196,11 +206,14 @@ def memory_table(reports: list[dict], engine: str) -> Table:
     table = Table(title="Bytes of parameters per rank", title_justify="left", caption_justify="left")
     if engine == "zero3":
         table.caption = "in use; between uses ZeRO 3 keeps 1 / dp of them"
-    for column in ("rank", "tp rank", "dp rank", "bytes", "of the whole model"):
+    places = {"rank": "rank", "tp rank": "tp_rank", "stage": "pp_rank", "dp rank": "dp_rank"}
+    if reports[0]["pp_size"] == 1:
+        del places["stage"]
+    for column in (*places, "bytes", "of the whole model"):
         table.add_column(column, justify="right")
     for report in reports:
         held, whole = report["parameter_bytes"], report["whole_parameter_bytes"]
-        ranks = (str(report[key]) for key in ("rank", "tp_rank", "dp_rank"))
+        ranks = (str(report[key]) for key in places.values())
         table.add_row(*ranks, f"{held:,}", f"{held / whole:.1%}")
     return table
 
@@ -232,16 +245,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=["llama", "gpt2"], default="llama")
     parser.add_argument("--engine", choices=["ddp", "zero0", "zero1", "zero2", "zero3"], default="ddp")
+    parser.add_argument("--pp", type=int, choices=[1, 2], default=1, help="pipeline stages")
     parser.add_argument("--steps", type=int, help="default 30, with ZeRO (four processes) 20")
     parser.add_argument("--work", type=Path, default=Path("out/quickstart"), help="replaced if it exists")
     args = parser.parse_args()
-    args.steps = args.steps or (30 if args.engine == "ddp" else 20)
+    if args.pp > 1 and args.engine != "ddp":
+        parser.error("--pp 2 goes with --engine ddp here: four processes")
+    args.steps = args.steps or (30 if args.engine == "ddp" and args.pp == 1 else 20)
 
     start = time.perf_counter()
     work = args.work
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    engine = choose_engine(args.engine, work)
+    engine = choose_engine(args.engine, args.pp, work)
     # The reference never meets the plugin, nor does the process that reloads the result.
     plain = environment(TP_PLUGIN_DISABLE="1")
 
@@ -282,7 +298,7 @@ def main() -> None:
     else:
         console.print("No curves are drawn: matplotlib is not installed (pip install matplotlib).")
     console.print(
-        f"Training took {single.seconds:.0f} s on one process, {tp.seconds:.0f} s on {2 * engine.dp}; "
+        f"Training took {single.seconds:.0f} s on one process, {tp.seconds:.0f} s on {engine.processes}; "
         f"everything {time.perf_counter() - start:.0f} s. Files: {work}"
     )
     failed = [check.what for check in checks if not check.passed]

@@ -188,8 +188,8 @@ def test_options_are_checked(options: dict[str, object], message: str) -> None:
     assert fine.unit_size == 4 and fine.pipeline_split == (3, 5)
     again = fine.as_written()
     assert RunConfig.parse(again.tp_size, again.options, pp_size=again.pp_size) == fine
-    with pytest.raises(TPError, match="pp_size: 2 together with DeepSpeed is not supported"):
-        fine.refuse_stages("DeepSpeed")
+    with pytest.raises(TPError, match="pp_size: 2 together with ZeRO-3 is not supported"):
+        fine.refuse_stages("ZeRO-3")
 
 
 def test_the_first_place_with_the_key_counts() -> None:

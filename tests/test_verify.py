@@ -70,18 +70,18 @@ def policy(tmp_path: Path, **changes: str) -> str:
     return f"{tmp_path / 'mine.py'}:POLICY"
 
 
-def proven(config: Any, reference: str | None, tp: int, options: dict[str, Any]) -> Any:
+def proven(config: Any, reference: str | None, tp: int, pp: int, options: dict[str, Any]) -> Any:
     """Run on every rank: what a rank that the command starts does."""
     fresh(**options)
-    return prove_here(config, reference, tp)
+    return prove_here(config, reference, tp, pp)
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof runs on ranks that are there already."""
 
-    def prove(config: Any, reference: str | None, tp: int) -> list[Result]:
-        results = run(tp, proven, config, reference, tp, json.loads(os.environ[ENV_OPTIONS]))
+    def prove(config: Any, reference: str | None, tp: int, pp: int) -> list[Result]:
+        results = run(tp * pp, proven, config, reference, tp, pp, json.loads(os.environ[ENV_OPTIONS]))
         for result in results:
             if isinstance(result, TPError):
                 raise result
@@ -142,6 +142,24 @@ def test_proof(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "Right at tp=2: every number is inside its limit." in shown
     assert "480 forward, 480 backward per token in bf16" in shown
     assert "10 all_reduce of 42,240 bytes;" in shown, "2 x 11 tokens of 480 + 480 bytes, twice that in fp32"
+
+
+@pytest.mark.usefixtures("started")
+@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 2)])
+def test_proof_of_stages(tiny: str, tp: int, pp: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", tiny, "--tp", str(tp), "--pp", str(pp)]) == 0
+    shown = capsys.readouterr().out
+    assert f"Right at tp={tp}, pp={pp}: every number is inside its limit." in shown
+    assert "model.norm, lm_head" in shown and "the hidden state (48 numbers a token) forward" in shown
+
+
+def test_stages_as_data(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", tiny, "--tp", "2", "--pp", "2", "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    first, last = told["stages"]
+    assert (first["layers"], last["layers"]) == ([0, 0], [1, 1]) and told["pp"] == 2
+    assert first["besides"] == ["model.embed_tokens"] and last["besides"] == ["model.norm", "lm_head"]
+    assert sum(first["numel_of_rank"] + last["numel_of_rank"]) > told["numel"]
 
 
 OTHER_INPUTS = (

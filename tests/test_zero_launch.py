@@ -120,13 +120,13 @@ def test_each_refusal_names_its_key(path: str) -> None:
         place = place.setdefault(section, {})
     place[key] = SWITCHED_ON[path]
     with pytest.raises(TPError, match=path.replace(".", r"\.")):
-        refuse(config, 2)
+        refuse(config, RunConfig(2))
 
 
 @pytest.mark.parametrize("name", ["OneBitAdam", "Lamb", "Muon", "Adafactor"])
 def test_optimizers_that_need_whole_tensors(name: str) -> None:
     with pytest.raises(TPError, match=r"optimizer\.type"):
-        refuse({"optimizer": {"type": name}}, 2)
+        refuse({"optimizer": {"type": name}}, RunConfig(2))
 
 
 class PipelineModule(torch.nn.Linear):
@@ -147,7 +147,9 @@ def test_arguments_that_do_not_go(given: dict[str, Any], message: str) -> None:
 
 
 def test_ordinary_configs_pass() -> None:
-    refuse(ZERO | {"optimizer": {"type": "AdamW"}, "tensor_parallel": {"autotp_size": 0}, "elasticity": {}}, 2)
+    refuse(
+        ZERO | {"optimizer": {"type": "AdamW"}, "tensor_parallel": {"autotp_size": 0}, "elasticity": {}}, RunConfig(2)
+    )
 
 
 @pytest.fixture
@@ -281,23 +283,23 @@ def sizes(total: Any, micro: Any, steps: Any = None) -> dict[str, Any]:
 )
 def test_batch_sizes_that_have_one_meaning(config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     before = dict(config)
-    check_batch_sizes(config, 2, 2)
+    check_batch_sizes(config, RunConfig(2), 2)
     assert config == before and not caplog.records
 
 
 def test_a_batch_size_that_counts_ranks_is_refused() -> None:
     with pytest.raises(TPError, match=r"write train_batch_size: 16 \(micro batch x steps x data-parallel size\)"):
-        check_batch_sizes(sizes(32, 4, 2), 2, 2)
-    check_batch_sizes(sizes(32, 4, 2), 1, 4)  # plain
+        check_batch_sizes(sizes(32, 4, 2), RunConfig(2), 2)
+    check_batch_sizes(sizes(32, 4, 2), RunConfig(), 4)  # plain
 
 
 def test_without_steps_both_readings_fit_and_the_warning_says_which_one_counts(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = sizes(16, 4)  # 4 x get_world_size() x 1, or 4 x (get_world_size() // 2) x 2
-    check_batch_sizes(config, 2, 2)
+    check_batch_sizes(config, RunConfig(2), 2)
     assert config == sizes(16, 4)
     assert "means gradient_accumulation_steps: 2, because with tp_size=2 the 4 ranks are 2" in caplog.text
     caplog.clear()
-    check_batch_sizes(config, 2, 2, warn=False)
+    check_batch_sizes(config, RunConfig(2), 2, warn=False)
     assert not caplog.records

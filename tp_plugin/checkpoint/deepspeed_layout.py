@@ -150,7 +150,13 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
 def write_sidecar(folder: Path, sidecar: Mapping[str, Any]) -> None:
     """Write what :func:`read_sidecar` gives; of the layouts those that are sharded."""
     layouts = {
-        name: {"shape": layout.shape, "dim": layout.dim, "parts": layout.parts, "pad_to": layout.pad_to}
+        name: {
+            "shape": layout.shape,
+            "dim": layout.dim,
+            "parts": layout.parts,
+            "pad_to": layout.pad_to,
+            **({"absent": layout.absent} if layout.absent else {}),
+        }
         for name, layout in sharded(sidecar["layouts"]).items()
     }
     text = json.dumps({"format": 1, **sidecar, "layouts": layouts})
@@ -164,4 +170,5 @@ def sharded(layouts: Mapping[str, ParamLayout]) -> dict[str, ParamLayout]:
 
 def _layout(entry: Mapping[str, Any]) -> ParamLayout:
     parts = tuple(tuple((start, stop) for start, stop in part) for part in entry["parts"])
-    return ParamLayout(tuple(entry["shape"]), entry["dim"], parts, entry["pad_to"])
+    absent = tuple(entry.get("absent") or ())
+    return ParamLayout(tuple(entry["shape"]), entry["dim"], parts, entry["pad_to"], absent)

@@ -117,8 +117,24 @@ class DeepSpeedCheckpoint:
 
     @property
     def group_shapes(self) -> GroupShapes:
-        """The flat groups of TP rank 0 under ZeRO."""
-        return self._group_shapes(0)
+        """The flat groups under ZeRO, with the shapes of TP rank 0; of later pipeline stages those of their first rank.
+
+        DeepSpeed leaves out parameters without elements. Put together again, a group is in the order of the model.
+        """
+        first, *others = [self._group_shapes(t) for t in range(self.tp)]
+        if all([list(group) for group in other] == [list(group) for group in first] for other in others):
+            return first
+        order = {name: at for at, name in enumerate(self.model_state(0)["module"])}
+        merged = []
+        for groups in zip(first, *others, strict=True):
+            shapes = {name: shape for group in reversed(groups) for name, shape in group.items()}
+            merged.append({name: shapes[name] for name in sorted(shapes, key=order.__getitem__)})
+            if any(list(group) != [name for name in merged[-1] if name in group] for group in groups):
+                raise TPError(
+                    f"checkpoint {self.folder} was saved with pipeline stages and an optimizer whose parameters are not"
+                    " in the order of the model, which is not known from it; resume with the sizes it was saved with"
+                )
+        return merged
 
     def _group_shapes(self, tp_rank: int) -> GroupShapes:
         groups = self.model_state(tp_rank)["param_shapes"]
@@ -154,15 +170,21 @@ class DeepSpeedCheckpoint:
             TPError: the optimizer does not own ``name``.
         """
         if self._last_trained is None or self._last_trained[0] != (name, key):
-            shards = [self._local_trained(name, key, t) for t in range(self.tp)]
+            found = [self._local_trained(name, key, t) for t in range(self.tp)]
+            like = next((one for one in found if one is not None), None)
+            if like is None:
+                raise TPError(f"checkpoint {self.folder} has no optimizer state of parameter {name!r}")
+            shapes = [self.layout(name, like.shape).local_shape(t) for t in range(self.tp)]
+            shards = [like.new_empty(shapes[t]) if one is None else one for t, one in enumerate(found)]
             self._last_trained = (name, key), self.gather(name, shards)
         return self._last_trained[1]
 
-    def _local_trained(self, name: str, key: str, tp_rank: int) -> torch.Tensor:
+    def _local_trained(self, name: str, key: str, tp_rank: int) -> torch.Tensor | None:
+        """None: of a parameter that this rank has nothing of."""
         groups = self._group_shapes(tp_rank)
         number = next((g for g, group in enumerate(groups) if name in group), None)
         if number is None:
-            raise TPError(f"checkpoint {self.folder} has no optimizer state of parameter {name!r}")
+            return None
         pieces = []
         for d in range(self.dp):
             flat = flat_tensor(self.partition(tp_rank, d), number, key)
@@ -189,7 +211,8 @@ class DeepSpeedCheckpoint:
     @property
     def aliases(self) -> dict[str, str]:
         """Names that are another parameter's second name (tied weights), with the first one."""
-        return self.sidecar.get("aliases") or dict(self.model_state(0).get("shared_params") or {})
+        known = self.sidecar.get("aliases")  # DeepSpeed takes parameters without elements for one that is tied
+        return dict(self.model_state(0).get("shared_params") or {}) if known is None else known
 
     def full_masters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The full model, as ``zero_to_fp32`` gives it: fp32 masters of what is trained, frozen ones, buffers, ties."""

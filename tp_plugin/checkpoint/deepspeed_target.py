@@ -61,14 +61,14 @@ def model_file(source: DeepSpeedCheckpoint, target: TargetRank) -> dict[str, Any
     if not source.stage:
         state["optimizer"] = _unpartitioned_optimizer(source, target)
         return state
-    state["param_shapes"] = [
-        OrderedDict((name, torch.Size(shape)) for name, shape in group.items())
-        for group in _group_shapes(source, target)
-    ]
-    if first.get("frozen_param_shapes"):
+    groups = _group_shapes(source, target)
+    state["param_shapes"] = [OrderedDict((n, torch.Size(shape)) for n, shape in group.items()) for group in groups]
+    frozen = _not_optimized(source, target, groups)
+    if frozen or first.get("frozen_param_shapes"):
         shapes, fragments = OrderedDict(), OrderedDict()
-        for name in first["frozen_param_shapes"]:
-            local = target.shard(name, source.full_frozen(name))
+        for name, is_absent in frozen.items():
+            local = torch.empty(target.layouts[name].local_shape(target.tp_rank)) if is_absent else None
+            local = target.shard(name, source.full_frozen(name)) if local is None else local
             shapes[name] = torch.Size(local.shape)
             fragments[name] = local
             if source.stage == 3:
@@ -128,6 +128,14 @@ def optimizer_file(source: DeepSpeedCheckpoint, target: TargetRank) -> dict[str,
         if template.get("param_alignment_paddings") is not None:
             partition["param_alignment_paddings"] = [[0] * len(group) for group in shapes]
     return {**source.optimizer_file(0, 0), "optimizer_state_dict": partition}
+
+
+def _not_optimized(source: DeepSpeedCheckpoint, target: TargetRank, groups: GroupShapes) -> dict[str, bool]:
+    """What DeepSpeed keeps among the frozen parameters, and whether only for having no elements on the target rank."""
+    trained = {name for group in source.group_shapes for name in group}
+    own = {name for group in groups for name in group}
+    frozen = {n: False for n in source.model_state(0).get("frozen_param_shapes") or {} if n not in trained}
+    return frozen | {name: True for name in trained if name not in own}
 
 
 def _group_shapes(source: DeepSpeedCheckpoint, target: TargetRank) -> GroupShapes:

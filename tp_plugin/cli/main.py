@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="show what a policy does to a model, and prove it on local ranks")
     verify.add_argument("target", help="model type, config.json or local checkpoint folder")
     verify.add_argument("--tp", type=int, default=2, help="ranks of the TP group; default 2")
+    verify.add_argument("--pp", type=int, default=1, help="pipeline stages; default 1; --tp may then be 1")
     verify.add_argument("--policy", help="module:NAME or path/to/file.py:NAME; default the registered one")
     verify.add_argument("--expert-parallel", action="store_true", help="split a mixture of experts by whole experts")
     verify.add_argument("--dry-run", action="store_true", help="only the plan, no proof")
@@ -96,6 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.target,
             arguments.tp,
             arguments.policy,
+            pp=arguments.pp,
             dry_run=arguments.dry_run,
             expert_parallel=arguments.expert_parallel,
             as_json=arguments.json,

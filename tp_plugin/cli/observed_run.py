@@ -48,12 +48,15 @@ def clip_whole(parameters: Iterable[nn.Parameter], limit: float) -> torch.Tensor
     return norm
 
 
-def outputs(model: nn.Module, plan: Plan, order: list[str] | None = None) -> dict[str, torch.Tensor]:
+def outputs(
+    model: nn.Module, plan: Plan, order: list[str] | None = None, *, stages: int = 1
+) -> dict[str, torch.Tensor]:
     """Outputs of the modules that are whole on every rank, by path, in the order in which they end.
 
     Args:
         order: takes the paths of all modules in the order in which they begin; then ``model`` is the whole one, and
             the policy is not to blame if it cannot run.
+        stages: of the sharded model; with more than one, only what the model itself returns is whole on every rank.
     """
     inside = tuple(f"{path}." for path in (*plan.blocks, *plan.embeddings))
     seen: dict[str, torch.Tensor] = {}
@@ -62,8 +65,10 @@ def outputs(model: nn.Module, plan: Plan, order: list[str] | None = None) -> dic
         if order is not None:
             handles.append(module.register_forward_pre_hook(_noting(order, path)))
         hidden = path.startswith(inside) and path not in plan.blocks and path not in plan.rows
-        if not hidden:
+        if not hidden and stages == 1:
             handles.append(module.register_forward_hook(_recorder(seen, path)))
+    if stages > 1:
+        handles.append(model.register_forward_hook(_returned(seen)))
     blamed = plan if order is None else None
     with torch.no_grad(), explain_failures(model, blamed, require().mesh.tp.rank):
         loss_of(model, 0)
@@ -84,6 +89,15 @@ def _noting(order: list[str], path: str) -> Any:
         order.append(path)
 
     return note
+
+
+def _returned(seen: dict[str, torch.Tensor]) -> Any:
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
+        first = next(v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dim())
+        seen[""] = first.detach() + 0
+
+    return record
 
 
 def _recorder(seen: dict[str, torch.Tensor], path: str) -> Any:

@@ -30,21 +30,22 @@ from tp_plugin.tensor.global_view import local_of
 STEPS = 3
 
 
-def compare(config: Any, policy: Policy, tp: int, steps: int = STEPS) -> Result:
-    """Run on every rank of an initialised world of ``tp``: the sharded model against the whole one on its first rank.
+def compare(config: Any, policy: Policy, tp: int, steps: int = STEPS, pp: int = 1) -> Result:
+    """Run on every rank of an initialised world of ``tp`` × ``pp``: the sharded model against the whole one.
 
-    Every rank compares what it holds with its share of the whole model's, so that replicas that drift are seen, too.
+    The first rank has the whole one. Every rank compares what it holds with its share of the whole model's, so that
+    replicas that drift are seen, too.
     """
     import tp_plugin
 
     sharded = build(config, meta=False)
     whole = copy.deepcopy(sharded) if torch.distributed.get_rank() == 0 else nn.Module()
-    tp_plugin.parallelize(sharded, tp_size=tp, policy=policy)
+    tp_plugin.parallelize(sharded, tp_size=tp, policy=policy, pp_size=pp)
     require().progress.looks_for_drift = False
     mesh, plan = require().mesh, sharded.tp_record.plan  # type: ignore[union-attr]
     result = Result()
 
-    expected = on_first_rank(mesh, lambda: _reference(whole, plan, steps))
+    expected = on_first_rank(mesh, lambda: _reference(whole, plan, steps, pp))
     _compare_outputs(sharded, plan, expected, result)
     ledger = mesh.context.stats.total
     ledger.clear()
@@ -69,10 +70,10 @@ def compare(config: Any, policy: Policy, tp: int, steps: int = STEPS) -> Result:
     return result
 
 
-def _reference(whole: nn.Module, plan: Plan, steps: int) -> dict[str, Any]:
+def _reference(whole: nn.Module, plan: Plan, steps: int, pp: int) -> dict[str, Any]:
     """All that the sharded model is compared with; ``whole`` is trained on the way."""
     order: list[str] = []
-    seen_outputs = outputs(whole, plan, order)
+    seen_outputs = outputs(whole, plan, order, stages=pp)
     start = {name: parameter.detach().clone() for name, parameter in whole.named_parameters()}
     seen = train(whole, steps, clip_whole)
     weights = {name: parameter.detach() for name, parameter in whole.named_parameters()}
@@ -85,11 +86,11 @@ def _compare_shares(
     sharded: nn.Module, plan: Plan, expected: dict[str, Any], grads: dict[str, torch.Tensor], result: Result
 ) -> None:
     """Gradients and weights of this rank against its shares of the whole model's; deviations are those of all ranks."""
-    mesh = require().mesh
-    rank = mesh.tp.rank
+    mesh, layouts = require().mesh, sharded.tp_record.index.layouts  # type: ignore[union-attr]
+    rank = mesh.unit.rank
     apart: dict[str, tuple[float, float]] = {}
     for name, weight in expected["weights"].items():
-        layout, grad = plan.layouts[name], expected["grads"].get(name)
+        layout, grad = layouts[name], expected["grads"].get(name)
         far = 0.0
         if grad is not None:
             share = layout.shard(grad, rank)
@@ -102,7 +103,7 @@ def _compare_shares(
     size = torch.stack([grad.norm() for grad in expected["grads"].values()]).norm().item()
     wrong = []
     for name in expected["weights"]:
-        layout, grad = plan.layouts[name], expected["grads"].get(name)
+        layout, grad = layouts[name], expected["grads"].get(name)
         result.note("weight", max(theirs[name][1] for theirs in everyone), name)
         far = [theirs[name][0] for theirs in everyone]
         if grad is None:
@@ -166,8 +167,9 @@ def _quiet() -> Iterator[None]:
 
 def _compare_outputs(sharded: nn.Module, plan: Plan, expected: dict[str, Any], result: Result) -> None:
     """Note the largest deviation, or the first that is beyond the limit."""
-    rank = require().mesh.tp.rank
-    found = outputs(sharded, plan)
+    mesh = require().mesh
+    rank = mesh.tp.rank
+    found = outputs(sharded, plan, stages=mesh.pp_size)
     for path, tensor in expected["outputs"].items():
         where = f"module {path or '(the model)'}"
         if path not in found or found[path].shape != tensor.shape:

@@ -14,21 +14,21 @@ from tp_plugin.policy import policy_for
 from tp_plugin.runtime.runtime import require
 
 
-def prove(config: Any, reference: str | None, tp: int) -> list[Result]:
-    """Results of ``tp`` local ranks, for the policy that ``reference`` names (default: the registered one).
+def prove(config: Any, reference: str | None, tp: int, pp: int = 1) -> list[Result]:
+    """Results of ``tp`` × ``pp`` local ranks, for the policy that ``reference`` names (default: the registered one).
 
     Raises:
         TPError: the policy does not fit, or a rank raised or hung; the message has its traceback.
     """
-    return run_on_ranks(tp, prove_here, config, reference, tp)
+    return run_on_ranks(tp * pp, prove_here, config, reference, tp, pp)
 
 
-def prove_here(config: Any, reference: str | None, tp: int) -> Result | TPError:
+def prove_here(config: Any, reference: str | None, tp: int, pp: int = 1) -> Result | TPError:
     """This rank's part of :func:`prove`; an error that has a message of its own is given, not raised."""
     try:
         policy = named_policy(reference) if reference else policy_for(config)
-        result = compare(config, policy, tp)
-        if not any(require().mesh.unit_cpu.gather_objects(bool(result.failures()))):
+        result = compare(config, policy, tp, pp=pp)
+        if pp == 1 and not any(require().mesh.unit_cpu.gather_objects(bool(result.failures()))):
             result.dropout = prove_dropout(config, policy, tp)
         return result
     except TPError as error:

@@ -71,9 +71,9 @@ def reshard(folder: Path, output: Path, tag: str | None, tp: int, dp: int | None
                     torch.save(optimizer_file(source, target), inside / optimizer_file_name(source.bf16, t, d))
         if tp == 1:
             _put_back_scripts(out)
-        write_sidecar(inside, {**source.sidecar, "tp_size": tp, "dp_size": dp, "layouts": layouts})
+        write_sidecar(inside, {**source.sidecar, "tp_size": tp, "pp_size": 1, "dp_size": dp, "layouts": layouts})
         if (about := atomic_dir.read_manifest(folder)) is not None:
-            atomic_dir.describe(out, {**about, "tp_size": tp, "dp_size": dp})
+            atomic_dir.describe(out, {**about, "tp_size": tp, "pp_size": 1, "dp_size": dp})
     message = f"{source.folder} (tp {source.tp}, dp {source.dp}) written to {output} (tp {tp}, dp {dp})"
     print(message, file=sys.stderr)
 

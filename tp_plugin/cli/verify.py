@@ -15,13 +15,15 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from tp_plugin.cli.models import PROVEN_SIZE, build, named_policy, read_config, small_config
+from tp_plugin.cli import verify_stages
+from tp_plugin.cli.models import DEPTHS, PROVEN_SIZE, build, named_policy, read_config, small_config
 from tp_plugin.cli.parity_result import Result
 from tp_plugin.cli.proof import prove
 from tp_plugin.config.keys import ENV_OPTIONS
 from tp_plugin.config.resolve import current_config
 from tp_plugin.errors import PolicyError, TPError
 from tp_plugin.policy import Plan, Policy, make_plan, policy_for
+from tp_plugin.shard.find_stages import find_stages
 
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
@@ -31,6 +33,7 @@ def verify(
     tp: int,
     reference: str | None,
     *,
+    pp: int = 1,
     dry_run: bool = False,
     expert_parallel: bool = False,
     as_json: bool = False,
@@ -45,8 +48,8 @@ def verify(
     named = named_policy(reference) if reference else None  # first: its module may bring the architecture
     config = read_config(target)
     policy = named or policy_for(config)
-    if tp < 2:
-        raise TPError(f"--tp {tp}: expected at least 2 ranks")
+    if min(tp, pp) < 1 or tp * pp < 2:
+        raise TPError(f"--tp {tp} --pp {pp}: expected at least 2 ranks in all")
     try:
         model = build(config, meta=True)
     except TPError:
@@ -54,33 +57,42 @@ def verify(
     except (TypeError, ValueError) as error:
         raise TPError(f"{target}: its config makes no model ({error}); name a config.json or a checkpoint") from error
     plan = make_plan(model, policy, tp, expert_parallel=expert_parallel)
+    stages = find_stages(model, plan, pp, current_config().pipeline_split) if pp > 1 else None
     if not as_json:
-        console.print(_layouts(model, plan))
-        console.print(*_summary(model, config, policy, plan), sep="\n")
+        if tp > 1:
+            console.print(_layouts(model, plan))
+            console.print(*_summary(model, config, policy, plan), sep="\n")
+        if stages is not None:
+            console.print(verify_stages.table(model, plan, stages))
+            console.print(verify_stages.traffic(config, stages))
     failures: list[str] = []
     results: list[Result] = []
     if not dry_run:
         numel = sum(p.numel() for p in model.parameters())
-        proven = config if numel <= PROVEN_SIZE else small_config(config)
+        proven = config if numel <= PROVEN_SIZE else small_config(config, **_depth(config, pp))
         if numel > PROVEN_SIZE and not as_json:
             console.print(
                 f"The proof runs on a small {config.model_type} (this one has {numel / 1e6:,.0f} M parameters)."
             )
         options = dataclasses.replace(current_config(), expert_parallel=expert_parallel)
+        if numel > PROVEN_SIZE:
+            options = dataclasses.replace(options, pipeline_split=())  # which counts the layers of the large one
         os.environ[ENV_OPTIONS] = json.dumps(options.as_written().options)  # for the ranks
-        results = prove(proven, reference, tp)
+        results = prove(proven, reference, tp, pp)
         failures = list(dict.fromkeys(failure for result in results for failure in result.failures()))
     if as_json:
         told = {"model_type": config.model_type, "tp": tp, **_as_data(model, policy, plan)}
+        if stages is not None:
+            told |= {"pp": pp, "stages": verify_stages.as_data(model, plan, stages)}
         if not dry_run:
             told["failures"] = failures
         print(json.dumps(told, indent=2))
     elif not dry_run:
-        _print_proof(console, results, failures, tp)
+        _print_proof(console, results, failures, tp, pp)
     return 1 if failures else 0
 
 
-def _print_proof(console: Console, results: list[Result], failures: list[str], tp: int) -> None:
+def _print_proof(console: Console, results: list[Result], failures: list[str], tp: int, pp: int) -> None:
     console.print(_proof(results))
     sent = results[0].sent
     console.print(
@@ -99,7 +111,14 @@ def _print_proof(console: Console, results: list[Result], failures: list[str], t
     for failure in failures:
         console.print(f"[red]FAILED[/red]: {failure}", highlight=False)
     if not failures:
-        console.print(f"Right at tp={tp}: every number is inside its limit.")
+        sizes = f"tp={tp}" + (f", pp={pp}" if pp > 1 else "")
+        console.print(f"Right at {sizes}: every number is inside its limit.")
+
+
+def _depth(config: Any, pp: int) -> dict[str, int]:
+    """A small model's layers: two for each stage; as many as it has by default without stages."""
+    name = next((name for name in DEPTHS if name in vars(config.get_text_config())), None)
+    return {name: 2 * pp} if pp > 1 and name else {}
 
 
 class Row(NamedTuple):

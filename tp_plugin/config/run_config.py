@@ -72,8 +72,9 @@ class RunConfig:
         """Raise TPError if there are pipeline stages, which ``engine`` does not train."""
         if self.pp_size > 1:
             raise TPError(
-                f"{PP_SIZE}: {self.pp_size} together with {engine} is not supported by this version; write "
-                f"distributed_type: MULTI_GPU or MULTI_CPU (DDP over the data-parallel processes), or {PP_SIZE}: 1"
+                f"{PP_SIZE}: {self.pp_size} together with {engine} is not supported by this version: a stage computes "
+                "the micro-batches of a step without what gathers its weights; use ZeRO stage 1 or 2, or DDP "
+                f"(distributed_type: MULTI_GPU or MULTI_CPU), or write {PP_SIZE}: 1"
             )
 
     @staticmethod

@@ -108,8 +108,7 @@ def _check(config: RunConfig, args: argparse.Namespace) -> None:
     if (inner := _deepspeed_config(args)) is not None:
         from tp_plugin.engines.deepspeed.config import refuse
 
-        config.refuse_stages("DeepSpeed")
-        refuse(inner, config.tp_size)
+        refuse(inner, config)
 
 
 def _start_cpu_processes(args: Any) -> None:

@@ -141,6 +141,11 @@ class ParamLayout:
         for (a, b), (start, _) in zip(self.parts[rank], self.local_ranges(rank), strict=True):
             whole.narrow(self.dim, a, b - a).copy_(shard.narrow(self.dim, start, b - a))
 
+    @cached_property
+    def whole_on(self) -> tuple[int, ...]:
+        """The ranks that hold the whole tensor."""
+        return tuple(rank for rank in range(self.ranks) if self.local_shape(rank) == self.shape)
+
     def local_ranges(self, rank: int) -> tuple[Range, ...]:
         """Where each range of ``parts[rank]`` lies in the local tensor."""
         ranges, at = [], 0

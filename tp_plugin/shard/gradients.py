@@ -63,6 +63,10 @@ def _replicated(layout: ParamLayout | None, grad: Any, mesh: Mesh) -> Iterator[t
         return
     assert layout.dim is not None
     me, rows = mesh.unit.rank, held_rows(grad)
+    if me in layout.whole_on and rows is None:  # of a stage's ranks; it may be a piece of a flat gradient
+        if len(layout.whole_on) > 1 and not (on_host and not mesh.unit.takes_host):
+            yield mesh.replicas(layout.whole_on), local
+        return
     for ranks in layout.replica_groups:
         if me not in ranks or (on_host and not mesh.unit.takes_host):
             continue

@@ -168,11 +168,15 @@ def _nothing() -> None:
     return None
 
 
+def _ordinary(value: Any) -> Any:
+    """What this rank holds, without what the script's view has noted on it, which does not pickle."""
+    if is_split(value):
+        return value
+    return local_of(value).detach() if hasattr(value, "tp_global") else value
+
+
 def _give_full(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    mine = {
-        at: {key: value if is_split(value) else local_of(value) for key, value in state.items()}
-        for at, state in state_dict["state"].items()
-    }
+    mine = {at: {key: _ordinary(value) for key, value in state.items()} for at, state in state_dict["state"].items()}
     state_dict = {**state_dict, "state": mine}
     if form() is StateForm.LOCAL:
         return state_dict

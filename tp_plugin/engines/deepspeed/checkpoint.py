@@ -95,6 +95,7 @@ def _save_model_file(original: Any, self: Any, save_dir: Any, tag: Any, *args: A
     if mesh is not None and mesh.rank == 0:
         sidecar = {
             "tp_size": mesh.tp_size,
+            "pp_size": mesh.pp_size,
             "dp_size": mesh.dp_size,
             "tp_plugin": _run_options(self),
             "layouts": _layouts(self),
@@ -159,7 +160,7 @@ def _load_checkpoint(original: Any, self: Any, load_dir: Any, tag: Any = None, *
     shapes = None
     if stage:
         shapes = [{name: tuple(shape) for name, shape in group.items()} for group in self._get_zero_param_shapes()]
-    sizes = mesh.tp_size, mesh.dp_size, mesh.tp.rank, mesh.data.rank
+    sizes = mesh.unit_size, mesh.dp_size, mesh.unit.rank, mesh.data.rank
     target = deepspeed_target.TargetRank(*sizes, _layouts(self), shapes)
     with _Resharding(self, source, target):
         return original(self, load_dir, tag, *args, **kwargs)
@@ -182,9 +183,9 @@ def _was_saved_like_this_run(folder: Path, mesh: Mesh, engine: Any) -> bool:
     saved = read_sidecar(folder)
     if not saved:
         return False  # a plain DeepSpeed checkpoint
-    same_sizes = saved["tp_size"] == mesh.tp_size and saved["dp_size"] == mesh.dp_size
-    if not engine.zero_optimization():
-        same_sizes = saved["tp_size"] == mesh.tp_size
+    same_sizes = saved["tp_size"] == mesh.tp_size and saved.get("pp_size", 1) == mesh.pp_size
+    if engine.zero_optimization():
+        same_sizes = same_sizes and saved["dp_size"] == mesh.dp_size
     return same_sizes and saved["layouts"] == sharded(_layouts(engine))
 
 
@@ -249,14 +250,14 @@ def _consolidated(original: Any, self: Any, exclude_frozen_parameters: bool = Fa
 
 
 def _whole(parameter: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """The whole tensor on the leader of the TP group (elsewhere: this rank's own), on the host."""
+    """The whole tensor on the leader of the unit (elsewhere: this rank's own), on the host."""
     local, layout = parameter.detach().cpu().clone(), layout_of(parameter)
     if layout is None or not layout.is_sharded:
         return local
-    numel = max(layout.local_numel(rank) for rank in range(mesh.tp_size))  # gather takes equal lengths only
+    numel = max(layout.local_numel(rank) for rank in range(mesh.unit_size))  # gather takes equal lengths only
     sent = local.new_zeros(numel)
     sent[: local.numel()] = local.reshape(-1)
-    received = [torch.empty_like(sent) for _ in range(mesh.tp_size)] if mesh.is_leader else None
+    received = [torch.empty_like(sent) for _ in range(mesh.unit_size)] if mesh.is_leader else None
     dist.gather(sent, received, group=mesh.unit_cpu.pg, group_dst=0)
     if received is None:
         return local

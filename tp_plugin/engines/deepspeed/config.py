@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
+from tp_plugin.config.run_config import RunConfig
 from tp_plugin.errors import TPError
 from tp_plugin.shard import NOT_ELEMENTWISE
 
@@ -50,7 +51,7 @@ OPTIMIZERS = (*NOT_ELEMENTWISE, "OnebitAdam", "ZeroOneAdam", "OnebitLamb")
 """Optimizers that need whole tensors, or communicate over the world."""
 
 
-def refuse(config: Mapping[str, Any], tp_size: int) -> None:
+def refuse(config: Mapping[str, Any], options: RunConfig) -> None:
     """Refuse what would not train right, while nothing is lost.
 
     Raises:
@@ -61,23 +62,27 @@ def refuse(config: Mapping[str, Any], tp_size: int) -> None:
         for key in path.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         if value is not None and is_on(value):
-            raise TPError(f"`{path}: {value}` is incompatible with tp_size={tp_size}: {reason}")
+            raise TPError(f"`{path}: {value}` is incompatible with {options.sizes}: {reason}")
+    zero = config.get("zero_optimization")
+    if isinstance(zero, Mapping) and zero.get("stage") == 3:
+        options.refuse_stages("ZeRO-3")
     optimizer = config.get("optimizer")
     name = optimizer.get("type") if isinstance(optimizer, Mapping) else None
     if name is not None and name.lower() in {known.lower() for known in OPTIMIZERS}:
         raise TPError(
-            f"`optimizer.type: {name}` is incompatible with tp_size={tp_size}: it looks at whole tensors, or "
+            f"`optimizer.type: {name}` is incompatible with {options.sizes}: it looks at whole tensors, or "
             "communicates over all ranks; use an elementwise one such as AdamW"
         )
 
 
-def check_batch_sizes(config: Mapping[str, Any], tp_size: int, dp_size: int, warn: bool = True) -> None:
-    """Refuse a ``train_batch_size`` that counts each rank of a TP group, and say how a dubious one is read.
+def check_batch_sizes(config: Mapping[str, Any], options: RunConfig, dp_size: int, warn: bool = True) -> None:
+    """Refuse a ``train_batch_size`` that counts each rank of a unit, and say how a dubious one is read.
 
-    The ranks of a TP group are one process to the script, so ``train_batch_size`` has one meaning, that of a run on
+    The ranks of a unit are one process to the script, so ``train_batch_size`` has one meaning, that of a run on
     ``dp_size`` processes: ``train_micro_batch_size_per_gpu`` x ``gradient_accumulation_steps`` x ``dp_size``. Where the
     steps are left out, DeepSpeed derives them from it; a script that multiplied by the number of ranks then gets
-    ``tp_size`` times as many as it meant. The numbers alone cannot tell, so a warning says which steps follow.
+    ``tp_size`` x ``pp_size`` times as many as it meant. The numbers alone cannot tell, so a warning says which steps
+    follow.
 
     Args:
         config: a DeepSpeed config, without ``"auto"`` values.
@@ -89,13 +94,13 @@ def check_batch_sizes(config: Mapping[str, Any], tp_size: int, dp_size: int, war
     total, micro, steps = (
         config.get(key) for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     )
-    if tp_size == 1 or not (_is_count(total) and _is_count(micro)):
+    if options.unit_size == 1 or not (_is_count(total) and _is_count(micro)):
         return
-    ranks = tp_size * dp_size
+    ranks = options.unit_size * dp_size
     if _is_count(steps) and total == micro * steps * ranks:
         raise TPError(
             f"train_batch_size: {total} is train_micro_batch_size_per_gpu: {micro} x gradient_accumulation_steps: "
-            f"{steps} x {ranks} ranks, but with tp_size={tp_size} these ranks are {dp_size} data-parallel process(es); "
+            f"{steps} x {ranks} ranks, but with {options.sizes} these ranks are {dp_size} data-parallel process(es); "
             f"write train_batch_size: {micro * steps * dp_size} (micro batch x steps x data-parallel size), or leave "
             "it out"
         )
@@ -103,9 +108,9 @@ def check_batch_sizes(config: Mapping[str, Any], tp_size: int, dp_size: int, war
         derived = total // (micro * dp_size)
         logger.warning(
             f"train_batch_size: {total} with train_micro_batch_size_per_gpu: {micro} means "
-            f"gradient_accumulation_steps: {derived}, because with tp_size={tp_size} the {ranks} ranks are {dp_size} "
-            "data-parallel process(es). If the script computed it from the number of ranks, divide by tp_size; write "
-            "gradient_accumulation_steps to be sure"
+            f"gradient_accumulation_steps: {derived}, because with {options.sizes} the {ranks} ranks are {dp_size} "
+            f"data-parallel process(es). If the script computed it from the number of ranks, divide by "
+            f"{options.unit_size}; write gradient_accumulation_steps to be sure"
         )
 
 

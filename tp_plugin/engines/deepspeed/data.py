@@ -1,4 +1,4 @@
-"""``deepspeed_io``: the leader of each TP group iterates, its peers receive, as with Accelerate's loaders."""
+"""``deepspeed_io``: the leader of each unit iterates, its peers receive, as with Accelerate's loaders."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _next(original: Any, self: Any) -> Any:
             batch = original(self)
         except Exception as raised:
             error = raised
-        together = len(sync_points.rendezvous(BATCH)) == mesh.tp_size
+        together = len(sync_points.rendezvous(BATCH)) == mesh.unit_size
         if together:
             drawn = rng.snapshot() if rng.fingerprint() != before else None
             mesh.unit_cpu.broadcast_object((batch, None if error is None else repr(error), drawn))
@@ -50,5 +50,5 @@ def _next(original: Any, self: Any) -> Any:
     if problem is not None and problem.startswith("StopIteration"):
         raise StopIteration
     if problem is not None:
-        raise DivergenceError(f"the data loader failed on rank {mesh.tp.ranks[0]}: {problem}")
+        raise DivergenceError(f"the data loader failed on rank {mesh.unit.ranks[0]}: {problem}")
     return batch

@@ -1,8 +1,8 @@
 """The groups DeepSpeed works in, and its collectives: counted like our own, and none over a group of one.
 
 Bytes that a rank puts into collectives of its DP group per optimizer step, with P bytes of local trainable parameters
-(the model's / tp), m micro-batches and dp > 1 ranks (ZeRO: Rajbhandari et al. 2020, section 7; DeepSpeed 0.19 reduces
-by all-reduce in stages 1 and 2, runtime/zero/stage_1_and_2.py). Nothing of it exists at dp = 1.
+(the model's / (tp x pp)), m micro-batches and dp > 1 ranks (ZeRO: Rajbhandari et al. 2020, section 7; DeepSpeed 0.19
+reduces by all-reduce in stages 1 and 2, runtime/zero/stage_1_and_2.py). Nothing of it exists at dp = 1.
 
     stage 0   all-reduce P
     stage 1   all-reduce P, all-gather P / dp
@@ -37,13 +37,13 @@ class Mpu:
         self.mesh = mesh
 
     def get_model_parallel_rank(self) -> int:
-        return self.mesh.tp.rank
+        return self.mesh.unit.rank
 
     def get_model_parallel_world_size(self) -> int:
-        return self.mesh.tp_size
+        return self.mesh.unit_size
 
     def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return self.mesh.tp.pg
+        return self.mesh.unit.pg
 
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
@@ -120,7 +120,7 @@ def _collective(name: str, parameters: list[str], put: str | None, result: str |
 def _group_of(pg: Any, mesh: Mesh) -> Group:
     if pg is None or pg is dist.group.WORLD:
         return mesh.world
-    for group in (mesh.tp, mesh.data, mesh.unit_cpu):
+    for group in (mesh.unit, mesh.tp, mesh.data, mesh.unit_cpu):
         if pg is group.pg:
             return group
     ranks = tuple(dist.get_process_group_ranks(pg))  # DeepSpeed clones groups

@@ -68,15 +68,14 @@ def _config(original: Any, self: Any, config: Any, mpu: Any = None, *args: Any, 
 def _hf_config(original: Any, self: Any, config: Any) -> None:
     original(self, config)
     options = _run_config(self.config)
-    options.refuse_stages("DeepSpeed")
-    if options.tp_size > 1:
-        refuse(self.config, options.tp_size)
+    if options.unit_size > 1:
+        refuse(self.config, options)
     self.config = without_our_keys(self.config)
 
 
 def _zero_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     module = args[0] if args else kwargs.get("module")
-    if current_config().tp_size == 1 or module is not None:
+    if current_config().unit_size == 1 or module is not None:
         return original(self, *args, **kwargs)  # DeepSpeed partitions the sharded model
     return original(self, enabled=False)
 
@@ -88,13 +87,13 @@ def _initialize(original: Any, *args: Any, **kwargs: Any) -> Any:
     if config is None:
         return original(*args, **kwargs)  # DeepSpeed says what is wrong
     options = _run_config(config)
-    options.refuse_stages("DeepSpeed")
     given["config"] = config = without_our_keys(config)
-    if options.tp_size == 1 and any(is_sharded(root) for _, root in models_in(given["model"])):
-        options = replace(options, tp_size=require().mesh.tp_size)  # by tp_plugin.parallelize
-    if options.tp_size == 1:
+    if options.unit_size == 1 and any(is_sharded(root) for _, root in models_in(given["model"])):
+        mesh = require().mesh  # by tp_plugin.parallelize
+        options = replace(options, tp_size=mesh.tp_size, pp_size=mesh.pp_size)
+    if options.unit_size == 1:
         return original(*call.args, **call.kwargs)
-    refuse(config, options.tp_size)
+    refuse(config, options)
     _refuse_arguments(given, options)
     runtime = _join(options)
     with runtime.region.step():
@@ -103,7 +102,7 @@ def _initialize(original: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _initialize_sharded(original: Any, call: Any, config: dict[str, Any], options: RunConfig, runtime: Runtime) -> Any:
     given = call.arguments
-    check_batch_sizes(config, runtime.mesh.tp_size, runtime.mesh.dp_size, warn=runtime.mesh.is_leader)
+    check_batch_sizes(config, options, runtime.mesh.dp_size, warn=runtime.mesh.is_leader)
     model: nn.Module = given["model"]
     if type(model).__name__ in options.leave_whole:
         agree_on_weights(model, runtime.mesh)
@@ -150,16 +149,15 @@ def _take_config(given: dict[str, Any]) -> dict[str, Any] | None:
 def _refuse_arguments(given: dict[str, Any], options: RunConfig) -> None:
     if given.get("mpu") is not None:
         raise TPError(
-            f"deepspeed.initialize was given an mpu and tp_size={options.tp_size}, which brings its own; pass one of "
-            "them"
+            f"deepspeed.initialize was given an mpu and {options.sizes}, which brings its own; pass one of them"
         )
     if given.get("mesh_param") is not None:
-        raise TPError(f"mesh_param (Ulysses) is incompatible with tp_size={options.tp_size}; remove one of them")
+        raise TPError(f"mesh_param (Ulysses) is incompatible with {options.sizes}; remove one of them")
     model = given.get("model")
     if any("PipelineModule" in base.__name__ for base in type(model).__mro__):
         raise TPError(
             f"{type(model).__name__} is a PipelineModule, whose stages DeepSpeed spreads over the world itself; "
-            f"pipeline parallelism is incompatible with tp_size={options.tp_size}"
+            f"pipeline parallelism is incompatible with {options.sizes}"
         )
 
 

@@ -101,7 +101,7 @@ def _edges(parameter: Any, offset: int, length: int, device: torch.device) -> to
 def _skipped(parameter: Any) -> list[tuple[int, int]]:
     """Ranges of a flat shard that other ranks count."""
     layout, mesh = layout_of(parameter), current_mesh()
-    return [] if layout is None or mesh is None or not layout.is_sharded else not_owned(layout, mesh.tp.rank)
+    return [] if layout is None or mesh is None or not layout.is_sharded else not_owned(layout, mesh.unit.rank)
 
 
 def _direct_12(original: Any, self: Any, gradients: Any, params: Any, norm_type: float = 2) -> Any:
