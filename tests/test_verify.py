@@ -294,7 +294,7 @@ def test_a_module_whose_output_deviates_is_named(tiny: str, tmp_path: Path, caps
     "arguments, message",
     [
         (["no-such-model"], "'no-such-model' is no folder, no .json file and no model type"),
-        (["llama", "--tp", "1"], "--tp 1: expected at least 2 ranks"),
+        (["llama", "--tp", "1"], "--tp 1 --pp 1: expected at least 2 ranks in all"),
         (["llama", "--tp", "64"], "tp_size=64 is larger than the number of attention heads (32)"),
         (["xlnet"], "no tensor-parallel policy for model type 'xlnet'"),
         (["nemotron"], "nemotron: its config makes no model (unsupported operand"),
