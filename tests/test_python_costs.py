@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -37,36 +39,42 @@ class Calls:
         sys.setprofile(None)
 
 
+def counted(model: Any, script: Any) -> tuple[int, int, int, int]:
+    """Calls of a model's layers, forward and backward: ours, and all."""
+    angles = model.rotary_emb(torch.zeros(1, 12, 48), torch.arange(12)[None])
+    with script:
+        for _ in range(2):  # what is looked at once
+            x = torch.randn(1, 12, 48, generator=torch.Generator().manual_seed(0), requires_grad=True)
+            with Calls() as forward:
+                y = x
+                for layer in model.layers:
+                    y = layer(y, position_embeddings=angles)
+            with Calls() as backward:
+                y.square().mean().backward()
+    return forward.ours, backward.ours, forward.all, backward.all
+
+
 def costs_case(sequence_parallel: bool) -> tuple[list[float], int]:
-    """Run on every rank: calls of a Llama layer (ours forward and backward, all in both), and its hooks."""
+    """Run on every rank: calls of a Llama layer (ours, and all beyond those of one process), and its hooks."""
     found, hooks = [], 0
-    for depth in (1, 3):
-        fresh(sequence_parallel=sequence_parallel)
-        config = config_for("llama", num_hidden_layers=depth, use_cache=False)
-        model = tp_plugin.parallelize(build(config).train(), tp_size=2).model
-        angles = model.rotary_emb(torch.zeros(1, 12, 48), torch.arange(12)[None])
-        with require().region.step():  # as in the model's forward
-            for _ in range(2):  # what is looked at once
-                x = torch.randn(1, 12, 48, generator=torch.Generator().manual_seed(0), requires_grad=True)
-                with Calls() as forward:
-                    y = x
-                    for layer in model.layers:
-                        y = layer(y, position_embeddings=angles)
-                with Calls() as backward:
-                    y.square().mean().backward()
-        found.append((forward.ours, backward.ours, forward.all, backward.all))
-        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.layers[1 % depth].modules())
+    # DeepSpeed leaves one of its own in the process of tests that ran before
+    with unittest.mock.patch.object(torch.nn.functional, "linear", torch._C._nn.linear):
+        for depth in (1, 3):
+            fresh(sequence_parallel=sequence_parallel)
+            config = config_for("llama", num_hidden_layers=depth, use_cache=False)
+            plain = counted(build(config).train().model, contextlib.nullcontext())
+            model = tp_plugin.parallelize(build(config).train(), tp_size=2).model
+            ours = counted(model, require().region.step())  # as in the model's forward
+            found.append((*ours[:2], ours[2] - plain[2], ours[3] - plain[3]))
+            hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.layers[1 % depth].modules())
     return [(three - one) / 2 for one, three in zip(*found, strict=True)], hooks
 
 
 @pytest.mark.parametrize(
-    "sequence_parallel, budget, hooks", [(False, (115, 52, 277, 92), 8), (True, (180, 172, 364, 250), 11)]
+    "sequence_parallel, budget, hooks", [(False, (115, 52, 185, 92), 8), (True, (180, 172, 272, 252), 11)]
 )
 def test_calls_of_a_layer(sequence_parallel: bool, budget: tuple[int, ...], hooks: int) -> None:
-    """Two blocks with five column-parallel and two row-parallel linears; four or eight collectives.
-
-    Of all calls, 92 forward and a few backward are the layer's own.
-    """
+    """Two blocks with five column-parallel and two row-parallel linears; four or eight collectives."""
     for calls, found in run(2, costs_case, sequence_parallel):
         assert all(one <= most for one, most in zip(calls, budget, strict=True)), calls
         assert found <= hooks

@@ -10,9 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tp_plugin.mesh.groups import Group
 from tp_plugin.tensor.first_order import apply, first_order, refuse_second_order
+
+_SELECTIVE = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
 
 
 class _CopyToTP(torch.autograd.Function):
@@ -87,13 +91,20 @@ def reduce_from_tp(x: torch.Tensor, group: Group, fresh: bool = False) -> torch.
         return x
     # a graph is functional, and its compiler reuses what is free; a view's base may be another's
     in_place = not torch.compiler.is_compiling() and fresh and x.is_contiguous() and not x._is_view()
-    if in_place and not torch._C._are_functorch_transforms_active():  # which a node of ours refuses
+    # transforms of torch.func are refused by a node of ours
+    kept = torch._C._len_torch_dispatch_stack() and _kept_by_checkpoints()
+    if in_place and not kept and not torch._C._are_functorch_transforms_active():
         group.all_reduce(x.detach())  # the gradient passes unchanged: without a node of its own
         if x.grad_fn is not None:
             x.grad_fn.register_prehook(refuse_second_order)
         return x
     summed: torch.Tensor = apply(ReduceFromTP, x, group)
     return summed
+
+
+def _kept_by_checkpoints() -> bool:
+    """Whether selective checkpoints look on, which keep products as these are in the end, and give them once more."""
+    return any(isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack())
 
 
 def gather_from_tp(x: torch.Tensor, group: Group) -> torch.Tensor:

@@ -130,7 +130,7 @@ class Regather:
 
     def __init__(self, mine: torch.Tensor, dim: int, length: int, entered: torch.Tensor, group: Group, others: bool):
         self.mine, self.dim, self.length, self._group = mine, dim, length, group
-        self._entered = weakref.ref(entered)
+        self._entered, self._version = weakref.ref(entered), entered._version
         self._kept = self._to_come = 0
         self._gathering: Pending | None = None
         self._again: torch.Tensor | None = None
@@ -152,6 +152,7 @@ class Regather:
             and tensor.untyped_storage()._cdata == entered.untyped_storage()._cdata
             and tensor.numel() == entered.numel()
             and tensor.is_contiguous()
+            and tensor._version == self._version  # not changed in place
         ):
             self.count()
             self._packed = True

@@ -20,6 +20,7 @@ layer's own forward; the ranks' collectives are the same either way.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,8 +31,8 @@ from transformers.pytorch_utils import Conv1D
 
 from tp_plugin.mesh.groups import Group, Pending
 from tp_plugin.tensor import regions, sequence
+from tp_plugin.tensor.back_to_back import back_to_back
 from tp_plugin.tensor.first_order import apply, first_order
-from tp_plugin.tensor.forward import Forward, WrappedForward
 from tp_plugin.tensor.sequence import Regather, Stack
 
 
@@ -64,6 +65,14 @@ class Product(NamedTuple):
     transposed: bool
 
 
+class Found(NamedTuple):
+    """What a backward found: the gradient of the output of a product, and the linears that it is of."""
+
+    product: Product
+    linears: tuple[Trained | None, ...]
+    grad: torch.Tensor
+
+
 class Backward:
     """What the backward of one run of a block needs. The graph holds it, so that it holds nothing of the graph's.
 
@@ -85,25 +94,29 @@ class Backward:
         self.group, self.span, self.overlap, self.dtypes, self.keeps = group, span, overlap, dtypes, keeps
         self.regather: Regather | None = None
         self.watched = False
-        self._found: list[tuple[int, Product, torch.Tensor]] = []
+        self._found: list[tuple[int, Found]] = []
 
     def watch(self, y: torch.Tensor, product: Product) -> None:
         """Note the gradient of ``y``, the output of ``product``, when it comes."""
         node = (y if y._base is None else y._base).grad_fn  # that of a view is another once it is changed in place
         if node is not None:  # a module may compute something without gradients
-            node.register_prehook(functools.partial(self._note, product))
+            node.register_prehook(functools.partial(self.note, product, product.linears))
 
-    def _note(self, product: Product, grads: tuple[torch.Tensor | None, ...]) -> None:
-        if grads[0] is not None:
-            self._found.append((torch._C._current_graph_task_id(), product, grads[0]))
+    def note(
+        self, product: Product, linears: tuple[Trained | None, ...], grads: tuple[torch.Tensor | None, ...]
+    ) -> None:
+        """Note the gradient of the output of ``product``; ``linears``: None for those whose output had none."""
+        (grad,) = grads
+        if grad is not None:
+            self._found.append((torch._C._current_graph_task_id(), Found(product, linears, grad)))
             if self.regather is not None:
                 self.regather.start()  # while the input's gradient is computed
 
-    def take(self) -> list[tuple[Product, torch.Tensor]]:
+    def take(self) -> list[Found]:
         """What was found in the backward that runs. (Another, that came no further than to the products, is over.)"""
         task = torch._C._current_graph_task_id()
         found, self._found = self._found, []
-        return [(product, grad) for at, product, grad in found if at == task]
+        return [one for at, one in found if at == task]
 
 
 class BlockRun:
@@ -113,12 +126,14 @@ class BlockRun:
         backward: what its backward needs.
         linears: those whose parameters the input's node knows.
         entered: the tensors that entered.
+        versions: how often these had been changed in place by then.
         regather: what gathers the input again in the backward, if autograd does not keep it whole.
         ready: outputs of linears that were computed with a sibling's.
     """
 
     def __init__(self, backward: Backward, linears: dict[nn.Module, Trained], entered: tuple[torch.Tensor, ...]):
         self.backward, self.linears, self.entered = backward, linears, entered
+        self.versions = tuple(map(operator.attrgetter("_version"), entered))
         self.regather: Regather | None = None
         self.ready: dict[nn.Module, torch.Tensor] = {}
 
@@ -177,6 +192,8 @@ class BlockInput:
             weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
             if type(weight) is not nn.Parameter or hasattr(weight, "ds_id"):
                 continue
+            if bias is not None and type(bias) is not nn.Parameter:
+                continue
             weight_at = bias_at = None
             if weight.requires_grad:
                 weight_at = len(trained)
@@ -190,10 +207,12 @@ class BlockInput:
     def output(self, linear: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """The output of ``linear`` for ``x``; None if it has to compute that by itself."""
         run = self.run
-        if run is None or linear not in run.linears:
+        if run is None or linear not in run.linears or not torch.is_grad_enabled():
             return None
         at = 0
         if run.entered[0] is not x and (at := next((i for i, one in enumerate(run.entered) if one is x), -1)) < 0:
+            return None
+        if x._version != run.versions[at]:  # changed in place: no longer what entered
             return None
         if linear in run.ready:
             return run.ready.pop(linear)
@@ -223,27 +242,6 @@ class BlockInput:
 def _is_watched(module: nn.Module) -> bool:
     """Whether somebody may call it with another input than its siblings, or asks for its own gradients."""
     return bool(module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
-def back_to_back(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The weights (out, in), one below the other, if they lie so in one storage."""
-    first = weights[0]
-    storage, address = first.untyped_storage().data_ptr(), first.data_ptr()
-    for weight in weights:
-        alike = weight.dtype == first.dtype and weight.shape[1:] == first.shape[1:] and weight.is_contiguous()
-        if not alike or weight.data_ptr() != address or weight.untyped_storage().data_ptr() != storage:
-            return None
-        address += weight.nbytes
-    rows = sum(weight.shape[0] for weight in weights)
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
-
-
-def put_back_to_back(weights: Sequence[nn.Parameter]) -> None:
-    """Make :func:`back_to_back` weights of some that lie in storages of their own; the Parameter objects stay."""
-    with torch.no_grad():
-        flat = torch.cat([weight.detach() for weight in weights])
-        for weight, part in zip(weights, flat.split([weight.shape[0] for weight in weights]), strict=True):
-            weight.data = part
 
 
 class _BlockInput(torch.autograd.Function):
@@ -291,7 +289,7 @@ def _start_sum(run: Backward, grads: Sequence[torch.Tensor], computed: bool) -> 
     return run.group.start_all_reduce(grad)
 
 
-def _gradients(ctx: Any, products: list[tuple[Product, torch.Tensor]]) -> list[torch.Tensor | None]:
+def _gradients(ctx: Any, products: list[Found]) -> list[torch.Tensor | None]:
     """Gradients of the trained parameters, of the products that the backward has come through; they are used up."""
     run: Backward = ctx.run
     wanted = ctx.needs_input_grad[2 + ctx.count :]
@@ -304,11 +302,12 @@ def _gradients(ctx: Any, products: list[tuple[Product, torch.Tensor]]) -> list[t
 
     inputs: Any = ()
     while products:
-        (at, linears, widths, transposed), grad = products.pop(0)
+        (at, _, widths, transposed), linears, grad = products.pop(0)
         weights = biases = False
         for one in linears:
-            weights |= one.weight_at is not None and wanted[one.weight_at]
-            biases |= one.bias_at is not None and wanted[one.bias_at]
+            if one is not None:
+                weights |= one.weight_at is not None and wanted[one.weight_at]
+                biases |= one.bias_at is not None and wanted[one.bias_at]
         if grad.dim() > 2:
             grad = grad.reshape(-1, grad.shape[-1])
         if weights:
@@ -317,10 +316,10 @@ def _gradients(ctx: Any, products: list[tuple[Product, torch.Tensor]]) -> list[t
             rows = inputs[at].reshape(-1, inputs[at].shape[-1]).to(grad.dtype)
             weight = rows.t() @ grad if transposed else grad.t() @ rows
             for one, part in zip(linears, weight.split(widths, 1 if transposed else 0), strict=True):
-                add(one.weight_at, part)
+                add(None if one is None else one.weight_at, part)
         if biases:
             for one, part in zip(linears, grad.sum(0).split(widths), strict=True):
-                add(one.bias_at, part)
+                add(None if one is None else one.bias_at, part)
     return found
 
 
@@ -330,9 +329,10 @@ def _computed(run: BlockRun, at: int, linears: tuple[nn.Module, ...]) -> Sequenc
     first, transposed = run.linears[linears[0]], isinstance(linears[0], Conv1D)
     if x._backward_hooks or x.retains_grad:
         backward.watched = True
-    if run.regather is not None and backward.regather is None and backward.dtypes:
-        run.regather.count()
-        backward.regather = run.regather
+    regather = run.regather if backward.regather is None else None
+    if regather is not None and any([run.linears[one].weight_at is not None for one in linears]):
+        regather.count()
+        backward.regather = regather
     if len(linears) > 1:
         return _fused(x, tuple([run.linears[one] for one in linears]), at, backward)
     weight, bias = first.weight.detach(), None if first.bias is None else first.bias.detach()
@@ -353,17 +353,18 @@ def _fused(x: torch.Tensor, places: tuple[Trained, ...], at: int, backward: Back
     biases = [one.bias.detach() for one in places if one.bias is not None]
     widths = tuple([one.weight.shape[0] for one in places])
     y = F.linear(x, weight, torch.cat(biases) if biases else None)
-    backward.watch(y, Product(at, places, widths, False))
-    return apply(_Cut, y, widths)  # type: ignore[no-any-return]
+    return apply(_Cut, y, backward, Product(at, places, widths, False))  # type: ignore[no-any-return]
 
 
 class _Cut(torch.autograd.Function):
     """Columns as tensors that autograd does not know as views of one: each may be changed in place."""
 
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, widths: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, y: torch.Tensor, backward: Backward, product: Product) -> tuple[torch.Tensor, ...]:
+        ctx.run, ctx.product, ctx.shape = backward, product, y.shape[:-1]
+        ctx.set_materialize_grads(False)
         found, at = [], y.storage_offset()
-        for width in widths:
+        for width in product.widths:
             part = y.new_empty(0)
             found.append(part.set_(y.untyped_storage(), at, (*y.shape[:-1], width), y.stride()))
             at += width
@@ -371,30 +372,16 @@ class _Cut(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return torch.cat(grads, -1), None
-
-
-class ColumnParallelForward(WrappedForward):
-    """The forward of a linear whose weight is split by output features: its own, unless its block's input computes it.
-
-    Args:
-        block_input: the input of the block.
-    """
-
-    def __init__(self, module: nn.Module, own: Forward, block_input: BlockInput):
-        super().__init__(module, own)
-        self.block_input = block_input
-
-    def run(self, x: torch.Tensor) -> torch.Tensor:
-        """The full input (…, in) → this rank's features (…, out / tp)."""
-        if self.block_input.run is not None and not torch.compiler.is_compiling():
-            y = self.block_input.output(self.module, x)
-            if y is not None:
-                return y
-        return self.own(x)
-
-
-def takes_overlap(linear: nn.Module) -> bool:
-    """Whether ``linear`` computes what its class does; an architecture's own and patched ones stay as they are."""
-    return type(linear) in (nn.Linear, Conv1D) and "forward" not in vars(linear)
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
+        product: Product = ctx.product
+        linears: tuple[Trained | None, ...] = product.linears
+        parts = [grad for grad in grads if grad is not None]
+        if not parts:
+            return None, None, None
+        if len(parts) < len(grads):  # weights of outputs without a gradient have none either, as in plain autograd
+            some, widths = parts[0], product.widths
+            parts = [some.new_zeros(*ctx.shape, w) if g is None else g for g, w in zip(grads, widths, strict=True)]
+            linears = tuple([None if g is None else one for g, one in zip(grads, linears, strict=True)])
+        whole = torch.cat(parts, -1)
+        ctx.run.note(product, linears, (whole,))
+        return whole, None, None
