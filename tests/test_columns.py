@@ -69,6 +69,9 @@ def change_model(model: Any, change: str) -> Any:
         first.self_attn.k_proj.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
     elif change == "output hook":
         first.self_attn.k_proj.register_forward_hook(lambda module, args, output: output.mul_(0.5))
+    elif change == "in place":
+        for layer in model.model.layers:
+            layer.mlp.act_fn = torch.nn.ReLU(inplace=True)
     elif change == "backward hook":
         first.self_attn.v_proj.register_full_backward_hook(lambda module, into, out: (into[0] * 0.5,))
     elif change == "other storage":
@@ -175,6 +178,7 @@ CHANGES = {
     # change: products saved of a layer's qkv (2) and gate-up (1) in both layers
     "": 6,
     "output hook": 6,
+    "in place": 6,
     "checkpoints": 6,
     "sequence": 6,
     "autocast": 6,
@@ -225,9 +229,10 @@ def test_others(model_type: str, overrides: dict[str, Any], change: str) -> None
         assert result["beside"][0] == 0 and result["beside"][1] > 0
 
 
+@pytest.mark.parametrize("change", ["", "in place"])
 @pytest.mark.parametrize("options", [{"fuse": True, "overlap": False}, {}])
-def test_one_of_both(options: dict[str, bool]) -> None:
-    for result in run(2, case, "llama", GQA, "", options):
+def test_one_of_both(options: dict[str, bool], change: str) -> None:
+    for result in run(2, case, "llama", GQA, change, options):
         assert_exact(result)
         assert (result["saved forward"] > 0) == ("fuse" in options)
         assert (result["beside"][1] > 0) == ("overlap" not in options)

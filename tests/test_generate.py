@@ -33,7 +33,7 @@ def generation() -> Iterator[None]:
         yield
     finally:
         for owner, name, original in reversed(mine):  # not those of a library that was imported meanwhile
-            setattr(owner, name, original)
+            patching.put_back(owner, name, original)
             patching._originals.remove((owner, name, original))
 
 

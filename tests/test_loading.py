@@ -68,7 +68,7 @@ class patched:
 
         os.environ.pop("TP_PLUGIN_TP_SIZE", None)
         for owner, name, original in reversed(self.mine):  # not those of a library that was imported meanwhile
-            setattr(owner, name, original)
+            patching.put_back(owner, name, original)
             patching._originals.remove((owner, name, original))
 
 

@@ -187,7 +187,7 @@ def mixed_case(folder: str, alone: bool) -> list[str]:
         return [config["model_type"], *sorted(path.name for path in Path(folder).iterdir())]
     finally:
         for owner, name, original in reversed(patching._originals[before:]):
-            setattr(owner, name, original)
+            patching.put_back(owner, name, original)
         del patching._originals[before:]
 
 

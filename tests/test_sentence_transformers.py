@@ -39,7 +39,7 @@ def collectives_case() -> dict[str, Any]:
     finally:
         for _ in range(2):
             owner, name, original = patching._originals.pop()
-            setattr(owner, name, original)
+            patching.put_back(owner, name, original)
 
 
 def test_replicas_are_the_processes() -> None:

@@ -150,7 +150,7 @@ def rewards_case() -> list[float]:
         return GRPOTrainer()._calculate_rewards(3).tolist()
     finally:
         owner, name, original = patching._originals.pop()
-        setattr(owner, name, original)
+        patching.put_back(owner, name, original)
 
 
 def test_a_group_has_one_reward() -> None:

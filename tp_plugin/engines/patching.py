@@ -42,6 +42,14 @@ def unpatch_all() -> None:
     _take_back(0, 0)
 
 
+def put_back(owner: Any, name: str, original: Any) -> None:
+    """Undo one patch: ``original`` is what was remembered of it."""
+    if original is INHERITED:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, original)
+
+
 @contextlib.contextmanager
 def taken_back() -> Iterator[None]:
     """At the end, what was patched and remembered inside is taken back, and nothing else."""
@@ -54,10 +62,6 @@ def taken_back() -> Iterator[None]:
 
 def _take_back(patched: int, remembered: int) -> None:
     while len(_originals) > patched:
-        owner, name, original = _originals.pop()
-        if original is INHERITED:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, original)
+        put_back(*_originals.pop())
     while len(_registered) > remembered:
         _registered.pop().remove()

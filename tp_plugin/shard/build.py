@@ -19,19 +19,19 @@ from tp_plugin.errors import TPError
 from tp_plugin.mesh.groups import Group
 from tp_plugin.policy import BlockPlan, ParamLayout, Plan
 from tp_plugin.policy.layout import Range
-from tp_plugin.tensor import wgrad_overlap
+from tp_plugin.tensor import back_to_back
 from tp_plugin.tensor.block import ParallelBlock
 from tp_plugin.tensor.dropout import FollowingDropout
 from tp_plugin.tensor.embedding import AdaptedRows, ParallelEmbeddingForward, VocabularyRows
 from tp_plugin.tensor.experts import ExpertBiasForward
-from tp_plugin.tensor.linear import RowParallelForward, fit_sizes
+from tp_plugin.tensor.linear import ColumnParallelForward, RowParallelForward, fit_sizes, takes_overlap
 from tp_plugin.tensor.norm import TPRMSNorm
 from tp_plugin.tensor.outputs import LayerOutputs
 from tp_plugin.tensor.parallel_residual import ParallelResidual
 from tp_plugin.tensor.peer_reads import PeerReads
 from tp_plugin.tensor.sequence import LayerRegion, Stack
 from tp_plugin.tensor.vocab import FusedForward, Vocabulary, VocabularyColumns
-from tp_plugin.tensor.wgrad_overlap import BlockInput, ColumnParallelForward
+from tp_plugin.tensor.wgrad_overlap import BlockInput
 
 
 @dataclass
@@ -137,7 +137,7 @@ def _overlap(model: nn.Module, planned: BlockPlan, plan: Plan, block_input: Bloc
     """Tell column-parallel linears of the input of their block, and put weights that may run as one back to back."""
     block_input.overlap, block_input.fuse = options.overlap, options.fuse
     linears: list[Any] = [model.get_submodule(column) for column in planned.columns]
-    linears = [linear for linear in linears if wgrad_overlap.takes_overlap(linear)]
+    linears = [linear for linear in linears if takes_overlap(linear)]
     for linear in linears:
         ColumnParallelForward.install(linear, block_input)
     block_input.linears += linears
@@ -147,7 +147,7 @@ def _overlap(model: nn.Module, planned: BlockPlan, plan: Plan, block_input: Bloc
         return
     weights = [linear.weight for linear in linears]
     if not isinstance(linears[0], Conv1D) and len({(w.dtype, w.device) for w in weights}) == 1:
-        wgrad_overlap.put_back_to_back(weights)
+        back_to_back.put_back_to_back(weights)
         block_input.siblings.append(tuple(linears))
 
 

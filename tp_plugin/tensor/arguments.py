@@ -45,10 +45,11 @@ class Arguments:
         if "*" in names:
             return dict(self._differentiable())
         found: dict[Place, torch.Tensor] = {}
-        for name in names:
-            tensor = self.tensor(name)
-            if tensor is not None:
-                found[(self._place(name),)] = tensor
+        for name in names:  # every block of every layer asks: no calls
+            at: int | str = name if name in self.kwargs else self.positions[name]
+            given = self.kwargs.get(name, self.args[at] if isinstance(at, int) and at < len(self.args) else None)
+            if isinstance(given, torch.Tensor):
+                found[(at,)] = given
         return found
 
     def replace(self, place: Place, value: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class ParallelBlock:
         self._inside = True
         arguments = Arguments(args, kwargs, self.positions)
         entering = arguments.inputs(self.plan.inputs)
+        entered: Sequence[torch.Tensor]
         if self.residual is not None and len(entering) == 1:
             entered = [self.residual.enter(tensor) for tensor in entering.values()]
         elif self.on_own_tokens:
@@ -118,8 +120,9 @@ class ParallelBlock:
 
     def _gather(self, x: torch.Tensor) -> torch.Tensor:
         assert self.stack is not None
-        (entered,) = self.block_input.enter([x], self.stack)
-        self.regather = self.stack.keep(x, entered, self._others_keep)
+        regathers = self.stack.regathers
+        (entered,) = self.block_input.enter([x], self.stack, regathers)
+        self.regather = self.stack.keep(x, entered, self._others_keep) if regathers else None
         if self.block_input.run is not None:
             self.block_input.run.regather = self.regather
         return entered
@@ -149,6 +152,7 @@ class ParallelBlock:
         self.end()
         if self.residual is not None and self.residual.merging:
             return self.residual.reduce(product, bias)
+        fresh = fresh and (self.bypass is None or self.bypass.done)  # which looks for the sum's own node
         y = sequence.reduce(product, self.stack, self.group, fresh)
         return y if bias is None else y + bias.to(y.dtype)
 

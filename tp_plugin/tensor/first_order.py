@@ -1,4 +1,4 @@
-"""Backward passes that may not be differentiated again.
+"""Nodes of autograd's graph in Python, and backward passes that may not be differentiated again.
 
 A collective inside of ``backward`` is invisible to autograd: with ``create_graph=True`` the second derivative would be
 that of this rank's part, and silently wrong.
@@ -38,6 +38,21 @@ def first_order(backward: Backward) -> Backward:
         return marked if several else marked[0]
 
     return run  # type: ignore[return-value]
+
+
+def refuse_second_order(grads: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, ...] | None:
+    """The same for a node of torch's own: a hook before it."""
+    if not torch.is_grad_enabled() or not any(grad is not None and grad.requires_grad for grad in grads):
+        return None
+    marked: tuple[torch.Tensor, ...] = _Refusal.apply(*map(_leaf, grads))
+    return marked
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, without its look at each argument for what ``torch.func`` has left there."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def _leaf(grad: torch.Tensor | None) -> torch.Tensor | None:

@@ -37,8 +37,9 @@ class WrappedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """:meth:`run` in a step. Where the script calls the module by itself: the module's own, on whole weights."""
-        called_by_script = any_global(self.module._parameters.values())
-        return self.own(*args, **kwargs) if called_by_script else self.run(*args, **kwargs)
+        if any_global(self.module._parameters.values()):
+            return self.own(*args, **kwargs)
+        return self.run(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What the module computes on this rank."""

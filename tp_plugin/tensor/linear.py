@@ -1,6 +1,8 @@
-"""Row-parallel linears: the layer's own forward without its bias on this rank's input features, then the reduction.
+"""Linears that are split: what stands in the place of their forwards.
 
-It wraps any linear (``nn.Linear``, ``Conv1D``, an architecture's own, a quantized or an adapted one).
+Row-parallel ones are the layer's own forward without its bias on this rank's input features, then the reduction. That
+wraps any linear (``nn.Linear``, ``Conv1D``, an architecture's own, a quantized or an adapted one). Column-parallel ones
+are the layer's own forward, or what the block's input computes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from tp_plugin.policy import ParamLayout
 from tp_plugin.tensor.block import ParallelBlock
 from tp_plugin.tensor.forward import Forward, WrappedForward, runs_as, without_bias
+from tp_plugin.tensor.wgrad_overlap import BlockInput
 
 
 class RowParallelForward(WrappedForward):
@@ -42,6 +45,31 @@ class RowParallelForward(WrappedForward):
         with without_bias(module):
             product = self.own(x, *args, **kwargs)
         return self.block.reduce(product, bias, fresh=False)
+
+
+class ColumnParallelForward(WrappedForward):
+    """The forward of a linear whose weight is split by output features: its own, unless its block's input computes it.
+
+    Args:
+        block_input: the input of the block.
+    """
+
+    def __init__(self, module: nn.Module, own: Forward, block_input: BlockInput):
+        super().__init__(module, own)
+        self.block_input = block_input
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """The full input (…, in) → this rank's features (…, out / tp)."""
+        if self.block_input.run is not None and not torch.compiler.is_compiling():
+            y = self.block_input.output(self.module, x)
+            if y is not None:
+                return y
+        return self.own(x)
+
+
+def takes_overlap(linear: nn.Module) -> bool:
+    """Whether ``linear`` computes what its class does; an architecture's own and patched ones stay as they are."""
+    return type(linear) in (nn.Linear, Conv1D) and "forward" not in vars(linear)
 
 
 def fit_sizes(module: nn.Module, layout: ParamLayout, rank: int) -> None:

@@ -10,9 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tp_plugin.mesh.groups import Group
-from tp_plugin.tensor.first_order import first_order
+from tp_plugin.tensor.first_order import apply, first_order, refuse_second_order
+
+_SELECTIVE = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
 
 
 class _CopyToTP(torch.autograd.Function):
@@ -36,16 +40,13 @@ class ReduceFromTP(torch.autograd.Function):
     """The node of :func:`reduce_from_tp`."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group, in_place: bool) -> torch.Tensor:
-        if not in_place:
-            return group.summed(x)
-        ctx.mark_dirty(x)
-        return group.all_reduce(x)
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        return group.summed(x)
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return grad, None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
 
 
 class _GatherFromTP(torch.autograd.Function):
@@ -74,7 +75,7 @@ def copy_all_to_tp(xs: Sequence[torch.Tensor], group: Group) -> list[torch.Tenso
         if group.size > 1 and x.requires_grad:
             kinds.setdefault((x.dtype, x.device), []).append(at)
     for places in kinds.values():
-        for at, y in zip(places, _CopyToTP.apply(group, *(xs[at] for at in places)), strict=True):
+        for at, y in zip(places, apply(_CopyToTP, group, *(xs[at] for at in places)), strict=True):
             entered[at] = y
     return entered
 
@@ -88,10 +89,22 @@ def reduce_from_tp(x: torch.Tensor, group: Group, fresh: bool = False) -> torch.
     """
     if group.size == 1:
         return x
-    # a view's base may be another's; a graph is functional, and its compiler reuses what is free
+    # a graph is functional, and its compiler reuses what is free; a view's base may be another's
     in_place = not torch.compiler.is_compiling() and fresh and x.is_contiguous() and not x._is_view()
-    summed: torch.Tensor = ReduceFromTP.apply(x, group, in_place)
+    # transforms of torch.func are refused by a node of ours
+    kept = torch._C._len_torch_dispatch_stack() and _kept_by_checkpoints()
+    if in_place and not kept and not torch._C._are_functorch_transforms_active():
+        group.all_reduce(x.detach())  # the gradient passes unchanged: without a node of its own
+        if x.grad_fn is not None:
+            x.grad_fn.register_prehook(refuse_second_order)
+        return x
+    summed: torch.Tensor = apply(ReduceFromTP, x, group)
     return summed
+
+
+def _kept_by_checkpoints() -> bool:
+    """Whether selective checkpoints look on, which keep products as these are in the end, and give them once more."""
+    return any(isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack())
 
 
 def gather_from_tp(x: torch.Tensor, group: Group) -> torch.Tensor:

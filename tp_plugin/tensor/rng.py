@@ -107,7 +107,7 @@ class Dropouts:
                 for name, value in vars(owner).items()
                 if isinstance(value, float | int) and self._counts(last, owner, name)
             ]
-        return any(getattr(owner, name) > 0 for owner, name in self._found)
+        return any([getattr(owner, name) > 0 for owner, name in self._found])
 
     def _counts(self, last: str, owner: object, name: str) -> bool:
         if name == "p" and "Drop" in type(owner).__name__:

@@ -19,7 +19,7 @@ from torch import nn
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.groups import Group, Pending
 from tp_plugin.tensor import regions, rng
-from tp_plugin.tensor.first_order import first_order
+from tp_plugin.tensor.first_order import apply, first_order
 from tp_plugin.tensor.graphs import assume_constant_result
 
 SEQUENCE = 1
@@ -57,7 +57,7 @@ class Stack:
                 "sequence, hidden); turn sequence_parallel off for this architecture"
             )
         self.length = x.shape[SEQUENCE]
-        mine = Split.apply(x, self.group)
+        mine = apply(Split, x, self.group)
         if args:
             return (mine, *args[1:]), kwargs
         return args, {**kwargs, next(iter(kwargs)): mine}
@@ -68,7 +68,7 @@ class Stack:
             return output
         self.active = False
         first, *rest = output if isinstance(output, tuple) else (output,)
-        joined = Join.apply(first, self, self.length)
+        joined = apply(Join, first, self, self.length)
         return (joined, *rest) if isinstance(output, tuple) else joined
 
     def abandon(self, layer: nn.Module, args: Any, output: Any) -> None:
@@ -78,26 +78,29 @@ class Stack:
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's tokens → all tokens, at the input of a block."""
-        entered: torch.Tensor = Gather.apply(x, *self.span(x), self.group)
+        entered: torch.Tensor = apply(Gather, x, *self.span(x), self.group)
         return entered
 
-    def keep(self, x: torch.Tensor, entered: torch.Tensor, others: bool) -> Regather | None:
+    @property
+    def regathers(self) -> bool:
+        """Whether the backward gathers again what enters a block, which is then not kept."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return False  # the compiler decides what is kept
+        # layers that are recomputed keep nothing anyhow
+        return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+    def keep(self, x: torch.Tensor, entered: torch.Tensor, others: bool) -> Regather:
         """What gathers the tokens of ``x`` again for the backward, so that only this rank's are kept.
 
         Args:
             others: look for them among what autograd keeps for others than the block's own linears.
         """
-        if torch.compiler.is_compiling():
-            return None  # the compiler decides what is kept
-        recomputed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        if recomputed or not torch.is_grad_enabled():
-            return None  # layers that are recomputed keep nothing anyhow
         dim, length = self.span(x)
         return Regather(x.detach(), dim, length, entered, self.group, others)
 
     def leave(self, product: torch.Tensor) -> torch.Tensor:
         """This rank's part of a sum over all tokens → the sum of its own tokens, after a row-parallel product."""
-        mine: torch.Tensor = Scatter.apply(product, self._dim(product), self.group)
+        mine: torch.Tensor = apply(Scatter, product, self._dim(product), self.group)
         return mine
 
     def own(self, x: torch.Tensor) -> torch.Tensor:
@@ -127,7 +130,7 @@ class Regather:
 
     def __init__(self, mine: torch.Tensor, dim: int, length: int, entered: torch.Tensor, group: Group, others: bool):
         self.mine, self.dim, self.length, self._group = mine, dim, length, group
-        self._entered = weakref.ref(entered)
+        self._entered, self._version = weakref.ref(entered), entered._version
         self._kept = self._to_come = 0
         self._gathering: Pending | None = None
         self._again: torch.Tensor | None = None
@@ -149,6 +152,7 @@ class Regather:
             and tensor.untyped_storage()._cdata == entered.untyped_storage()._cdata
             and tensor.numel() == entered.numel()
             and tensor.is_contiguous()
+            and tensor._version == self._version  # not changed in place
         ):
             self.count()
             self._packed = True
