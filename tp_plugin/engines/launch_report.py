@@ -53,24 +53,22 @@ def report(
     stages = f" pp {mesh.unit.size // mesh.tp_size} ×" if mesh.unit.size > mesh.tp_size else ""
     hidden = getattr(getattr(model, "config", None), "hidden_size", None)
     width = f" of {hidden} numbers a token" if hidden else ""
-    more = [f"{len(plan.heads)} all-gather of 3 numbers a token for the loss"] if plan.heads else []
-    more += ["1 sum of gradients that ranks have parts of"] if plan.gradient_sums() else []
+    traffic = []
+    if mesh.tp_size > 1:
+        traffic += [f"{up} + {down} all-reduces (forward + backward){width}"]
+        traffic += [f"{len(plan.heads)} all-gather of 3 numbers a token for the loss"] if plan.heads else []
+        traffic += ["1 sum of gradients that ranks have parts of"] if plan.gradient_sums() else []
+    if stages:
+        traffic += [f"the hidden state to the next stage and its gradient back{width}"]
     lines = {
         "model": f"{type(model).__name__}, policy {_policy(model, plan, options)}",
         "ranks": f"tp {mesh.tp_size} ×{stages} dp {mesh.dp_size} = {mesh.world.size}; {engine}",
         "where": where(places, mesh.unit.size),
         **_sizes(parameters, plan),
-        "per micro-batch": _sentence(
-            [f"{up} + {down} all-reduces (forward + backward){width}", *more] if mesh.tp_size > 1 else [],
-            [f"the hidden state to the next stage and its gradient back{width}"] if stages else [],
-        ),
+        "per micro-batch": ", ".join(traffic),
         "options": ", ".join(f"{key}: {value}" for key, value in dict(options or {}).items()) or "defaults",
     }
     return lines
-
-
-def _sentence(*parts: list[str]) -> str:
-    return ", ".join(one for part in parts for one in part)
 
 
 def _policy(model: nn.Module, plan: Plan, options: Any) -> str:
