@@ -70,6 +70,7 @@ def costs_case(sequence_parallel: bool) -> tuple[list[float], int]:
     return [(three - one) / 2 for one, three in zip(*found, strict=True)], hooks
 
 
+# of ours forward, backward, and of all beyond one process's layer: what was counted, and at most two more
 @pytest.mark.parametrize(
     "sequence_parallel, budget, hooks", [(False, (115, 52, 185, 92), 8), (True, (180, 172, 272, 252), 11)]
 )

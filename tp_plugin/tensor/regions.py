@@ -91,9 +91,8 @@ def reduce_from_tp(x: torch.Tensor, group: Group, fresh: bool = False) -> torch.
         return x
     # a graph is functional, and its compiler reuses what is free; a view's base may be another's
     in_place = not torch.compiler.is_compiling() and fresh and x.is_contiguous() and not x._is_view()
-    # transforms of torch.func are refused by a node of ours
-    kept = torch._C._len_torch_dispatch_stack() and _kept_by_checkpoints()
-    if in_place and not kept and not torch._C._are_functorch_transforms_active():
+    in_place = in_place and not torch._C._are_functorch_transforms_active()  # which a node of ours refuses
+    if in_place and not (torch._C._len_torch_dispatch_stack() and _kept_by_checkpoints()):
         group.all_reduce(x.detach())  # the gradient passes unchanged: without a node of its own
         if x.grad_fn is not None:
             x.grad_fn.register_prehook(refuse_second_order)
