@@ -1,0 +1,187 @@
+"""The dropout masks of one process inside a sharded region: drawn whole, of which this rank takes its part.
+
+All ranks draw the whole mask from the replicated generator, so that it moves on as one process' does. The draw is the
+very operation that torch makes of a dropout (``bernoulli_`` on the CPU, ``native_dropout`` on devices, whose kernels
+number their random numbers by the elements of the whole tensor), repeated on an empty tensor of the whole shape. What
+is computed with the mask stays torch's own.
+
+Two modes do it. A :class:`WholeMasks` lies on the stack while the region runs and looks at nothing but the functions
+that draw. Around such a call a :class:`_Draws` sees the operations that it consists of; attention without a fused
+kernel consists of matrix products and a dropout.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+from tp_plugin.policy.layout import Parts, Range
+from tp_plugin.tensor.compiled_dropout import DROPOUTS, RANDOM
+from tp_plugin.tensor.generators import OwnStream
+
+logger = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Of dimension ``dim``, which is ``whole`` long in one process, this rank has ``ranges``, and then padding."""
+
+    dim: int
+    whole: int
+    ranges: tuple[Range, ...]
+
+    def whole_like(self, mine: torch.Tensor) -> torch.Tensor:
+        """An empty tensor of the whole shape, whose dimensions lie in memory as those of ``mine``."""
+        shape = list(mine.shape)
+        shape[self.dim] = self.whole
+        if mine.is_contiguous():
+            return mine.new_empty(shape)
+        order = sorted(range(mine.dim()), key=mine.stride, reverse=True)
+        return mine.new_empty([shape[dim] for dim in order]).permute([order.index(dim) for dim in range(mine.dim())])
+
+    def take(self, mine: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """Fill ``mine`` with this rank's part of ``whole``, and its padding with ones."""
+        at = 0
+        for start, stop in self.ranges:
+            mine.narrow(self.dim, at, stop - start).copy_(whole.narrow(self.dim, start, stop - start))
+            at += stop - start
+        mine.narrow(self.dim, at, mine.shape[self.dim] - at).fill_(1)
+        return mine
+
+
+Cuts = Callable[[torch.Size], Cut | None]
+"""How a tensor of this shape is split inside a region; None: nobody knows."""
+
+
+@dataclass(frozen=True)
+class CutAt:
+    """Tensors with this rank's share of the dimension ``dim``, of which each rank has ``parts``.
+
+    Attributes:
+        dims: how many dimensions they have; 0: any number.
+    """
+
+    dim: int
+    parts: Parts
+    rank: int
+    dims: int = 0
+
+    def __call__(self, shape: torch.Size) -> Cut | None:
+        ranges = self.parts[self.rank]
+        if len(shape) != (self.dims or len(shape)) or shape[self.dim] != sum(stop - start for start, stop in ranges):
+            return None
+        return Cut(self.dim % len(shape), max(stop for part in self.parts for _, stop in part), ranges)
+
+
+@dataclass(frozen=True)
+class FirstCut:
+    """What the first of several knows."""
+
+    cuts: tuple[Cuts, ...] = ()
+
+    def __call__(self, shape: torch.Size) -> Cut | None:
+        return next((found for cut in self.cuts if (found := cut(shape)) is not None), None)
+
+
+class WholeMasks(TorchFunctionMode):
+    """Lies on the stack of modes from :meth:`begin` to :meth:`end`.
+
+    Args:
+        path: of the block, for the log.
+        cuts: how the tensors inside are split; None: they are not.
+        own: what draws where nobody knows how a tensor is split.
+    """
+
+    def __init__(self, path: str, cuts: Cuts | None, own: OwnStream):
+        super().__init__()
+        self._draws = _Draws(path, cuts, own)
+
+    def begin(self) -> None:
+        """What runs from here on runs inside."""
+        torch._C._push_on_torch_function_stack(self)
+
+    def end(self) -> None:
+        """It has run; does nothing where something else lies on top, which an exception has left there."""
+        if _get_current_function_mode() is self:
+            torch._C._pop_torch_function_stack()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # the innermost of the modes has begun to draw, if one has
+        if function not in _DRAWING or isinstance(_get_current_dispatch_mode(), _Draws):
+            return function(*args, **kwargs)
+        with self._draws:
+            return function(*args, **kwargs)
+
+
+class _Draws(TorchDispatchMode):
+    """Sees the operations of one function that draws."""
+
+    def __init__(self, path: str, cuts: Cuts | None, own: OwnStream):
+        super().__init__()
+        self.path, self.cuts, self.own = path, cuts, own
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.cuts is None or torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        if func in _COMPOSED:  # in inference mode they come as they are
+            with self:
+                return func.decompose(*args, **kwargs)
+        x: torch.Tensor = args[0]
+        cut = self.cuts(x.shape) if func in (aten.bernoulli_.float, aten.native_dropout.default) else None
+        if cut is None:
+            return self._draw_own(func, x, args, kwargs)
+        whole = cut.whole_like(x)
+        if func is aten.bernoulli_.float:
+            return cut.take(x, func(whole, *args[1:], **kwargs))
+        p, training = args[1:]
+        mask = cut.take(torch.empty_like(x, dtype=torch.bool), func(whole, p, training)[1])
+        return aten.native_dropout_backward(x, mask, 1 / (1 - p)), mask  # it multiplies as the forward does
+
+    def _draw_own(self, func: Any, x: Any, args: Any, kwargs: Any) -> Any:
+        device = kwargs.get("device") or getattr(x, "device", None) or torch.get_default_device()
+        self.own.begin(torch.device(device))
+        try:
+            return func(*args, **kwargs)
+        finally:
+            if self.own.end():  # attention in which nothing drops draws nothing
+                name = func.overloadpacket.__name__
+                if "attention" in name:
+                    draws_own(f"the attention kernel {name}")
+                else:
+                    shape = f" of the shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else ""
+                    draws_own(
+                        f"{re.sub(r'[.][0-9]+[.]', '.*.', self.path)}, where {name}{shape} is split as no policy says,"
+                    )
+
+
+def attends_elsewhere(attention: nn.Module) -> bool:
+    """Whether its kernel is none of torch's, whose draws nobody sees; says so."""
+    config = next((each.config for each in attention.modules() if hasattr(each, "config")), None)
+    kernel = getattr(config, "_attn_implementation", None)
+    if kernel in (None, "eager", "sdpa", "flex_attention"):
+        return False
+    draws_own(f"the attention kernel {kernel}")
+    return True
+
+
+@functools.cache
+def draws_own(what: str) -> None:
+    """Say once that ``what`` has not the masks of one process."""
+    logger.warning("%s draws dropout masks of its own on each TP rank, which are not those of one process", what)
+
+
+_COMPOSED = (aten.dropout.default, aten.dropout_.default, aten.scaled_dot_product_attention.default)
+_FACTORIES = {torch.rand, torch.randn, torch.randint, torch.randint_like, torch.randperm, torch.normal}
+_DRAWING = DROPOUTS | RANDOM | _FACTORIES
