@@ -44,9 +44,8 @@ class Cut:
         """An empty tensor of the whole shape, whose dimensions lie in memory as those of ``mine``."""
         shape = list(mine.shape)
         shape[self.dim] = self.whole
-        if mine.is_contiguous():
-            return mine.new_empty(shape)
-        order = sorted(range(mine.dim()), key=mine.stride, reverse=True)
+        # a dimension of one has the stride of the dimension around it
+        order = sorted(range(mine.dim()), key=lambda dim: (-mine.stride(dim), mine.shape[dim] == 1))
         return mine.new_empty([shape[dim] for dim in order]).permute([order.index(dim) for dim in range(mine.dim())])
 
     def take(self, mine: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
@@ -139,15 +138,15 @@ class _Draws(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         x: torch.Tensor = args[0]
-        cut = self.cuts(x.shape) if func in (aten.bernoulli_.float, aten.native_dropout.default) else None
+        cut = self.cuts(x.shape) if func in _DROPOUT else None
         if cut is None:
             return self._draw_own(func, x, args, kwargs)
         whole = cut.whole_like(x)
         if func is aten.bernoulli_.float:
             return cut.take(x, func(whole, *args[1:], **kwargs))
-        p, training = args[1:]
-        mask = cut.take(torch.empty_like(x, dtype=torch.bool), func(whole, p, training)[1])
-        return aten.native_dropout_backward(x, mask, 1 / (1 - p)), mask  # it multiplies as the forward does
+        mask = cut.take(torch.empty_like(x, dtype=torch.bool), func(whole, *args[1:])[1])
+        scale = 1.0 if args[2] is False else 1 / (1 - args[1]) if args[1] < 1 else 0.0
+        return aten.native_dropout_backward(x, mask, scale), mask  # it multiplies as the forward does
 
     def _draw_own(self, func: Any, x: Any, args: Any, kwargs: Any) -> Any:
         device = kwargs.get("device") or getattr(x, "device", None) or torch.get_default_device()
@@ -182,6 +181,10 @@ def draws_own(what: str) -> None:
     logger.warning("%s draws dropout masks of its own on each TP rank, which are not those of one process", what)
 
 
-_COMPOSED = (aten.dropout.default, aten.dropout_.default, aten.scaled_dot_product_attention.default)
+_DROPOUT = (aten.bernoulli_.float, aten.native_dropout.default)
+_COMPOSED = (
+    aten.dropout.default, aten.dropout_.default,
+    aten.scaled_dot_product_attention.default, aten._scaled_dot_product_attention_math.default,
+)  # fmt: skip
 _FACTORIES = {torch.rand, torch.randn, torch.randint, torch.randint_like, torch.randperm, torch.normal}
 _DRAWING = DROPOUTS | RANDOM | _FACTORIES
