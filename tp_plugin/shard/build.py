@@ -32,7 +32,7 @@ from tp_plugin.tensor.peer_reads import PeerReads
 from tp_plugin.tensor.sequence import LayerRegion, Stack
 from tp_plugin.tensor.vocab import FusedForward, Vocabulary, VocabularyColumns
 from tp_plugin.tensor.wgrad_overlap import BlockInput, ColumnParallelForward
-from tp_plugin.tensor.whole_masks import CutAt, Cuts, FirstCut
+from tp_plugin.tensor.whole_masks import CutFeatures, CutHeads, Cuts
 
 
 @dataclass
@@ -116,7 +116,7 @@ def _block(
     positions = {name: at for at, name in enumerate(signature.parameters)}
     cuts: Cuts | None = None
     if options.dropout == "exact" and planned.heads is not None:
-        cuts = CutAt(-3, plan.query_heads(path), group.rank, dims=4)  # (batch, heads, q, k)
+        cuts = CutHeads(plan.query_heads(path), group.rank, planned.folded_heads)
     elif options.dropout == "exact":
         cuts = _features(planned, plan, group)
     block = ParallelBlock(path, planned, positions, group, cuts)
@@ -131,8 +131,8 @@ def _block(
 
 def _features(planned: BlockPlan, plan: Plan, group: Group) -> Cuts:
     """How the inputs of a block's row-parallel linears are split."""
-    parts = dict.fromkeys(plan.layouts[f"{row}.weight"].parts for row in planned.rows)
-    return FirstCut(tuple(CutAt(-1, each, group.rank) for each in parts))
+    inputs = dict.fromkeys(plan.layouts[f"{row}.weight"].parts for row in planned.rows)
+    return CutFeatures(tuple(inputs), group.rank)
 
 
 def _residual(

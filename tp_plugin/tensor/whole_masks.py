@@ -63,33 +63,40 @@ Cuts = Callable[[torch.Size], Cut | None]
 
 
 @dataclass(frozen=True)
-class CutAt:
-    """Tensors with this rank's share of the dimension ``dim``, of which each rank has ``parts``.
+class CutHeads:
+    """Attention weights (batch, heads, q, k), or ``folded`` (batch · heads, q, k): each rank has ``parts`` of heads."""
 
-    Attributes:
-        dims: how many dimensions they have; 0: any number.
-    """
-
-    dim: int
     parts: Parts
     rank: int
-    dims: int = 0
+    folded: bool = False
 
     def __call__(self, shape: torch.Size) -> Cut | None:
-        ranges = self.parts[self.rank]
-        if len(shape) != (self.dims or len(shape)) or shape[self.dim] != sum(stop - start for start, stop in ranges):
-            return None
-        return Cut(self.dim % len(shape), max(stop for part in self.parts for _, stop in part), ranges)
+        ranges, whole = self.parts[self.rank], _whole(self.parts)
+        mine = sum(stop - start for start, stop in ranges)
+        if self.folded and len(shape) == 3 and shape[0] % mine == 0:
+            batch = shape[0] // mine
+            samples = range(0, batch * whole, whole)
+            return Cut(0, batch * whole, tuple((at + start, at + stop) for at in samples for start, stop in ranges))
+        return Cut(1, whole, ranges) if not self.folded and len(shape) == 4 and shape[1] == mine else None
 
 
 @dataclass(frozen=True)
-class FirstCut:
-    """What the first of several knows."""
+class CutFeatures:
+    """Activations of whose last dimension each rank has its part, as one of several ``inputs`` of linears is split."""
 
-    cuts: tuple[Cuts, ...] = ()
+    inputs: tuple[Parts, ...]
+    rank: int
 
     def __call__(self, shape: torch.Size) -> Cut | None:
-        return next((found for cut in self.cuts if (found := cut(shape)) is not None), None)
+        for parts in self.inputs:
+            ranges = parts[self.rank]
+            if shape[-1] == sum(stop - start for start, stop in ranges):
+                return Cut(len(shape) - 1, _whole(parts), ranges)
+        return None
+
+
+def _whole(parts: Parts) -> int:
+    return max(stop for part in parts for _, stop in part)
 
 
 class WholeMasks(TorchFunctionMode):
