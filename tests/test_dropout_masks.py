@@ -23,6 +23,7 @@ from tp_plugin.policy import policy_for
 GPT2 = {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}
 BERT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "attn_implementation": "eager"}
 BART = {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1}
+TOKENS = {"sequence_parallel": True}
 GROUPED = {"num_attention_heads": 6, "num_key_value_heads": 2, "attention_dropout": 0.1}
 
 
@@ -47,10 +48,13 @@ MODELS = {
     "bert, eager": (2, "bert", BERT, {}, {}),
     "opt": (2, "opt", {"dropout": 0.1, "attention_dropout": 0.1}, {}, {}),
     "bart": (2, "bart", BART, {}, {}),
+    "recomputed opt": (2, "opt", {"dropout": 0.1, "attention_dropout": 0.1}, {"use_reentrant": False}, {}),
+    "recomputed bart, reentrant": (2, "bart", BART, {"use_reentrant": True}, {}),
     "recomputed": (2, "gpt2", GPT2, {"use_reentrant": False}, {}),
     "recomputed, reentrant": (2, "gpt2", GPT2, {"use_reentrant": True}, {}),
-    "tokens": (2, "gpt2", GPT2, {"use_reentrant": False}, {"sequence_parallel": True}),
-    "tokens of bert": (2, "bert", BERT, {}, {"sequence_parallel": True}),
+    "tokens of opt": (2, "opt", {"dropout": 0.1, "attention_dropout": 0.1}, {"use_reentrant": False}, TOKENS),
+    "tokens": (2, "gpt2", GPT2, {"use_reentrant": False}, TOKENS),
+    "tokens of bert": (2, "bert", BERT, {}, TOKENS),
     "uneven heads": (4, "gpt2", {**GPT2, "n_head": 6, "n_inner": 77}, {}, {}),
     "replicated keys": (4, "llama", GROUPED, {}, {}),
     "t5": (4, "t5", {"dropout_rate": 0.1, "num_heads": 6, "d_ff": 77}, {}, {}),

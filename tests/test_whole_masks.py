@@ -120,6 +120,8 @@ def test_tokens_with_padding() -> None:
         seen = slice(3 * rank, min(5, 3 * rank + 3))
         assert torch.equal(found[0][:, : 3 - rank], expected[0][:, seen])
         assert torch.equal(found[2], expected[2])
+        folded = drawn(region(rank, Tokens(stack)), FUNCTIONS["dropout"], mine.flatten(0, 1))
+        assert torch.equal(folded[0].view(2, 3, 4)[:, : 3 - rank], expected[0][:, seen])
 
 
 @pytest.fixture

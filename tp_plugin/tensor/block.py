@@ -109,6 +109,7 @@ class ParallelBlock:
         return self._enter_below(block, output)
 
     def _enter_below(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        self._inside = True  # a layer is recomputed without its hooks
         self._to_come -= 1
         if self._to_come <= 0:  # what runs before the last of several beginnings is replicated
             self._begin(block, x.device)

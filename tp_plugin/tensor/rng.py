@@ -11,6 +11,7 @@ replicated stream untouched; one that drew from its own advances it by one draw,
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import random
 from typing import Any
@@ -94,6 +95,31 @@ class ShardedRegion:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedRegion:
         return ShardedRegion(self.block, self.tp_rank, copy.deepcopy(self.cuts, memo))
+
+
+class RegionCheckpoint:
+    """A layer's checkpoint, in which its forward runs in the layer's region, now and when it is recomputed.
+
+    transformers recomputes a layer's forward without its hooks.
+    """
+
+    def __init__(self, checkpoint: Any, region: ShardedRegion, device: torch.device):
+        self._checkpoint, self._region, self._device = checkpoint, region, device
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Those of the checkpoint that it is."""
+        return getattr(self._checkpoint, "keywords", {})
+
+    def __call__(self, forward: Any, *args: Any) -> Any:
+        return self._checkpoint(functools.partial(self._run, forward), *args)
+
+    def _run(self, forward: Any, *args: Any) -> Any:
+        self._region.begin(self._device)
+        try:
+            return forward(*args)
+        finally:
+            self._region.end()
 
 
 _OUTSIDE = ("classifier_dropout", "summary_first_dropout", "embd_pdrop")

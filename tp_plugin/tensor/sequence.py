@@ -194,17 +194,20 @@ def _in_backward() -> bool:
 
 @dataclass(frozen=True)
 class Tokens:
-    """How (batch, sequence, hidden) is split between the blocks of a stack."""
+    """How (batch, sequence, hidden), or (batch · sequence, hidden), is split between the blocks of a stack."""
 
     stack: Stack
 
     def __call__(self, shape: torch.Size) -> Cut | None:
         group, length = self.stack.group, self.stack.length
         own = -(-length // group.size)
-        if len(shape) != 3 or shape[SEQUENCE] != own:
-            return None
         start = min(own * group.rank, length)
-        return Cut(SEQUENCE, length, ((start, start + _owned(length, own, group.rank)),))
+        mine = start, start + _owned(length, own, group.rank)
+        if len(shape) == 3 and shape[SEQUENCE] == own:
+            return Cut(SEQUENCE, length, (mine,))
+        if len(shape) == 2 and shape[0] % own == 0:
+            return Cut(0, length, (mine,)).folded(shape[0] // own, own)
+        return None
 
 
 class LayerRegion:
@@ -222,7 +225,12 @@ class LayerRegion:
         """Forward pre-hook (with kwargs)."""
         if layer.training and self.stack.runs and self.draws(layer):
             x = args[0] if args else next(iter(kwargs.values()))
-            self.region.begin(x.device)
+            if self.region.nests and getattr(layer, "gradient_checkpointing", False):
+                checkpoint = layer._gradient_checkpointing_func
+                if not isinstance(checkpoint, rng.RegionCheckpoint):
+                    layer._gradient_checkpointing_func = rng.RegionCheckpoint(checkpoint, self.region, x.device)  # type: ignore[assignment]
+            else:
+                self.region.begin(x.device)
 
     def after(self, layer: nn.Module, args: Any, output: Any) -> None:
         """Forward hook (always called)."""

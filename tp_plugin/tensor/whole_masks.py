@@ -34,27 +34,40 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Cut:
-    """Of dimension ``dim``, which is ``whole`` long in one process, this rank has ``ranges``, and then padding."""
+    """Of dimension ``dim``, which is ``whole`` long in one process, this rank has ``ranges``.
+
+    Attributes:
+        step: how far apart they lie here, with padding between and behind them; 0: one behind the other.
+    """
 
     dim: int
     whole: int
     ranges: tuple[Range, ...]
+    step: int = 0
+
+    def folded(self, batch: int, step: int) -> Cut:
+        """The same of a dimension that ``batch`` samples are folded into, each of which takes up ``step`` here."""
+        samples = range(0, batch * self.whole, self.whole)
+        ranges = tuple((at + start, at + stop) for at in samples for start, stop in self.ranges)
+        return Cut(0, batch * self.whole, ranges, step)
 
     def whole_like(self, mine: torch.Tensor) -> torch.Tensor:
         """An empty tensor of the whole shape, whose dimensions lie in memory as those of ``mine``."""
         shape = list(mine.shape)
         shape[self.dim] = self.whole
         # a dimension of one has the stride of the dimension around it
-        order = sorted(range(mine.dim()), key=lambda dim: (-mine.stride(dim), mine.shape[dim] == 1))
+        strides = mine.stride()
+        order = sorted(range(mine.dim()), key=lambda dim: (-strides[dim], mine.shape[dim] == 1))
         return mine.new_empty([shape[dim] for dim in order]).permute([order.index(dim) for dim in range(mine.dim())])
 
     def take(self, mine: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
         """Fill ``mine`` with this rank's part of ``whole``, and its padding with ones."""
         at = 0
+        if sum(stop - start for start, stop in self.ranges) < mine.shape[self.dim]:
+            mine.fill_(1)
         for start, stop in self.ranges:
             mine.narrow(self.dim, at, stop - start).copy_(whole.narrow(self.dim, start, stop - start))
-            at += stop - start
-        mine.narrow(self.dim, at, mine.shape[self.dim] - at).fill_(1)
+            at += self.step or stop - start
         return mine
 
 
@@ -74,9 +87,7 @@ class CutHeads:
         ranges, whole = self.parts[self.rank], _whole(self.parts)
         mine = sum(stop - start for start, stop in ranges)
         if self.folded and len(shape) == 3 and shape[0] % mine == 0:
-            batch = shape[0] // mine
-            samples = range(0, batch * whole, whole)
-            return Cut(0, batch * whole, tuple((at + start, at + stop) for at in samples for start, stop in ranges))
+            return Cut(0, whole, ranges).folded(shape[0] // mine, 0)
         return Cut(1, whole, ranges) if not self.folded and len(shape) == 4 and shape[1] == mine else None
 
 
@@ -167,9 +178,8 @@ class _Draws(TorchDispatchMode):
                     draws_own(f"the attention kernel {name}")
                 else:
                     shape = f" of the shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else ""
-                    draws_own(
-                        f"{re.sub(r'[.][0-9]+[.]', '.*.', self.path)}, where {name}{shape} is split as no policy says,"
-                    )
+                    place = re.sub(r"[.][0-9]+(?=[./])", ".*", self.path)  # once for all layers
+                    draws_own(f"{place}, where {name}{shape} is split as no policy says,")
 
 
 def attends_elsewhere(attention: nn.Module) -> bool:
