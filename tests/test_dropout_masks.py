@@ -16,9 +16,15 @@ from test_parity import assert_parity
 from workers import run
 from zoo import fresh
 
+import tp_plugin
 from tp_plugin.cli import parity
+from tp_plugin.cli.models import build
 from tp_plugin.cli.parity_result import Result
+from tp_plugin.cli.random_batch import loss_of
+from tp_plugin.config.run_config import RunConfig
+from tp_plugin.errors import TPError
 from tp_plugin.policy import policy_for
+from tp_plugin.tensor.whole_masks import WholeMasks
 
 GPT2 = {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}
 BERT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "attn_implementation": "eager"}
@@ -32,14 +38,13 @@ def case(model_type: str, overrides: dict[str, Any], tp: int, checkpoints: dict[
     fresh(**options)
     config = config_for(model_type, **overrides)
 
-    def build(config: Any, meta: bool) -> Any:
-        model = made(config, meta=meta)
+    def checkpointed(config: Any, meta: bool) -> Any:
+        model = build(config, meta=meta)
         if checkpoints:
             model.gradient_checkpointing_enable(checkpoints)
         return model
 
-    made = parity.build
-    with unittest.mock.patch.object(parity, "build", build):
+    with unittest.mock.patch.object(parity, "build", checkpointed):
         return parity.compare(config, policy_for(config), tp, steps=4)
 
 
@@ -67,6 +72,23 @@ def test_a_model(name: str) -> None:
     assert_parity(run(tp, case, model_type, overrides, tp, checkpoints, options))
 
 
+def quiet_case() -> tuple[int, int]:
+    """How often a mode is put on the stack in a training step without dropout, and in an evaluation with it."""
+    counted = []
+    for overrides in ({}, GPT2):
+        fresh()
+        model = tp_plugin.parallelize(build(config_for("gpt2", **overrides), meta=False), tp_size=2)
+        model.train(not overrides)
+        with unittest.mock.patch.object(WholeMasks, "begin") as begin:
+            loss_of(model, 0).backward()
+        counted.append(begin.call_count)
+    return counted[0], counted[1]
+
+
+def test_without_dropout_nothing_looks() -> None:
+    assert run(2, quiet_case) == [(0, 0)] * 2
+
+
 def test_sharded_draws_others() -> None:
     """The option; what is dropped between the blocks is one process' all the same."""
     options = {"dropout": "sharded"}
@@ -74,6 +96,15 @@ def test_sharded_draws_others() -> None:
         assert result.loss > 1e-4, "the masks are one process', which this option does not promise"
     outside = {**GPT2, "attn_pdrop": 0.0}
     assert_parity(run(2, case, "gpt2", outside, 2, {}, options))
+
+
+def test_the_option() -> None:
+    assert RunConfig.parse(2).dropout == "exact"
+    assert RunConfig.parse(2, {"dropout": "sharded"}).as_written().options == {"dropout": "sharded"}
+    with pytest.raises(TPError, match=r"tp_plugin\.dropout: expected one of exact, sharded, found 'own' in a\.yaml"):
+        RunConfig.parse(2, {"dropout": "own"}, "a.yaml")
+    with pytest.raises(TPError, match="did you mean `dropout`"):
+        RunConfig.parse(2, {"dropuot": "exact"})
 
 
 def test_zero_2() -> None:

@@ -149,6 +149,8 @@ def test_a_fused_kernel_has_masks_of_its_own(said: pytest.LogCaptureFixture) -> 
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     found = drawn(region(0, CutHeads(HEADS, 0)), lambda q: F.scaled_dot_product_attention(q, q, q), q)
     assert torch.equal(found[0], attend(q, q, q)[0]) and not said.records
+    assert not whole_masks.draws_whole(torch.device("privateuseone")) and whole_masks.draws_whole(torch.device("cuda"))
+    assert said.records.pop().getMessage().startswith("the device type privateuseone draws dropout masks of its own")
     module = torch.nn.Linear(1, 1)
     module.config = SimpleNamespace(_attn_implementation="flash_attention_2")  # type: ignore[assignment]
     assert [whole_masks.attends_elsewhere(module) for _ in range(2)] == [True, True]

@@ -23,7 +23,7 @@ from torch import nn
 from tp_plugin.mesh.groups import Group
 from tp_plugin.tensor.compiled_dropout import SeededDropouts
 from tp_plugin.tensor.generators import DefaultGenerator, OwnStream, of_accelerator
-from tp_plugin.tensor.whole_masks import Cuts, WholeMasks
+from tp_plugin.tensor.whole_masks import Cuts, WholeMasks, draws_whole
 
 
 class ShardedRegion:
@@ -59,7 +59,7 @@ class ShardedRegion:
             torch._C._push_on_torch_function_stack(self._traced)
             return
         self.end()  # if an exception left the region open
-        if self.cuts is None or own:
+        if self.cuts is None or own or not draws_whole(device):
             self._own.begin(device)
         else:
             self._push(self.cuts)

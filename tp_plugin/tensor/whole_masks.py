@@ -134,8 +134,9 @@ class WholeMasks(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        quiet = function not in _DRAWING or kwargs.get("dropout_p") == 0.0
         # the innermost of the modes has begun to draw, if one has
-        if function not in _DRAWING or isinstance(_get_current_dispatch_mode(), _Draws):
+        if quiet or isinstance(_get_current_dispatch_mode(), _Draws):
             return function(*args, **kwargs)
         with self._draws:
             return function(*args, **kwargs)
@@ -190,6 +191,14 @@ def attends_elsewhere(attention: nn.Module) -> bool:
         return False
     draws_own(f"the attention kernel {kernel}")
     return True
+
+
+def draws_whole(device: torch.device) -> bool:
+    """Whether dropout on ``device`` is one of the operations that are known here; says so if not."""
+    known = device.type in ("cpu", "cuda", "xpu", "mps")
+    if not known:
+        draws_own(f"the device type {device.type}")
+    return known
 
 
 @functools.cache
