@@ -23,7 +23,7 @@ DOCS = ROOT / "docs"
 VALUES = {
     **{"int": "whole number", "float": "number", "bool": "true, false", "str | None": "text"},
     **{"pipeline_microbatches": "auto, whole number", "pipeline_schedule": "auto, 1f1b, gpipe"},
-    **{"pipeline_split": "auto, list"},
+    **{"pipeline_split": "auto, list", "dropout": "exact, sharded"},
     **{"tuple[str, ...]": "list", "guard": "always, off, whole number", "report": "on, off"},
 }
 """What is written for a field of a type, or of this name."""

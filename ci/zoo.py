@@ -50,11 +50,7 @@ def proofs() -> Iterator[Proof]:
         for case in zoo.cases(kind):
             yield Proof(str(case), kind, case.tp, zoo.prove, (case,), zoo.faults)
         if any(dropouts(zoo.config_for(kind))):
-
-            def faults(results: list[Any], kind: str = kind) -> list[str]:
-                return zoo.dropout_faults(kind, results)
-
-            yield Proof(f"{kind}-dropout-tp2", kind, 2, zoo.prove_with_dropout, (kind, 2), faults)
+            yield Proof(f"{kind}-dropout-tp2", kind, 2, zoo.prove_with_dropout, (kind, 2), zoo.dropout_faults)
     for kind in sorted(test_hf_plan.PROVEN):
         for tp in (2, 4):
             yield Proof(f"{kind}-imported-tp{tp}", kind, tp, test_hf_plan.imported, (kind, tp), zoo.faults)

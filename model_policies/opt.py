@@ -1,5 +1,7 @@
 """OPT and its kin: ``fc1`` and ``fc2`` stand in the layer itself."""
 
+import dataclasses
+
 from tp_plugin.policy import MLP, Attention, Policy, Vocabulary, even, q
 
 ATTENTION = Attention(
@@ -19,7 +21,12 @@ POLICIES = (
         Vocabulary(),
         ("embed_positions", "project_in", "project_out", *NORMS, "final_layer_norm", "score", "qa_outputs"),
     ),
-    Policy(("xglm",), (ATTENTION, MLP_IN_LAYER), Vocabulary(), (*NORMS, "layer_norm")),
+    Policy(
+        ("xglm",),
+        (dataclasses.replace(ATTENTION, folded_heads=True), MLP_IN_LAYER),
+        Vocabulary(),
+        (*NORMS, "layer_norm"),
+    ),
     Policy(
         ("biogpt",),
         (ATTENTION, MLP_IN_LAYER),

@@ -325,18 +325,8 @@ def faults(results: list[Result]) -> list[str]:
     return sorted(found)
 
 
-def dropout_faults(model_type: str, results: list[DropoutResult]) -> list[str]:
-    """Likewise; a dropout of activations that are whole on every rank must be one process'."""
+def dropout_faults(results: list[DropoutResult]) -> list[str]:
+    """Likewise; every dropout must be one process'."""
     found = {fault for result in results for fault in result.faults}
-    if any(result.equal != results[0].equal for result in results):
-        found.add("the ranks disagree on which dropouts are one process'")
-    for name in results[0].own:
-        if not any(part in name for part in INSIDE) and (model_type, name) not in MIXED:
-            found.add(f"{name} is drawn by each rank for itself, though its name says that it drops whole activations")
+    found |= {f"{name} is drawn by each rank for itself" for result in results for name in result.own}
     return sorted(found)
-
-
-INSIDE = ("attn", "attention", "activation")
-"""Parts of the names of dropouts inside of sharded blocks."""
-MIXED: set[tuple[str, str]] = {("t5", "dropout_rate"), ("mt5", "dropout_rate"), ("modernbert", "mlp_dropout")}
-"""Dropouts of other names that act inside of sharded blocks, too."""

@@ -46,7 +46,7 @@ def test_save_state_resumes_at_another_tp(bench, checkpoints):
 
 @pytest.mark.full
 def test_save_state_resumes_dropout(bench, checkpoints):
-    """Also where the plain run cannot be the oracle: attention dropout differs by rank."""
+    """The masks that the run would have drawn."""
     args = ("--model", str(checkpoints["gpt2_dropout"]))
     whole = bench.run("resume", 2, 1, args)
     again = bench.run("resume", 2, 1, (*args, "--resume", first_state(whole)))

@@ -114,11 +114,11 @@ def test_dropout_is_one_draw_per_group(seeds):
         assert not math.isclose(own["evaluated"], own["losses"][-1], rel_tol=1e-3), "dropout was not active"
 
 
-def test_replicated_dropout_is_that_of_the_plain_run(seeds):
-    """With dropout outside of sharded regions only, a seeded run repeats the plain one, recomputed or not."""
+def test_dropout_is_that_of_the_plain_run(seeds):
+    """A seeded run repeats the plain one, recomputed or not, with dropout outside of sharded regions and inside."""
     run, plain = seeds
-    names = [name for name in plain.ranks[0] if name.startswith("replicated dropout")]
-    assert len(names) == 4
+    names = [name for name in plain.ranks[0] if name.startswith(("replicated dropout", "dropout, recomputed"))]
+    assert len(names) == 7
     for name in names:
         for process, group in enumerate(run.layout.groups()):
             for rank in group:
@@ -142,6 +142,7 @@ def test_heads_drop_for_themselves(seeds):
     """A rank draws the masks of its own heads: were the draws of the ranks the same, heads would share masks."""
     run, plain = seeds
     assert len(set(plain.ranks[0]["dropped by head"])) == 4
+    assert run.ranks[0]["dropped by head"] == plain.ranks[0]["dropped by head"]
     for group in run.layout.groups():
         first, *others = (run.ranks[rank]["dropped by head"] for rank in group)
         assert len(first) == len(set(first)) == 4, f"masks by head in group {group}: {first}"

@@ -1,8 +1,8 @@
-"""The proof with dropout on, where a sharded run cannot equal a plain one number by number.
+"""The proof with dropout on: each dropout of the config by itself, and then all of them.
 
-What can be equal is: a mask drawn where every rank holds the same thing (embeddings, residuals) is the one that a
-single process draws from the same seed. Inside a sharded block each rank draws for its own heads or features. With all
-of them on, ranks must remain one model: outputs, losses and replicas bit by bit equal, step after step.
+A mask is the one that a single process draws from the same seed, unless the run has ``dropout: sharded``, or nobody
+knows how a tensor is split: there each rank draws for its own heads or features. With all of them on and generators
+unequal, ranks must remain one model: outputs, losses and replicas bit by bit equal, step after step.
 """
 
 from __future__ import annotations

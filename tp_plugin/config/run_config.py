@@ -32,6 +32,8 @@ class RunConfig:
         save_timeout: seconds that other ranks wait for one that saves, since it last read a tensor or wrote a file.
         report: print what the run will do, and how long its first step took.
         fused_head: keep no logits: compute them block by block for the loss, and again for its gradient.
+        dropout: ``exact``: the masks of one process, also on what is split over the TP group; ``sharded``: there each
+            rank draws masks of its own.
         pp_size: pipeline stages per model; 1 means off.
         pipeline_microbatches: into how many a batch is cut; 0 (``auto``): four for each stage.
         pipeline_schedule: ``1f1b``: backwards run between forwards where the model computes its own loss;
@@ -53,6 +55,7 @@ class RunConfig:
     save_timeout: float = 3600.0
     fused_head: bool = False
     report: bool = True
+    dropout: str = "exact"
     pp_size: int = 1
     pipeline_microbatches: int = 0
     pipeline_schedule: str = "auto"
@@ -178,11 +181,13 @@ def _microbatches(value: object, key: str, place: str) -> int:
     return 0 if value == "auto" else _whole_number(value, key, place, least=1)
 
 
-def _schedule(value: object, key: str, place: str) -> str:
-    known = ("auto", "1f1b", "gpipe")
-    if value not in known:
-        raise TPError(f"{key}: expected one of {', '.join(known)}, found {value!r}{place}")
-    return str(value)
+def _one_of(*known: str) -> Callable[[object, str, str], str]:
+    def validator(value: object, key: str, place: str) -> str:
+        if value not in known:
+            raise TPError(f"{key}: expected one of {', '.join(known)}, found {value!r}{place}")
+        return str(value)
+
+    return validator
 
 
 def _split(value: object, key: str, place: str) -> tuple[int, ...]:
@@ -213,8 +218,9 @@ _VALIDATORS: dict[str, Callable[[object, str, str], Any]] = {
     "save_timeout": _seconds,
     "fused_head": _switch,
     "pipeline_microbatches": _microbatches,
-    "pipeline_schedule": _schedule,
+    "pipeline_schedule": _one_of("auto", "1f1b", "gpipe"),
     "pipeline_split": _split,
     "report": _on_or_off,
+    "dropout": _one_of("exact", "sharded"),
 }
 """Key in the ``tp_plugin`` mapping → what makes a field of ``RunConfig`` of its value, or refuses it."""

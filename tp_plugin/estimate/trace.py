@@ -160,6 +160,8 @@ def _cut_config(config: Any, depths: Mapping[int, list[int]]) -> None:
 class _Still:
     """A random stream that is not switched: nothing is drawn."""
 
+    nests = is_open = False
+
     def begin(self, *args: object) -> None: ...
 
     def end(self) -> None: ...

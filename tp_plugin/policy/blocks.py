@@ -83,12 +83,17 @@ class Block:
 @renamed_keywords(**BLOCK_KEYWORDS)
 @dataclass(frozen=True)
 class Attention(Block):
-    """An attention block; ``heads`` and ``kv_heads`` name the counts in the model's config, or compute them from it."""
+    """An attention block; ``heads`` and ``kv_heads`` name the counts in the model's config, or compute them from it.
+
+    Attributes:
+        folded_heads: whether its dropout acts on weights (batch · heads, q, k), not on (batch, heads, q, k).
+    """
 
     columns: Mapping[str, Split] = field(default_factory=lambda: {"q_proj": q, "k_proj": kv, "v_proj": kv})
     row: Mapping[str, Split] = field(default_factory=lambda: {"o_proj": q})
     heads: Count = "num_attention_heads"
     kv_heads: Count = "num_key_value_heads"
+    folded_heads: bool = False
 
 
 @renamed_keywords(**BLOCK_KEYWORDS)

@@ -20,6 +20,7 @@ class BlockPlan:
         inputs: names of the arguments of the forward of ``entry`` at which it begins (``*``: all differentiable ones).
         entry: path of the module whose arguments those are.
         heads: which heads each rank computes, of attention.
+        folded_heads: whether its dropout acts on (batch · heads, q, k), not on (batch, heads, q, k).
         input_of, output_of: paths of modules at whose input or output it begins otherwise.
         columns, rows: paths of its column- and its row-parallel modules (without adapters').
         head_inputs: argument → its dimension of heads, their number, and each rank's range.
@@ -31,6 +32,7 @@ class BlockPlan:
     inputs: tuple[str, ...]
     entry: str
     heads: HeadSplit | None = None
+    folded_heads: bool = False
     input_of: tuple[str, ...] = ()
     output_of: tuple[str, ...] = ()
     columns: list[str] = field(default_factory=list)

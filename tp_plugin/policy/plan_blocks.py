@@ -34,7 +34,9 @@ def plan_block(scope: Scope, block: Block) -> None:
 def _plan_one(scope: Scope, path: str, block: Block) -> None:
     heads = _heads(scope, path, block) if isinstance(block, Attention) else NO_HEADS
     entry = scope.module(f"{path}.{block.entry}") if block.entry else path
-    planned = BlockPlan(block.inputs, entry, heads if isinstance(block, Attention) else None)
+    planned = BlockPlan(block.inputs, entry)
+    if isinstance(block, Attention):
+        planned.heads, planned.folded_heads = heads, block.folded_heads
     scope.plan.blocks[path] = planned
     index = (block.index,) if isinstance(block, Experts) and is_expert_parallel(scope, block) else ()
     _check_arguments(scope, entry, (*block.inputs, *block.head_inputs, *index))

@@ -32,6 +32,7 @@ from tp_plugin.tensor.peer_reads import PeerReads
 from tp_plugin.tensor.sequence import LayerRegion, Stack
 from tp_plugin.tensor.vocab import FusedForward, Vocabulary, VocabularyColumns
 from tp_plugin.tensor.wgrad_overlap import BlockInput
+from tp_plugin.tensor.whole_masks import CutFeatures, CutHeads, Cuts
 
 
 @dataclass
@@ -73,17 +74,18 @@ def build_parts(
     parts = Parts()
     _fit_modules(model, plan, group)
     for path, planned in plan.blocks.items():
-        parts.blocks[path] = _block(model, path, planned, plan, group)
+        parts.blocks[path] = _block(model, path, planned, plan, group, options)
     for path, kind in plan.dropouts.items():
         nearest = max((block for block in plan.blocks if path.startswith(block + ".")), key=len)
-        parts.dropouts[path] = FollowingDropout(path, kind, parts.blocks[nearest])
+        features = _features(plan.blocks[nearest], plan, group) if options.dropout == "exact" else None
+        parts.dropouts[path] = FollowingDropout(path, kind, parts.blocks[nearest], features)
     for path, pair in plan.parallel_residual.items():
         parts.residuals[path] = _residual(model, path, pair, plan, parts, group)
     if options.overlap or options.fuse:
         for path, planned in plan.blocks.items():
             _overlap(model, planned, plan, parts.blocks[path].block_input, options)
     for path, layers in stacks.items():
-        parts.stacks.append(_stack(path, layers, parts, group))
+        parts.stacks.append(_stack(path, layers, parts, group, options))
     parts.outputs = _outputs(model, plan, parts, group)
     _vocabulary(model, plan, parts, group, peers, options)
     return parts
@@ -107,10 +109,17 @@ def _fit_modules(model: nn.Module, plan: Plan, group: Group) -> None:
         TPRMSNorm.install(model.get_submodule(path), width, layout.owned(group.rank), group)
 
 
-def _block(model: nn.Module, path: str, planned: BlockPlan, plan: Plan, group: Group) -> ParallelBlock:
+def _block(
+    model: nn.Module, path: str, planned: BlockPlan, plan: Plan, group: Group, options: RunConfig
+) -> ParallelBlock:
     signature = inspect.signature(model.get_submodule(planned.entry).forward)
     positions = {name: at for at, name in enumerate(signature.parameters)}
-    block = ParallelBlock(path, planned, positions, group)
+    cuts: Cuts | None = None
+    if options.dropout == "exact" and planned.heads is not None:
+        cuts = CutHeads(plan.query_heads(path), group.rank, planned.folded_heads)
+    elif options.dropout == "exact":
+        cuts = _features(planned, plan, group)
+    block = ParallelBlock(path, planned, positions, group, cuts)
     if planned.bias_shards:
         layouts = {name: plan.layouts[f"{path}.{name}"] for name in planned.bias_shards}
         held = {name: (layout.parts[group.rank][0], layout.shape[-1]) for name, layout in layouts.items()}
@@ -118,6 +127,12 @@ def _block(model: nn.Module, path: str, planned: BlockPlan, plan: Plan, group: G
     for row in planned.rows:
         RowParallelForward.install(model.get_submodule(row), block)
     return block
+
+
+def _features(planned: BlockPlan, plan: Plan, group: Group) -> Cuts:
+    """How the inputs of a block's row-parallel linears are split."""
+    inputs = dict.fromkeys(plan.layouts[f"{row}.weight"].parts for row in planned.rows)
+    return CutFeatures(tuple(inputs), group.rank)
 
 
 def _residual(
@@ -151,9 +166,10 @@ def _overlap(model: nn.Module, planned: BlockPlan, plan: Plan, block_input: Bloc
         block_input.siblings.append(tuple(linears))
 
 
-def _stack(path: str, layers: list[str], parts: Parts, group: Group) -> StackOfLayers:
+def _stack(path: str, layers: list[str], parts: Parts, group: Group, options: RunConfig) -> StackOfLayers:
     stack = Stack(path, group)
-    regions = {layer: LayerRegion(layer, stack, group.rank) for layer in layers}
+    exact = options.dropout == "exact"
+    regions = {layer: LayerRegion(layer, stack, group.rank, exact) for layer in layers}
     for layer, region in regions.items():
         for name, block in parts.blocks.items():
             if name == layer or name.startswith(f"{layer}."):

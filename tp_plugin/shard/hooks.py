@@ -2,12 +2,12 @@
 
     where                        when            what
     blocks, embeddings, heads    before, after   a step around each that the script calls by itself (first, last)
-    each block's entry           before          f at its inputs; its random stream begins
+    each block's entry           before          f at its inputs; what it drops is split from here on
     … or modules below it        before, after   the same, where the block begins further inside
-    each block                   after           the sum of its partial output; its random stream ends, whatever happens
-    dropouts in or beside blocks before, after   the random stream that their input asks for
+    each block                   after           the sum of its partial output; nothing is split from here on, always
+    dropouts in or beside blocks before, after   they drop what their input asks for: all of it, or this rank's part
     layers, parallel residual    before, after   two blocks communicate as one
-    stacks of layers             before, after   sequence parallelism: tokens split and joined; a stream per layer
+    stacks of layers             before, after   sequence parallelism: tokens split and joined, and what drops them
     models around layers         after           attention weights of all heads, hidden states of all tokens (first)
     output heads                 before, after   f at the hidden states; logits over the full vocabulary (first)
     the model                    before          a deep copy gets its parameters' hooks (first)

@@ -17,6 +17,7 @@ from tp_plugin.tensor.arguments import Arguments
 from tp_plugin.tensor.bypass_check import BypassCheck
 from tp_plugin.tensor.parallel_residual import ParallelResidual
 from tp_plugin.tensor.wgrad_overlap import BlockInput
+from tp_plugin.tensor.whole_masks import Cuts, attends_elsewhere
 
 
 class ParallelBlock:
@@ -27,6 +28,7 @@ class ParallelBlock:
         plan: how the block communicates.
         positions: position of every argument of the forward of the block's entry.
         group: the TP group.
+        cuts: how the tensors inside are split that dropouts act on; None: each rank draws masks of its own.
 
     Attributes:
         block_input: the node at which the block begins; shared by the two blocks of a parallel residual.
@@ -36,9 +38,9 @@ class ParallelBlock:
         bypass: the check of a block whose inputs are not named.
     """
 
-    def __init__(self, path: str, plan: BlockPlan, positions: dict[str, int], group: Group):
+    def __init__(self, path: str, plan: BlockPlan, positions: dict[str, int], group: Group, cuts: Cuts | None):
         self.path, self.plan, self.positions, self.group = path, plan, positions, group
-        self.region = rng.ShardedRegion(path, group.rank)
+        self.region = rng.ShardedRegion(path, group.rank, cuts)
         self.block_input = BlockInput(group)
         self.residual: ParallelResidual | None = None
         self.stack: sequence.Stack | None = None
@@ -109,6 +111,7 @@ class ParallelBlock:
         return self._enter_below(block, output)
 
     def _enter_below(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        self._inside = True  # a layer is recomputed without its hooks
         self._to_come -= 1
         if self._to_come <= 0:  # what runs before the last of several beginnings is replicated
             self._begin(block, x.device)
@@ -128,9 +131,10 @@ class ParallelBlock:
         return entered
 
     def _begin(self, module: nn.Module, device: torch.device) -> None:
-        # on parts of the sequence the whole layer has this rank's own random stream
-        if module.training and not self.on_own_tokens and self._draws(module):
-            self.region.begin(device)
+        # on parts of the sequence the whole layer has this rank's own random stream, if it draws from its own
+        if module.training and (self.region.nests or not self.on_own_tokens) and self._draws(module):
+            attention = self.region.nests and self.plan.heads is not None
+            self.region.begin(device, own=attention and attends_elsewhere(module))
 
     @property
     def on_own_tokens(self) -> bool:
@@ -140,7 +144,9 @@ class ParallelBlock:
     @property
     def stream(self) -> rng.ShardedRegion:
         """The random stream that the inside of the block draws from."""
-        return self.layer_region if self.on_own_tokens and self.layer_region is not None else self.region
+        if self.on_own_tokens and self.layer_region is not None and not self.region.is_open:
+            return self.layer_region
+        return self.region
 
     def sum_output(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         """Forward hook of a module whose output is this rank's part of a sum."""

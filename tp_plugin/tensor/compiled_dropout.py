@@ -80,7 +80,7 @@ class SeededDropouts(TorchFunctionMode):
             return self._dropout(*args, **kwargs)
         if function is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
-        if function in _RANDOM:
+        if function in RANDOM:
             raise TPError(
                 f"{function.__name__} inside a sharded block cannot be compiled: it would draw the same on all ranks; "
                 "run this module with torch.compiler.disable"
@@ -129,13 +129,18 @@ def attend(
     )
 
 
-_RANDOM: set[Callable[..., Any]] = {
+DROPOUTS: set[Callable[..., Any]] = {
+    F.dropout, torch.dropout, torch.dropout_, torch.native_dropout, F.scaled_dot_product_attention,
+}  # fmt: skip
+"""What drops activations in a model."""
+
+RANDOM: set[Callable[..., Any]] = {
     torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout, F.alpha_dropout, F.feature_alpha_dropout,
     F.dropout1d, F.dropout2d, F.dropout3d, F.rrelu, F.gumbel_softmax, torch.bernoulli, torch.Tensor.bernoulli,
     torch.Tensor.bernoulli_, torch.rand_like, torch.randn_like, torch.Tensor.uniform_, torch.Tensor.normal_,
     torch.multinomial,
 }  # fmt: skip
-"""What draws random numbers in a model besides dropout and attention."""
+"""What else draws random numbers in a model."""
 
 
 class _Seeded:

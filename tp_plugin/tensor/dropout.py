@@ -9,6 +9,7 @@ from torch import nn
 
 from tp_plugin.tensor import rng
 from tp_plugin.tensor.block import ParallelBlock
+from tp_plugin.tensor.whole_masks import Cuts
 
 
 class FollowingDropout:
@@ -18,9 +19,9 @@ class FollowingDropout:
     layer's drops from this rank's share after that stretch has ended at the base layer's reduction.
     """
 
-    def __init__(self, path: str, kind: str, block: ParallelBlock):
+    def __init__(self, path: str, kind: str, block: ParallelBlock, cuts: Cuts | None):
         self.kind, self.block = kind, block
-        self.own = rng.ShardedRegion(path, block.group.rank)
+        self.own = rng.ShardedRegion(path, block.group.rank, cuts)
 
     def before(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Forward pre-hook."""

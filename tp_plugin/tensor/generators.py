@@ -1,8 +1,12 @@
-"""Default random generators by device: the CPU's, and any accelerator's through torch's module for its device type."""
+"""Default random generators by device: the CPU's, and any accelerator's through torch's module for its device type.
+
+And the streams of their own that ranks draw from for a while.
+"""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 from typing import Any
 
 import torch
@@ -40,6 +44,50 @@ class DefaultGenerator:
     def advance(self) -> None:
         """Draw one number."""
         torch.rand(1, device=self.device)
+
+
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+class OwnStream:
+    """A default generator for a while on a stream of its own, seeded by a hash of its state and ``key``."""
+
+    def __init__(self, key: bytes):
+        self.key = key
+        self._stream: DefaultGenerator | None = None
+        self._replicated = self._seeded = self._paused = _NOTHING
+
+    def begin(self, device: torch.device) -> None:
+        """Switch ``device`` to it."""
+        if self._stream is not None:
+            self.end()  # an exception left it on
+        self._stream = DefaultGenerator(device)
+        self._replicated = self._stream.get()
+        digest = hashlib.blake2b(self._replicated.numpy().tobytes(), key=self.key, digest_size=8).digest()
+        self._seeded = self._stream.seed(int.from_bytes(digest, "little") >> 1)
+
+    def end(self) -> bool:
+        """Switch back, if it is on; returns whether it drew anything."""
+        if self._stream is None:
+            return False
+        stream, self._stream = self._stream, None
+        drew = not torch.equal(stream.get(), self._seeded)
+        stream.set(self._replicated)
+        if drew:
+            stream.advance()
+        return drew
+
+    def pause(self) -> None:
+        """Switch back for a moment, if it is on."""
+        if self._stream is not None:
+            self._paused = self._stream.get()
+            self._stream.set(self._replicated)
+
+    def resume(self) -> None:
+        """Undo :meth:`pause`."""
+        if self._stream is not None:
+            self._replicated = self._stream.get()
+            self._stream.set(self._paused)
 
 
 def of_accelerator() -> DefaultGenerator | None:

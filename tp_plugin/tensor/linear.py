@@ -34,6 +34,7 @@ class RowParallelForward(WrappedForward):
     def run(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """This rank's features (…, in / tp) → the full output (…, out)."""
         module: Any = self.module
+        self.block.region.end()  # nothing split is dropped any more, and recomputation may stop inside of the product
         bias: torch.Tensor | None = getattr(module, "bias", None)  # every rank holds all of it
         if runs_as(self.own, nn.Linear):
             return self.block.reduce(F.linear(x, module.weight), bias, fresh=True)

@@ -1,14 +1,17 @@
-"""Randomness in a TP group: equal where the computation is replicated, different where it is sharded.
+"""Randomness in a TP group: equal where the computation is replicated, one process' masks where it is sharded.
 
-The script's own generators are the replicated stream. A sharded region (from a block's input to its reduction) runs on
-a stream of its own, seeded by a hash of the replicated state, the TP rank and the block: nothing else is remembered,
-so recomputation under gradient checkpointing, which restores the replicated state, draws the same masks again.
-A region that drew nothing leaves the replicated stream untouched; one that did advances it by one draw, so that the
-next region differs.
+The script's own generators are the replicated stream. In a sharded region (from a block's input to its reduction) all
+ranks draw the masks of one process from it, and take their parts (whole_masks.py). Where the run asks for that
+(``dropout: sharded``), or nobody knows what one process draws, the region runs on a stream of its own, seeded by a hash
+of the replicated state, the TP rank and the block. Nothing is remembered, so recomputation under gradient
+checkpointing, which restores the replicated state, draws the same masks again. A region that drew nothing leaves the
+replicated stream untouched; one that drew from its own advances it by one draw, so that the next region differs.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import random
 from typing import Any
@@ -19,67 +22,104 @@ from torch import nn
 
 from tp_plugin.mesh.groups import Group
 from tp_plugin.tensor.compiled_dropout import SeededDropouts
-from tp_plugin.tensor.generators import DefaultGenerator, of_accelerator
-
-_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
+from tp_plugin.tensor.generators import DefaultGenerator, OwnStream, of_accelerator
+from tp_plugin.tensor.whole_masks import Cuts, WholeMasks, draws_whole
 
 
 class ShardedRegion:
-    """The stretch of a block between its input and its reduction."""
+    """The stretch of a block between its input and its reduction.
 
-    def __init__(self, block: str, tp_rank: int):
-        self._key = hashlib.blake2b(f"{block}/{tp_rank}".encode(), digest_size=16).digest()
-        self._number = torch.tensor(int.from_bytes(self._key[:7], "little"), device="cpu")
+    Args:
+        block: the block's path.
+        cuts: how the tensors inside are split, of which one process' masks are drawn; None: masks of its own.
+    """
+
+    def __init__(self, block: str, tp_rank: int, cuts: Cuts | None = None):
+        self.block, self.tp_rank, self.cuts = block, tp_rank, cuts
+        key = hashlib.blake2b(f"{block}/{tp_rank}".encode(), digest_size=16).digest()
+        self._own = OwnStream(key)
+        self._number = torch.tensor(int.from_bytes(key[:7], "little"), device="cpu")
         self._traced: SeededDropouts | None = None
-        self._stream: DefaultGenerator | None = None
-        self._replicated = self._seeded = self._paused = _NOTHING
+        self._masks: list[WholeMasks] = []
 
-    def begin(self, device: torch.device) -> None:
-        """Switch ``device`` to the sharded stream."""
+    @property
+    def nests(self) -> bool:
+        """Whether it may begin inside another one, whose dropouts are split otherwise."""
+        return self.cuts is not None and not torch.compiler.is_compiling()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether one process' masks are drawn now."""
+        return bool(self._masks)
+
+    def begin(self, device: torch.device, own: bool = False) -> None:
+        """Draw the masks of what is inside from here on; ``own``: not those of one process."""
         if torch.compiler.is_compiling():
             self._traced = SeededDropouts(self._number)
             torch._C._push_on_torch_function_stack(self._traced)
             return
-        if self._stream is not None:
-            self.end()  # an exception left the region open
-        self._stream = DefaultGenerator(device)
-        self._replicated = self._stream.get()
-        digest = hashlib.blake2b(self._replicated.numpy().tobytes(), key=self._key, digest_size=8).digest()
-        self._seeded = self._stream.seed(int.from_bytes(digest, "little") >> 1)
+        self.end()  # if an exception left the region open
+        if self.cuts is None or own or not draws_whole(device):
+            self._own.begin(device)
+        else:
+            self._push(self.cuts)
+
+    def _push(self, cuts: Cuts | None) -> None:
+        self._masks.append(WholeMasks(self.block, cuts, self._own))
+        self._masks[-1].begin()
 
     def end(self) -> None:
-        """Switch back to the replicated stream; does nothing outside the region."""
+        """Back to the replicated stream; does nothing outside the region."""
         if self._traced is not None:
             self._traced = None
             torch._C._pop_torch_function_stack()
-        if self._stream is None:
-            return
-        stream, self._stream = self._stream, None
-        drew = not torch.equal(stream.get(), self._seeded)
-        stream.set(self._replicated)
-        if drew:
-            stream.advance()
+        while self._masks:
+            self._masks.pop().end()
+        self._own.end()
 
     def pause(self) -> None:
-        """Inside the region, switch to the replicated stream for a moment."""
+        """Inside the region, what is replicated is drawn for a moment."""
         if self._traced is not None:
             self._traced.paused = True
-        if self._stream is not None:
-            self._paused = self._stream.get()
-            self._stream.set(self._replicated)
+        if self._masks:
+            self._push(None)
+        self._own.pause()
 
     def resume(self) -> None:
         """Undo :meth:`pause`."""
         if self._traced is not None:
             self._traced.paused = False
-        if self._stream is not None:
-            self._replicated = self._stream.get()
-            self._stream.set(self._paused)
+        if self._masks:
+            self._masks.pop().end()
+        self._own.resume()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedRegion:
-        copied = ShardedRegion("", 0)
-        copied._key, copied._number = self._key, self._number
-        return copied
+        return ShardedRegion(self.block, self.tp_rank, copy.deepcopy(self.cuts, memo))
+
+
+class RegionCheckpoint:
+    """A layer's checkpoint, in which its forward runs in the layer's region, now and when it is recomputed.
+
+    transformers recomputes a layer's forward without its hooks.
+    """
+
+    def __init__(self, checkpoint: Any, region: ShardedRegion, device: torch.device):
+        self._checkpoint, self._region, self._device = checkpoint, region, device
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Those of the checkpoint that it is."""
+        return getattr(self._checkpoint, "keywords", {})
+
+    def __call__(self, forward: Any, *args: Any) -> Any:
+        return self._checkpoint(functools.partial(self._run, forward), *args)
+
+    def _run(self, forward: Any, *args: Any) -> Any:
+        self._region.begin(self._device)
+        try:
+            return forward(*args)
+        finally:
+            self._region.end()
 
 
 _OUTSIDE = ("classifier_dropout", "summary_first_dropout", "embd_pdrop")

@@ -10,6 +10,7 @@ It acts wherever gradients are recorded. A sequence that tp does not divide is f
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from tp_plugin.mesh.groups import Group, Pending
 from tp_plugin.tensor import regions, rng
 from tp_plugin.tensor.first_order import apply, first_order
 from tp_plugin.tensor.graphs import assume_constant_result
+from tp_plugin.tensor.whole_masks import Cut
 
 SEQUENCE = 1
 """The dimension of the tokens in (batch, sequence, hidden)."""
@@ -194,18 +196,45 @@ def _in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-class LayerRegion:
-    """Hooks of a layer: its dropouts outside the blocks draw from this rank's own random stream."""
+@dataclass(frozen=True)
+class Tokens:
+    """How (batch, sequence, hidden), or (batch · sequence, hidden), is split between the blocks of a stack."""
 
-    def __init__(self, path: str, stack: Stack, tp_rank: int):
+    stack: Stack
+
+    def __call__(self, shape: torch.Size) -> Cut | None:
+        group, length = self.stack.group, self.stack.length
+        own = -(-length // group.size)
+        start = min(own * group.rank, length)
+        mine = start, start + _owned(length, own, group.rank)
+        if len(shape) == 3 and shape[SEQUENCE] == own:
+            return Cut(SEQUENCE, length, (mine,))
+        if len(shape) == 2 and shape[0] % own == 0:
+            return Cut(0, length, (mine,)).folded(shape[0] // own, own)
+        return None
+
+
+class LayerRegion:
+    """Hooks of a layer: its dropouts outside the blocks act on this rank's tokens.
+
+    Args:
+        exact: they drop what one process drops of these; else each rank draws masks of its own.
+    """
+
+    def __init__(self, path: str, stack: Stack, tp_rank: int, exact: bool):
         self.stack, self.draws = stack, rng.Dropouts()
-        self.region = rng.ShardedRegion(path + "/sequence", tp_rank)
+        self.region = rng.ShardedRegion(path + "/sequence", tp_rank, Tokens(stack) if exact else None)
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook (with kwargs)."""
         if layer.training and self.stack.runs and self.draws(layer):
             x = args[0] if args else next(iter(kwargs.values()))
-            self.region.begin(x.device)
+            if self.region.nests and getattr(layer, "gradient_checkpointing", False):
+                checkpoint = layer._gradient_checkpointing_func
+                if not isinstance(checkpoint, rng.RegionCheckpoint):
+                    layer._gradient_checkpointing_func = rng.RegionCheckpoint(checkpoint, self.region, x.device)  # type: ignore[assignment]
+            else:
+                self.region.begin(x.device)
 
     def after(self, layer: nn.Module, args: Any, output: Any) -> None:
         """Forward hook (always called)."""
