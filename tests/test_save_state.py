@@ -45,7 +45,10 @@ def accelerated(tp: int) -> Iterator[None]:
         yield
     finally:
         for owner, name, original in reversed(mine):
-            setattr(owner, name, original)
+            if original is patching.INHERITED:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
             patching._originals.remove((owner, name, original))
         modules["accelerate.state"].AcceleratorState._reset_state(True)
         modules["accelerate.state"].GradientState._reset_state()

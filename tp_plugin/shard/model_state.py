@@ -24,6 +24,7 @@ from tp_plugin.shard.copies import Copies
 from tp_plugin.shard.lazy_full_tensor import LazyFullTensor
 from tp_plugin.shard.model_peers import ModelPeers
 from tp_plugin.shard.params import ParamIndex
+from tp_plugin.shard.quantized import cut_statistics
 from tp_plugin.tensor.on_shards import on_shards
 
 _numbers = itertools.count()
@@ -72,6 +73,9 @@ class ModelState:
             size = parameter.element_size()
             runtime.held_bytes += parameter.numel() * size
             runtime.full_bytes += torch.Size(plan.layouts[name].shape).numel() * size
+        for _, tensor, layout in cut_statistics(model):
+            runtime.held_bytes += tensor.nbytes
+            runtime.full_bytes += torch.Size(layout.shape).numel() * tensor.element_size()
 
     def _register(self, model: nn.Module, layouts: dict[str, ParamLayout]) -> None:
         self.number = next(_numbers)
