@@ -29,6 +29,6 @@ if [ "$(cat "$venv/.tp-plugin-stamp" 2>/dev/null || true)" != "$stamp" ]; then
     echo "Installing into $venv (once, some minutes) ..."
     # torch first, with exactly this spec: left to the resolver, another build with gigabytes of CUDA may be chosen.
     python -m pip install --quiet "$(grep '^torch==' constraints.txt)"
-    python -m pip install --quiet -c constraints.txt -e '.[deepspeed,peft,trl,dev]'
+    python -m pip install --quiet -c constraints.txt -e '.[deepspeed,peft,trl,quant,dev]'
     echo "$stamp" >"$venv/.tp-plugin-stamp"
 fi

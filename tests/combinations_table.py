@@ -46,6 +46,12 @@ COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
     ),
     "optimizer on the CPU": ("", "", "test_zero.py::test_offloaded", FSDP2_SETTINGS),
     "LoRA": ("test_lora.py::test_lora_on_every_linear", TRL, "test_zero.py::test_lora", f"{FSDP2}::test_lora"),
+    "QLoRA": (
+        "blackbox/test_qlora.py::test_trl_sft",
+        "test_quantized_scripts.py::test_script",
+        "refused test_quantized_scripts.py::test_other_engines_are_refused",
+        "refused test_quantized_scripts.py::test_other_engines_are_refused",
+    ),
     "prefix tuning": (
         "test_prompts.py::test_the_numbers_are_those_of_one_process",
         DDP,

@@ -55,7 +55,7 @@ def refused(bench, tmp_path_factory):
         rows.weight = torch.nn.Parameter(torch.zeros(7, 5))
         model.save_pretrained(root / name)
     config = LlamaConfig.from_pretrained(root / "quantized")
-    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
     config.save_pretrained(root / "quantized")
     run = bench.run("refused", 4, 1, ("--models", str(root)))
     return run

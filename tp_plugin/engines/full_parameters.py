@@ -17,6 +17,7 @@ from tp_plugin.runtime.runtime import Runtime, current
 from tp_plugin.runtime.sync_points import BARRIER
 from tp_plugin.shard.full_tensor import gather_shards
 from tp_plugin.shard.params import plain_name
+from tp_plugin.shard.quantized import is_code
 from tp_plugin.shard.replicas import agree_on
 from tp_plugin.tensor.global_view import ScriptRegion
 from tp_plugin.tensor.param_entry import bind, entry_of, layout_of
@@ -40,7 +41,11 @@ def full_parameters(module: nn.Module, write: bool = False) -> Iterator[None]:
         TPError: a parameter was written to without ``write=True``; the model was called in the block.
     """
     runtime = current()
-    parameters = {plain_name(name): parameter for name, parameter in module.named_parameters()}
+    parameters = {
+        plain_name(name): parameter
+        for name, parameter in module.named_parameters()
+        if not (is_code(parameter) and layout_of(parameter) is not None)  # which mean nothing without their scales
+    }
     if runtime is not None:
         runtime.sync_points.rendezvous(BARRIER)
     with _gathered_by_deepspeed(list(parameters.values()), write, runtime):

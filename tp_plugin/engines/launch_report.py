@@ -87,7 +87,7 @@ def _sizes(parameters: dict[str, nn.Parameter], plan: Plan) -> dict[str, str]:
     whole, replicated = 0, 0
     for name, parameter in parameters.items():
         layout = plan.layouts[name]
-        whole += math.prod(layout.shape)
+        whole += math.prod(layout.features.shape)
         part = "vocabulary" if name in vocabulary else "blocks" if layout.is_sharded else "replicated"
         replicated += part == "replicated"
         for rank in range(plan.tp):

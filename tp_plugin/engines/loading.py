@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from tp_plugin.config.resolve import current_config
+from tp_plugin.config.run_config import RunConfig
 from tp_plugin.engines.patching import patch, wrap
+from tp_plugin.engines.quantization import check_linears
 from tp_plugin.shard.lazy_load import HOST, LazyParameter, is_mapped, lies_in_file, move_, read_at_forward
 from tp_plugin.shard.mapped_file import MOST, open_checkpoint
 
@@ -28,6 +30,8 @@ def install(modeling_utils: Any) -> None:
 
     @functools.wraps(original)
     def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if current_config().unit_size > 1 and not _is_left_whole(model, current_config()):
+            check_linears(model)
         if state_dict is None and _is_plain(modeling_utils, model, checkpoint_files, load_config):
             state_dict = _mapped(model, checkpoint_files, load_config)
         device = HOST if state_dict is None else _one_device(load_config.device_map)
@@ -99,16 +103,17 @@ def _make_room(modeling_utils: Any, model: nn.Module) -> None:
                 tensors[name] = made[id(tensor)]  # type: ignore[assignment]
 
 
+def _is_left_whole(model: Any, options: RunConfig) -> bool:
+    known_by = {getattr(getattr(model, "config", None), "model_type", None), type(model).__name__}
+    return not known_by.isdisjoint(options.leave_whole)
+
+
 def _is_plain(modeling_utils: Any, model: Any, files: Any, load_config: Any) -> bool:
     options = current_config()
-    config = getattr(model, "config", None)
-    left_whole = (
-        getattr(config, "model_type", None) in options.leave_whole or type(model).__name__ in options.leave_whole
-    )
     devices = {str(device) for device in (load_config.device_map or {}).values()}
     return (
         options.unit_size > 1
-        and not left_whole
+        and not _is_left_whole(model, options)
         and bool(files)
         and all(str(file).endswith(".safetensors") for file in files)
         and load_config.hf_quantizer is None

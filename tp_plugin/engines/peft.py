@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from tp_plugin.engines.patching import wrap
+from tp_plugin.engines.quantization import refuse_merge
 from tp_plugin.engines.torch_utils import in_step
 from tp_plugin.errors import TPError
 from tp_plugin.policy import Plan
@@ -25,18 +26,26 @@ def install(peft_model: Any) -> None:
 def install_tuners(tuners_utils: Any) -> None:
     """Patch ``BaseTuner``: what merges and unloads adapters."""
     wrap(tuners_utils.BaseTuner, "_unload_and_optionally_merge", _unload)
+    wrap(tuners_utils.BaseTuner, "merge_adapter", _merge)
 
 
-def _unload(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+def _merge(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    refuse_merge(self)
+    return original(self, *args, **kwargs)
+
+
+def _unload(original: Any, self: Any, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
     """Each rank merges its shares; then the base layers stand where the adapters' were."""
     records: list[Any] = [model.tp_record for _, model in models_in(self) if is_sharded(model)]
     if not records:
-        return original(self, *args, **kwargs)
+        return original(self, merge, *args, **kwargs)
+    if merge:
+        refuse_merge(self)
     with require().sessions.together("merge_and_unload"):  # a peer reads what is merged here by its new name
         for record in records:
             record.index.tensors()
         with require().region.step():
-            result = original(self, *args, **kwargs)
+            result = original(self, merge, *args, **kwargs)
         for record in records:
             record.follow_renames()
     return result

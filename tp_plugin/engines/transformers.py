@@ -16,6 +16,7 @@ from tp_plugin.config.resolve import current_config
 from tp_plugin.config.run_config import RunConfig
 from tp_plugin.engines import loading, saving
 from tp_plugin.engines.patching import patch, wrap
+from tp_plugin.engines.quantization import check_quantization, own_device
 from tp_plugin.engines.torch_utils import in_step
 from tp_plugin.errors import TPError
 from tp_plugin.policy import check_config, load, policy_for
@@ -89,9 +90,11 @@ def _from_pretrained(original: Any) -> classmethod[Any, Any, Any]:
             quantized = quantized or written.get("quantization_config")
             config = written.get("model_type")
         if quantized is not None:
-            _refuse_quantized(config, current_config())
+            check_quantization(config, quantized, current_config())
         if isinstance(kwargs.get("device_map"), str) and kwargs["device_map"] in _SPREADS and not _is_off():
             kwargs["device_map"] = None
+        if quantized is not None and not _is_off():
+            kwargs["device_map"] = own_device(kwargs.get("device_map"))
         return original(cls, name, *args, **kwargs)
 
     return classmethod(from_pretrained)
@@ -112,7 +115,7 @@ def check_before_load(config: Any, options: RunConfig) -> None:
 
     Raises:
         PolicyError: no policy, or more ranks than heads.
-        TPError: a quantized model, or a world that ``tp_size`` does not divide.
+        TPError: a quantized model that cannot be cut, or a world that ``tp_size`` does not divide.
     """
     model_type = getattr(config, "model_type", None)
     if options.unit_size == 1 or model_type in options.leave_whole:
@@ -129,16 +132,7 @@ def check_before_load(config: Any, options: RunConfig) -> None:
         policy = policy_for(config)  # a tower of the model that the configured policy is for
     check_config(config, policy, options.tp_size, options.leave_whole)
     if getattr(config, "quantization_config", None) is not None:
-        _refuse_quantized(config, options)
-
-
-def _refuse_quantized(config: Any, options: RunConfig) -> None:
-    model_type = config if isinstance(config, str) else getattr(config, "model_type", None)
-    if options.unit_size > 1 and model_type not in options.leave_whole:
-        raise TPError(
-            f"this {model_type} model is to be quantized (quantization_config), and {options.sizes} cannot "
-            "split quantized weights; remove quantization_config, or set tp_size: 1"
-        )
+        check_quantization(config, config.quantization_config, options)
 
 
 def _resize_token_embeddings(original: Any, self: Any, new_num_tokens: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -157,7 +151,7 @@ def _num_parameters(original: Any, self: Any, only_trainable: bool = False, excl
     # the same parameters, each counted with its whole shape
     embeddings = {id(m.weight) for m in self.modules() if exclude_embeddings and isinstance(m, nn.Embedding)}
     return sum(
-        math.prod(self.tp_record.plan.layouts[plain_name(name)].shape)
+        math.prod(self.tp_record.plan.layouts[plain_name(name)].features.shape)
         for name, parameter in self.named_parameters()
         if id(parameter) not in embeddings and (parameter.requires_grad or not only_trainable)
     )

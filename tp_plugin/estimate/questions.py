@@ -105,10 +105,10 @@ class Questions:
         if best.layout.tp == 1 and best.verdict == "fits" and self.planner.cluster.gpus > 1:
             engine = WORDS[best.layout.engine]
             found.append(f"tp = 1 with {engine} is faster here: the model fits without tensor parallelism.")
+        if self.planner.job.quantized:
+            found.append("Quantized models are sharded over DDP without stages; other layouts are planned only.")
         for each in shown:
             found += [f"{each.layout.short}: {warning}." for warning in each.warnings]
-        if self.planner.job.quantized:
-            found.append("Quantized models are planned only: this version refuses to shard them.")
         return list(dict.fromkeys(found))
 
     def inference(self) -> list[dict[str, float]]:

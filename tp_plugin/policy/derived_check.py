@@ -92,7 +92,7 @@ def _check_attention(scope: Scope, block: BlockPlan) -> None:
 
 
 def _layout(plan: Plan, linear: str) -> ParamLayout:
-    return plan.layouts[f"{linear}.weight"]
+    return plan.layouts[f"{linear}.weight"].features
 
 
 def _width(layout: ParamLayout) -> int:

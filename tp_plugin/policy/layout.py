@@ -89,6 +89,11 @@ class ParamLayout:
     def is_sharded(self) -> bool:
         return self.dim is not None
 
+    @property
+    def features(self) -> ParamLayout:
+        """How the matrix is cut that a layer computes with: itself, if the tensor is no code for one (packed.py)."""
+        return self
+
     @cached_property
     def segments(self) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
         """``(start, stop, ranks)`` for each maximal stretch of the split dimension held by one set of ranks."""

@@ -86,7 +86,7 @@ class Plan:
         assert block.heads is not None
         if not block.rows:
             return tuple((held,) for held in block.heads.q)
-        layout = self.layouts[f"{block.rows[0]}.weight"]  # its input is the concatenated outputs of the heads
+        layout = self.layouts[f"{block.rows[0]}.weight"].features  # its input is the concatenated outputs of the heads
         assert layout.dim is not None
         width = layout.shape[layout.dim] // block.heads.q_heads
         return tuple(tuple((a // width, b // width) for a, b in part) for part in layout.parts)

@@ -133,7 +133,7 @@ def _size_by_rank(
     if meaning == "width":
         row = f"{path}.{next(iter(block.row))}"
         base = f"{row}.base_layer" if is_adapted(scope.modules[row]) else row
-        layout = scope.plan.layouts[f"{base}.weight"]
+        layout = scope.plan.layouts[f"{base}.weight"].features
         assert layout.dim is not None
         return whole, [layout.local_shape(rank)[layout.dim] for rank in range(scope.plan.tp)]
     total, held = counts["q_heads" if meaning == "q_width" else "kv_heads"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tp_plugin.policy.blocks import Vocabulary
 from tp_plugin.policy.layout import ParamLayout
 from tp_plugin.policy.lora import is_adapted, plan_vocabulary_adapters, variants_of
+from tp_plugin.policy.packed import is_packed
 from tp_plugin.policy.scope import Scope
 from tp_plugin.policy.split import vocabulary_rows
 
@@ -27,6 +28,8 @@ def _plan_rows(scope: Scope, path: str, paths: list[str]) -> None:
             f"{path} is wrapped by {type(module).__name__}; of PEFT's wrappers of an embedding or a head, LoRA and "
             "modules_to_save can be sharded"
         )
+    if is_packed(scope.modules[base]):
+        scope.fail(f"{path} is quantized, which an output head is not by default: leave it out (llm_int8_skip_modules)")
     weight = tuple(scope.parameters[f"{base}.weight"].shape)
     parts, rows = vocabulary_rows(weight[0], scope.plan.tp)
     layout = ParamLayout(weight, 0, parts, pad_to=rows)

@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from tp_plugin.errors import PolicyError
 from tp_plugin.policy.layout import ParamLayout
 from tp_plugin.policy.lora import is_adapted, plan_adapters, variants_of
+from tp_plugin.policy.packed import codes_layout, is_packed
 from tp_plugin.policy.scope import Scope
 from tp_plugin.policy.split import HeadSplit, Split
 
@@ -28,12 +29,14 @@ def plan_linear(scope: Scope, path: str, split: Split, heads: HeadSplit, *, colu
         )
     if is_adapted(module):
         plan_linear(scope, f"{path}.base_layer", split, heads, column=column)
-        plan_adapters(scope, path, module, scope.plan.layouts[f"{path}.base_layer.weight"].parts, column=column)
+        features = scope.plan.layouts[f"{path}.base_layer.weight"].features
+        plan_adapters(scope, path, module, features.parts, column=column)
         return
-    if type(module) not in (nn.Linear, Conv1D) and type(module).__name__ not in scope.policy.linears:
+    packed = is_packed(module)
+    if not packed and type(module) not in (nn.Linear, Conv1D) and type(module).__name__ not in scope.policy.linears:
         scope.fail(
             f"{path} is a {type(module).__name__}; column- and row-parallel modules must be plain nn.Linear or "
-            "Conv1D (quantized and wrapped layers are not supported)"
+            "Conv1D, or bitsandbytes' Linear4bit or Linear8bitLt (other quantized and wrapped layers are not supported)"
         )
     weight = scope.parameters.get(f"{path}.weight")
     if weight is None:
@@ -45,16 +48,18 @@ def plan_linear(scope: Scope, path: str, split: Split, heads: HeadSplit, *, colu
     # Conv1D keeps its weight as (in, out), nn.Linear as (out, in)
     out_dim = 1 if isinstance(module, Conv1D) else 0
     dim = out_dim if column else 1 - out_dim
+    shape = (module.out_features, module.in_features) if packed else tuple(weight.shape)
     try:
-        parts = split(weight.shape[dim], scope.plan.tp, heads)
+        parts = split(shape[dim], scope.plan.tp, heads)
+        layout = codes_layout(module, dim, parts) if packed else ParamLayout(shape, dim, parts)
     except PolicyError as error:
         scope.fail(f"{path}: {error}")
-    scope.claim(f"{path}.weight", ParamLayout(tuple(weight.shape), dim, parts))
+    scope.claim(f"{path}.weight", layout)
     if getattr(module, "bias", None) is not None:
         bias = tuple(scope.parameters[f"{path}.bias"].shape)
         # a row-parallel bias is added once, after the reduction: every rank holds all of it
-        layout = ParamLayout(bias, 0, parts) if column else ParamLayout.replicated(bias, scope.plan.tp)
-        scope.claim(f"{path}.bias", layout)
+        of_bias = ParamLayout(bias, 0, parts) if column else ParamLayout.replicated(bias, scope.plan.tp)
+        scope.claim(f"{path}.bias", of_bias)
     (scope.plan.columns if column else scope.plan.rows).append(path)
 
 
@@ -62,6 +67,8 @@ def plan_tensor(scope: Scope, path: str, split: Split, dim: int, heads: HeadSpli
     """Claim the parameter at ``path``, or each parameter of the module there, as split along ``dim``."""
     for name in scope.below(path):
         shape = tuple(scope.parameters[name].shape)
+        if is_packed(scope.modules[name.rpartition(".")[0]]):
+            scope.fail(f"{name} is quantized, and split as a tensor: leave it in 16 bits (llm_int8_skip_modules)")
         try:
             scope.claim(name, ParamLayout(shape, dim, split(shape[dim], scope.plan.tp, heads)))
         except PolicyError as error:

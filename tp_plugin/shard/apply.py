@@ -22,7 +22,7 @@ from tp_plugin.policy.stages import Stages, on_stage
 from tp_plugin.runtime.batch_guard import BatchGuard
 from tp_plugin.runtime.runtime import Runtime
 from tp_plugin.runtime.start import start
-from tp_plugin.shard import hooks, lazy_load
+from tp_plugin.shard import hooks, lazy_load, quantized, quantized_view  # noqa: F401  (registers its classes)
 from tp_plugin.shard.audit import audit, drift
 from tp_plugin.shard.build import build_parts
 from tp_plugin.shard.find_stages import find_stages
@@ -91,6 +91,7 @@ def parallelize(
                 id(p): unit_layout(plan, stages, name)
                 for root, plan, stages in plans
                 for name, p in root.named_parameters()
+                if not quantized.is_code(p)  # what decodes it has to be the leader's, too: it is cut afterwards
             }
             shared = agree_on_weights(model, runtime.mesh, settled, layouts=layouts, whole_world=loaded_once)
         for root, plan, stages in plans:
@@ -149,7 +150,9 @@ def shard_model(
         pipeline = Pipeline.of(model, stages, mesh)
 
     for name, parameter in model.named_parameters():
-        if id(parameter) not in shared:
+        if quantized.is_code(parameter) and layouts[name].is_sharded:
+            quantized.cut_(model.get_submodule(name.rpartition(".")[0]), layouts[name], mesh.unit.rank)
+        elif id(parameter) not in shared:
             _slice(parameter, layouts[name], mesh.unit.rank)
     lazy_load.materialize_buffers_(model)
     lazy_load.forget_forward(model)
@@ -193,10 +196,12 @@ def _hook_state_dict(model: nn.Module, state: ModelState) -> None:
 
 
 def _refuse_unsupported(model: nn.Module) -> None:
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if (getattr(model, "is_quantized", False) or quantizer is not None) and not any(quantized.packed_in(model)):
         raise TPError(
-            f"{type(model).__name__} is quantized; sharding quantized weights is not supported. Load it without "
-            "quantization_config, or set tp_size: 1"
+            f"{type(model).__name__} is quantized by {type(quantizer).__name__}; of quantized weights those of "
+            "bitsandbytes can be sharded. Load it with a BitsAndBytesConfig or without quantization_config, or set "
+            "tp_size: 1"
         )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -206,7 +211,7 @@ def _refuse_unsupported(model: nn.Module) -> None:
                 f"parameter {name!r} is already partitioned by ZeRO-3 (deepspeed.zero.Init(module=…)), but is to be "
                 "sharded first; leave the partitioning to deepspeed.initialize"
             )
-        if type(parameter) not in (nn.Parameter, lazy_load.LazyParameter):
+        if type(parameter) not in (nn.Parameter, lazy_load.LazyParameter) and not quantized.is_code(parameter):
             raise TPError(
                 f"parameter {name!r} is a {type(parameter).__name__}, not a plain Parameter; the model was already "
                 "sharded or wrapped by something else (device_map, DeepSpeed, DTensor)"

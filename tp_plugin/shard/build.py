@@ -19,6 +19,7 @@ from tp_plugin.errors import TPError
 from tp_plugin.mesh.groups import Group
 from tp_plugin.policy import BlockPlan, ParamLayout, Plan
 from tp_plugin.policy.layout import Range
+from tp_plugin.policy.packed import margins
 from tp_plugin.tensor import back_to_back
 from tp_plugin.tensor.block import ParallelBlock
 from tp_plugin.tensor.dropout import FollowingDropout
@@ -93,7 +94,7 @@ def build_parts(
 
 def _fit_modules(model: nn.Module, plan: Plan, group: Group) -> None:
     for path in (*plan.columns, *plan.rows):
-        fit_sizes(model.get_submodule(path), plan.layouts[f"{path}.weight"], group.rank)
+        fit_sizes(model.get_submodule(path), plan.layouts[f"{path}.weight"].features, group.rank)
     for (path, attribute), values in plan.attributes.items():
         *owners, name = attribute.split(".")
         owner: Any = model.get_submodule(path)
@@ -125,7 +126,7 @@ def _block(
         held = {name: (layout.parts[group.rank][0], layout.shape[-1]) for name, layout in layouts.items()}
         ExpertBiasForward.install(model.get_submodule(path), held)
     for row in planned.rows:
-        RowParallelForward.install(model.get_submodule(row), block)
+        RowParallelForward.install(model.get_submodule(row), block, margins(plan.layouts[f"{row}.weight"], group.rank))
     return block
 
 

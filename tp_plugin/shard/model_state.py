@@ -24,6 +24,7 @@ from tp_plugin.shard.copies import Copies
 from tp_plugin.shard.lazy_full_tensor import LazyFullTensor
 from tp_plugin.shard.model_peers import ModelPeers
 from tp_plugin.shard.params import ParamIndex
+from tp_plugin.shard.quantized import cut_statistics
 from tp_plugin.tensor.on_shards import on_shards
 
 _numbers = itertools.count()
@@ -67,11 +68,15 @@ class ModelState:
     def __init__(self, model: nn.Module, plan: Plan, runtime: Runtime, layouts: dict[str, ParamLayout]):
         self.plan, self.runtime, self.mesh = plan, runtime, runtime.mesh
         self.attached = True
-        self._register(model, layouts)
+        # a copy, which is empty when its state is made, has those of the original
+        self._register(model, {**layouts, **{name: layout for name, _, layout in cut_statistics(model)}})
         for name, parameter in model.named_parameters():
             size = parameter.element_size()
             runtime.held_bytes += parameter.numel() * size
             runtime.full_bytes += torch.Size(plan.layouts[name].shape).numel() * size
+        for _, tensor, layout in cut_statistics(model):
+            runtime.held_bytes += tensor.nbytes
+            runtime.full_bytes += torch.Size(layout.shape).numel() * tensor.element_size()
 
     def _register(self, model: nn.Module, layouts: dict[str, ParamLayout]) -> None:
         self.number = next(_numbers)

@@ -230,7 +230,7 @@ def _inside(
 
 
 def _features(plan: Plan, path: str, group: Any) -> Features:
-    layout = plan.layouts[f"{path}.weight"]
+    layout = plan.layouts[f"{path}.weight"].features
     if layout.dim is None:
         return _once(plan, group)
     return Features(ParamLayout((layout.shape[layout.dim],), 0, layout.parts), group)

@@ -13,6 +13,7 @@ from tp_plugin.errors import TPError
 from tp_plugin.mesh.dtensor_utils import held
 from tp_plugin.mesh.roles import Mesh
 from tp_plugin.policy import ParamLayout, Plan
+from tp_plugin.shard.quantized import STATISTICS, cut_statistics, is_code
 from tp_plugin.tensor.global_view import GlobalInfo, Peers
 from tp_plugin.tensor.global_view.attributes import accumulated_hook, gradient_hook
 from tp_plugin.tensor.on_shards import on_shards
@@ -88,12 +89,13 @@ class ParamIndex:
     """Parameters of one sharded model.
 
     Attributes:
-        layouts: layout by name, tied names included.
+        layouts: layout by name, tied names included; also of what decodes weights in codes and is cut as they are.
     """
 
     def __init__(self, model: nn.Module, layouts: Mapping[str, ParamLayout]):
         self._model = weakref.ref(model)
         self.layouts = dict(layouts)
+        self._in_codes = any(name.endswith(STATISTICS) for name in self.layouts)
         self._tensors: dict[str, torch.Tensor] = {}
         self._entries: list[ParamEntry] = []
 
@@ -107,9 +109,11 @@ class ParamIndex:
         self._entries = []
         for name, parameter in model.named_parameters():
             layout = self.layouts[name]
-            pieces = [] if mesh.unit.rank in layout.absent else list(_summed(name, layout, plan, mesh))
+            trainable = parameter.is_floating_point() and mesh.unit.rank not in layout.absent  # codes are integers
+            pieces = list(_summed(name, layout, plan, mesh)) if trainable else []
             seen = GlobalInfo(name, layout, bool(pieces), peers)
-            entry = ParamEntry(name, layout, ReplicaSum(pieces, sums) if pieces else None, seen)
+            shown = layout.is_sharded or not is_code(parameter)  # whole codes are read with whole scales
+            entry = ParamEntry(name, layout, ReplicaSum(pieces, sums) if pieces else None, seen if shown else None)
             self._entries.append(entry)
             bind(parameter, entry)
             own = _take_hooks(parameter)
@@ -121,6 +125,8 @@ class ParamIndex:
         model = self._model()
         if model is not None:
             self._tensors = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+            if self._in_codes:
+                self._tensors |= {plain_name(name): tensor for name, tensor, _ in cut_statistics(model)}
         return self._tensors
 
     def gradients(self) -> Iterator[tuple[tuple[int, int], ParamLayout]]:
@@ -159,10 +165,12 @@ class ParamIndex:
 
     def first_name(self, name: str) -> str:
         """The name under which :meth:`tensors` has the parameter ``name``."""
-        model = self._model()
+        model, tensors = self._model(), self.tensors()
         assert model is not None
+        if name in tensors:
+            return name
         tensor = model.get_parameter(name)
-        return next(first for first, parameter in self.tensors().items() if parameter is tensor)
+        return next(first for first, parameter in tensors.items() if parameter is tensor)
 
     def rename(self) -> None:
         """Follow modules that moved in the model since :meth:`tensors` was last called (PEFT unloads adapters)."""
@@ -171,6 +179,7 @@ class ParamIndex:
         known = {id(parameter): self.layouts[name] for name, parameter in self._tensors.items()}
         names = dict(model.named_parameters(remove_duplicate=False))
         self.layouts = {name: known[id(parameter)] for name, parameter in names.items()}
+        self.layouts |= {name: layout for name, _, layout in cut_statistics(model)}
 
 
 @on_shards

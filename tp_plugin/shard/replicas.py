@@ -12,6 +12,7 @@ from tp_plugin.mesh.roles import Mesh
 from tp_plugin.policy import ParamLayout
 from tp_plugin.shard.lazy_load import LazyParameter, identity, materialize_
 from tp_plugin.shard.model_state import checksum
+from tp_plugin.shard.quantized import whole_statistics
 
 
 def agree_on_weights(
@@ -36,6 +37,7 @@ def agree_on_weights(
         The ids of parameters of which this rank has got its share.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors |= whole_statistics(model)
     tensors = {name: tensor for name, tensor in tensors.items() if id(tensor) not in settled}
     return _agree(tensors, mesh, layouts or {}, whole_world and mesh.dp_size > 1)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from tp_plugin.mesh.dtensor_utils import is_split
 from tp_plugin.runtime.sync_points import BARRIER
+from tp_plugin.shard import quantized
 from tp_plugin.shard.full_tensor import gather_full_tensor
 from tp_plugin.shard.model_state import ModelState
 from tp_plugin.shard.params import plain_name
@@ -76,12 +77,15 @@ class ModuleStateHooks:
                 continue
             with torch.no_grad():
                 state[prefix + name] = give(key, value)
+        with torch.no_grad():
+            quantized.give_whole(module, state, prefix, lambda name, part: give(join(self.path, name), part))
 
     def take(
         self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *problems: list[str]
     ) -> None:
         """Load-state-dict pre-hook: this rank's shards in place of full tensors."""
         self.state.copies.forget()
+        quantized.take_whole(module, state, prefix, self.state.mesh.unit.rank)
         for name, parameter in module.named_parameters(recurse=False):
             value = state.get(prefix + name)
             layout = self.state.index.layouts[join(self.path, name)]

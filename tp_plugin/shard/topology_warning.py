@@ -21,7 +21,7 @@ def bytes_per_token(model: nn.Module, plan: Plan) -> int:
 
     In the dtype of the parameters; autocast sends less.
     """
-    shapes = [plan.layouts[f"{row}.weight"] for row in plan.rows]
+    shapes = [plan.layouts[f"{row}.weight"].features for row in plan.rows]
     widths = [shape.shape[1 - shape.dim] for shape in shapes if len(shape.shape) == 2 and shape.dim is not None]
     size = next((p.element_size() for p in model.parameters()), 0)
     return sum(plan.reductions()) * max(widths, default=0) * size

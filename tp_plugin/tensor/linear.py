@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tp_plugin.policy import ParamLayout
+from tp_plugin.tensor import int8_rows
 from tp_plugin.tensor.block import ParallelBlock
 from tp_plugin.tensor.forward import Forward, WrappedForward, runs_as, without_bias
 from tp_plugin.tensor.wgrad_overlap import BlockInput
@@ -25,11 +26,14 @@ class RowParallelForward(WrappedForward):
 
     Args:
         block: the block that ends here.
+        margins: of weights in codes that hold more than this rank's features, where (packed.py).
     """
 
-    def __init__(self, module: nn.Module, own: Forward, block: ParallelBlock):
+    def __init__(
+        self, module: nn.Module, own: Forward, block: ParallelBlock, margins: tuple[tuple[int, int, int], ...] = ()
+    ):
         super().__init__(module, own)
-        self.block = block
+        self.block, self.margins = block, margins
 
     def run(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """This rank's features (…, in / tp) → the full output (…, out)."""
@@ -43,8 +47,15 @@ class RowParallelForward(WrappedForward):
             flat = torch.mm(x.reshape(-1, x.shape[-1]), module.weight)
             product = torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], flat.shape[-1]])  # no view to autograd
             return self.block.reduce(product, bias, fresh=True)
+        if self.margins:  # zeros for the features of other ranks that share a block of codes with this one's
+            ranges = torch.split(x, [length for length, _, _ in self.margins], -1)
+            padded = [F.pad(own, around) for own, (_, *around) in zip(ranges, self.margins, strict=True)]
+            x = padded[0] if len(padded) == 1 else torch.cat(padded, -1)
         with without_bias(module):
-            product = self.own(x, *args, **kwargs)
+            if int8_rows.quantizes_input(module, x):
+                product = int8_rows.product(module, x, self.block.group)
+            else:
+                product = self.own(x, *args, **kwargs)
         return self.block.reduce(product, bias, fresh=False)
 
 

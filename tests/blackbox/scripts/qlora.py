@@ -1,0 +1,100 @@
+"""QLoRA by TRL's command line arguments, by Trainer, and on a base that is quantized in its files."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import torch
+from accelerate import Accelerator, PartialState
+from common import arguments, logged
+from datasets import load_dataset
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from trl import SFTTrainer, get_peft_config, get_quantization_config
+
+given = arguments().parse_args()
+MODEL = given.models / given.model
+IDS = torch.arange(6, 26).unsqueeze(0)
+COMMON = {
+    "max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1,
+    "learning_rate": 1e-3, "use_cpu": True, "bf16": False, "seed": 3, "disable_tqdm": True, "adam_epsilon": 1e-6,
+}  # fmt: skip
+WORDS = (
+    "--dtype float32 --load_in_4bit true --use_bnb_nested_quant true --use_peft --lora_r 4 --lora_alpha 8 "
+    "--lora_dropout 0.0 --lora_target_modules all-linear --report_to none --gradient_checkpointing true "
+    "--completion_only_loss true --save_strategy no " + " ".join(f"--{key} {value}" for key, value in COMMON.items())
+)
+
+
+def without_repacking(model):
+    """The CPU's own layout of codes, which rounds their scales, is one process's alone."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def reloaded(folder, base):
+    """By plain PEFT, in the process that saved it."""
+    model = without_repacking(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)).eval()
+    with torch.no_grad():
+        return model(input_ids=IDS, labels=IDS).loss.item()
+
+
+def sft():
+    parser = importlib.import_module("trl.scripts.sft").make_parser()
+    data, out = given.models / "completion", given.out / "sft"
+    words = [*WORDS.split(), "--model_name_or_path", str(MODEL), "--output_dir", str(out), "--dataset_name", str(data)]
+    _, settings, model, _ = parser.parse_args_and_config(words)
+    settings.model_init_kwargs = {"dtype": model.dtype}
+    splits = load_dataset(str(data), cache_dir=str(given.out / "cache"))
+    quantization, adapters = get_quantization_config(model), get_peft_config(model)
+    trainer = SFTTrainer(
+        str(MODEL), settings, train_dataset=splits["train"], quantization_config=quantization, peft_config=adapters
+    )
+    without_repacking(trainer.model)
+    trainer.train()
+    trainer.save_model(str(out / "final"))
+    return {"log": logged(trainer), "reloaded": reloaded(out / "final", MODEL)}
+
+
+def resumed():
+    """A base whose files have codes, trained by Trainer; then from its checkpoint of the second step."""
+    out, data = given.out / "resumed", [{"input_ids": list(range(n, n + 9)), "labels": list(range(n, n + 9))}
+                                        for n in range(6, 30)]  # fmt: skip
+
+    def trainer():
+        model = without_repacking(AutoModelForCausalLM.from_pretrained(given.models / "codes"))
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4))
+        settings = TrainingArguments(str(out), **COMMON, save_strategy="steps", save_steps=2, report_to="none")
+        return Trainer(model, settings, train_dataset=data)
+
+    first, second = trainer(), trainer()
+    first.train()
+    second.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+    first.save_model(str(out / "final"))
+    found = {"log": logged(first), "again": logged(second), "reloaded": reloaded(out / "final", given.models / "codes")}
+    found["parameters"] = sum(p.numel() for p in Accelerator().unwrap_model(first.model).parameters())
+    return found
+
+
+def saved():
+    """A base that is prepared and saved as it is; loaded by plain transformers."""
+    out = given.out / "saved"
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=settings)
+    model = Accelerator().prepare(without_repacking(base))
+    model.save_pretrained(out)
+    PartialState().wait_for_everyone()
+    again = without_repacking(AutoModelForCausalLM.from_pretrained(out)).eval()
+    with torch.no_grad():
+        return [one(input_ids=IDS, labels=IDS).loss.item() for one in (model.eval(), again)]
+
+
+report = {"sft": sft(), "resumed": resumed(), "saved": saved()}
+PartialState().wait_for_everyone()
+if PartialState().is_main_process:
+    (given.out / "report.json").write_text(json.dumps(report))

@@ -1,0 +1,53 @@
+"""QLoRA as users start it, against the same script on dp plain processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from .compare import close
+from .conftest import randomize
+from .instruct import write_data, write_tokenizer
+
+pytest.importorskip("bitsandbytes")
+
+LOGGED = 2e-5
+SHAPE = {"hidden_size": 192, "intermediate_size": 320, "num_attention_heads": 6, "num_key_value_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A checkpoint with a tokenizer, the same in codes, and data sets beside them."""
+    root = tmp_path_factory.mktemp("qlora")
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=131, num_hidden_layers=2, pad_token_id=0))
+    randomize(model)
+    model.save_pretrained(root / "model")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    AutoModelForCausalLM.from_pretrained(root / "model", quantization_config=settings).save_pretrained(root / "codes")
+    write_tokenizer(root / "model")
+    write_data(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def reports(bench, folder):
+    given = ("--models", str(folder), "--model", "model")
+    return [bench.run("qlora", tp, 1, given, timeout=280).report for tp in (2, 1)]
+
+
+def test_trl_sft(reports):
+    got, expected = (report["sft"] for report in reports)
+    close(got, expected, LOGGED, "sft")
+
+
+def test_trainer_resumed_on_quantized_files(reports):
+    got, expected = (report["resumed"] for report in reports)
+    close(got, expected, LOGGED, "resumed")
+    assert got["again"][-2] == pytest.approx(got["log"][-2])
+
+
+def test_saved_base_is_loaded_by_plain_transformers(reports):
+    got, expected = (report["saved"] for report in reports)
+    close(got, expected, LOGGED, "saved")

@@ -1,0 +1,122 @@
+"""Quantized bases: what cannot be cut is refused before weights load, and each rank quantizes on its own device."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_plugin.config.run_config import RunConfig
+from tp_plugin.errors import PolicyError, TPError
+from tp_plugin.policy.packed import FOUR_BITS, block_size, refuse_ragged
+from tp_plugin.shard import is_sharded, models_in
+from tp_plugin.shard.quantized import packed_in
+
+NEEDED = {
+    "gptq": "codes cut in units of 8 output features and at its groups of input features, without act-order",
+    "awq": "codes cut in units of 8 output features and at its groups of input features",
+    "torchao": "layouts for the tensor subclasses it puts in a weight's place",
+    "hqq": "layouts for its groups, of which a zero point and a scale are kept each",
+    "fp8": "cuts at its blocks of 128 x 128, and scales that follow them",
+    "fbgemm_fp8": "scales of activations that are reduced over the TP group",
+    "compressed-tensors": "layouts for each of its formats",
+}
+"""Other methods, and what sharding them would take."""
+
+ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed ZeRO", "ACCELERATE_USE_FSDP": "FSDP2"}
+"""Variables by which ``accelerate launch`` says what a worker uses."""
+
+
+def check_quantization(config: Any, quantization: Any, options: RunConfig) -> None:
+    """Refuse what cannot be cut, while nothing is lost.
+
+    Args:
+        config: the model's config, or its model type.
+        quantization: a quantization config, or what a checkpoint says of one.
+
+    Raises:
+        TPError: another method than bitsandbytes, or something that its weights are not proven with.
+    """
+    model_type = config if isinstance(config, str) else getattr(config, "model_type", None)
+    if options.unit_size == 1 or model_type in options.leave_whole:
+        return
+    given = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    default = "bitsandbytes" if given.get("load_in_4bit") or given.get("load_in_8bit") else "unknown"
+    method = str(getattr(given.get("quant_method"), "value", given.get("quant_method") or default))
+    start = f"this {model_type} model is to be quantized (quantization_config)"
+    if not method.startswith("bitsandbytes"):
+        needed = f"; it would take {NEEDED[method]}" if method in NEEDED else ""
+        raise TPError(
+            f"{start} by {method}, and {options.sizes} cannot split its weights{needed}. Load the model in 16 bits, "
+            "quantize it by bitsandbytes (BitsAndBytesConfig), or set tp_size: 1"
+        )
+    for key, is_set in {"pp_size": options.pp_size > 1, "sequence_parallel": options.sequence_parallel}.items():
+        if is_set:
+            raise TPError(
+                f"{start}, which no test proves together with {key}; remove {key}, or load the model in 16 bits"
+            )
+    for variable, engine in ENGINES.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise TPError(f"{start}, {_unproven(engine)}")
+    for key in ("llm_int8_has_fp16_weight", "llm_int8_enable_fp32_cpu_offload"):
+        if given.get(key):
+            raise TPError(f"{start} with {key}, which {options.sizes} cannot split; remove {key}, or set tp_size: 1")
+
+
+def check_linears(model: nn.Module) -> None:
+    """Refuse linears of which no rows can be decoded alone, by name, before weights load."""
+    for path, module in packed_in(model):
+        if type(module).__name__ == FOUR_BITS:
+            try:
+                refuse_ragged(module, block_size(module))
+            except PolicyError as error:
+                raise TPError(f"{path} cannot be split over a TP group: {error}") from None
+
+
+def own_device(device_map: Any) -> Any:
+    """A device map of one device, which is this rank's: a script that names its process's means that.
+
+    ``None`` would be the current device, which is the first one until an Accelerator is made.
+    """
+    if isinstance(device_map, dict) and (set(device_map) != {""} or str(device_map[""]) in ("cpu", "disk", "meta")):
+        return device_map
+    if not torch.accelerator.is_available():
+        return device_map
+    kind, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+    return {"": torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")) % count)}  # type: ignore[union-attr]
+
+
+def refuse_merge(model: nn.Module) -> None:
+    """Raise if adapters are to be merged into codes: the sum is quantized anew, over whole blocks and tensors."""
+    for _, root in models_in(model):
+        if is_sharded(root) and any(packed_in(root)):
+            raise TPError(
+                f"the base of {type(root).__name__} is quantized: a merge quantizes each weight anew as a whole, of "
+                "which a rank holds a part. Save the adapter (save_pretrained), and merge it on one process without "
+                "tp_size: load the base, quantized or (exactly) in 16 bits, PeftModel.from_pretrained, "
+                "merge_and_unload"
+            )
+
+
+def refuse_engine(model: nn.Module, engine: str) -> None:
+    """Raise if ``model`` is quantized and ``engine`` is one that no test proves it with."""
+    if any(packed_in(model)):
+        raise TPError(f"{type(model).__name__} is quantized, {_unproven(engine)}")
+
+
+def refuse_compiler(model: nn.Module) -> None:
+    """Raise if ``model``, which is to be compiled, is quantized."""
+    if any(packed_in(model)):
+        raise TPError(
+            f"{type(model).__name__} is quantized, which no test proves together with torch.compile and a tp_size; "
+            "remove dynamo_config (torch_compile), or load the model in 16 bits"
+        )
+
+
+def _unproven(engine: str) -> str:
+    return (
+        f"which no test proves together with {engine} and a tp_size; use DDP (distributed_type: MULTI_GPU), of whose "
+        "replicas each holds the adapters and its share of the base, or load the model in 16 bits"
+    )
