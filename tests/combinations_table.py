@@ -52,6 +52,18 @@ COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
         "refused test_quantized_scripts.py::test_other_engines_are_refused",
         "refused test_quantized_scripts.py::test_other_engines_are_refused",
     ),
+    "pipeline stages": (
+        "test_pipeline.py::test_two_stages_of_two",
+        "blackbox/test_stages.py::test_trainer",
+        "0–2 test_stages_zero.py::test_two_stages",
+        "refused test_stages.py::test_options_are_checked",
+    ),
+    "dropout with the masks of one process": (
+        "test_dropout_masks.py::test_a_model",
+        f"{CLIP}::test_dropout_is_that_of_the_plain_run",
+        "test_dropout_masks.py::test_zero_2",
+        "test_dropout_masks.py::test_fsdp2",
+    ),
     "prefix tuning": (
         "test_prompts.py::test_the_numbers_are_those_of_one_process",
         DDP,
