@@ -14,7 +14,9 @@ from models import adapted, batch, build, config_for, unpatched
 from workers import run
 
 STEPS, MICRO, LAYERS = 6, 2, 2
-OPTIONS_OF_OURS = {"sequence_parallel", "expert_parallel", "overlap", "fuse", "fused_head"}
+OPTIONS_OF_OURS = {"sequence_parallel", "expert_parallel", "overlap", "fuse", "fused_head"} | {
+    "pipeline_microbatches"
+}
 
 
 def _install() -> None:
@@ -53,10 +55,10 @@ def make(tp: int, model_type: str, overrides: dict[str, Any], **settings: Any) -
     if adapter := settings.pop("adapter", ""):
         model = adapted(model, adapter)
     options = {name: settings.pop(name) for name in OPTIONS_OF_OURS & settings.keys()}
-    compiled = settings.pop("compiled", "")
-    if tp > 1:
+    compiled, pp = settings.pop("compiled", ""), settings.pop("pp", 1)
+    if tp * pp > 1:
         os.environ[ENV_OPTIONS] = json.dumps(options)
-        model = tp_plugin.parallelize(model, tp_size=tp)
+        model = tp_plugin.parallelize(model, tp_size=tp, pp_size=pp)
     precision = settings.pop("mixed_precision", "no")
     settings = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True} | settings
     offload = settings.pop("cpu_offload", False)

@@ -103,7 +103,6 @@ def _check(config: RunConfig, args: argparse.Namespace) -> None:
     if getattr(args, "use_fsdp", False):
         from tp_plugin.engines.fsdp2.config import refuse as refuse_fsdp
 
-        config.refuse_stages("FSDP")
         refuse_fsdp(vars(args), config.tp_size)
     if (inner := _deepspeed_config(args)) is not None:
         from tp_plugin.engines.deepspeed.config import refuse

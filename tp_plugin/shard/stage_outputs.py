@@ -81,7 +81,7 @@ class LazyOutput(torch.Tensor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function in ABOUT:
+        if function in ABOUT or function is torch.Tensor.register_hook:  # (FSDP2's)
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
         if function is torch.Tensor.detach:

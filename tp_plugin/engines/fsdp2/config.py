@@ -26,8 +26,7 @@ def install(dataclasses: Any) -> None:
 def _plugin(original: Any, self: Any) -> None:
     original(self)
     options = current_config()
-    options.refuse_stages("FSDP")
-    if options.tp_size > 1:
+    if options.unit_size > 1:
         refuse({"fsdp_version": self.fsdp_version, "fsdp_ignored_modules": self.ignored_modules}, options.tp_size)
 
 

@@ -43,6 +43,8 @@ def install(fsdp: Any) -> None:
 
 def install_state(fsdp_state: Any) -> None:
     """Patch ``FSDPState``: gathering before a forward, and what follows it, are no code of the script's."""
+    wrap(fsdp_state.FSDPState, "_pre_forward", _pre_forward)
+    wrap(fsdp_state.FSDPState, "_post_forward", _post_forward)
     for name in ("_pre_forward", "_post_forward"):
         wrap(fsdp_state.FSDPState, name, in_step)
 
@@ -55,6 +57,19 @@ def install_param(fsdp_param: Any) -> None:
 def install_group(fsdp_param_group: Any) -> None:
     """Patch ``FSDPParamGroup``: it reduces gradients that are summed over replicas before."""
     wrap(fsdp_param_group.FSDPParamGroup, "post_backward", _post_backward)
+
+
+def _pre_forward(original: Any, self: Any, module: Any, args: Any, kwargs: Any) -> Any:
+    """A pipeline has gathered the weights of its stage (tensor/pipeline/gathered.py)."""
+    return self._cast_forward_inputs(args, kwargs) if _passes(self) else original(self, module, args, kwargs)
+
+
+def _post_forward(original: Any, self: Any, module: Any, given: Any, output: Any) -> Any:
+    return self._cast_output_dtype(output) if _passes(self) else original(self, module, given, output)
+
+
+def _passes(state: Any) -> bool:
+    return getattr(state, "tp_passes", False)
 
 
 def _post_backward(original: Any, self: Any, *unused: Any) -> None:
@@ -79,11 +94,18 @@ def _fully_shard(original: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
     before = _parameters(modules)
     if kwargs.get("shard_placement_fn") is not None:
         kwargs["shard_placement_fn"] = _by_rows(kwargs["shard_placement_fn"], before)
+    absent = set()
     for name, parameter in before.items():
-        if parameter.numel() == 0 and layout_of(parameter) is not None:
+        layout = layout_of(parameter)
+        if parameter.numel() or layout is None:
+            continue
+        absent.add(parameter)  # another pipeline stage has it
+        if mesh.unit.rank not in layout.absent:
             raise TPError(
                 f"tp_size leaves nothing of {name[1]!r} to this rank, which FSDP2 cannot split; lower tp_size"
             )
+    if absent:
+        kwargs["ignored_params"] = absent | set(kwargs.get("ignored_params") or ())
     result = original(module, *args, **kwargs)
     for name, parameter in _parameters(modules).items():
         if parameter is not before[name]:

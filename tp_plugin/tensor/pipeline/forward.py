@@ -17,6 +17,7 @@ from torch import nn
 from tp_plugin.errors import TPError
 from tp_plugin.tensor.graphs import skip
 from tp_plugin.tensor.pipeline.executor import Executor, Passed
+from tp_plugin.tensor.pipeline.gathered import Gathered
 from tp_plugin.tensor.pipeline.hand_out import Computed, Gradients, Late
 from tp_plugin.tensor.pipeline.micro_batches import MicroBatches, arguments, counted, cut
 from tp_plugin.tensor.pipeline.schedule import one_f_one_b
@@ -67,6 +68,8 @@ class PipelineForward:
         self._messages = executor.messages
         self._used: dict[str, bool] = {}
         self._dropouts = Dropouts()
+        self._gathered = Gathered(model)
+        self._is_split = False
         self.__signature__ = inspect.signature(inner)  # generate and Trainer look at it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -91,7 +94,12 @@ class PipelineForward:
             if getattr(layer, "gradient_checkpointing", False):  # nothing to compute again, and messages are sent once
                 layer.gradient_checkpointing = False  # type: ignore[assignment]
         draws = self._model.training and self._dropouts(self._model)
-        with self._executor.running(), self._executor.seeds.around(batches.device, draws) as seed:
+        executor = self._executor
+        with (
+            self._gathered.whole(learns) as self._is_split,
+            executor.running(),
+            executor.seeds.around(batches.device, draws) as seed,
+        ):
             if not learns:
                 output = self._evaluate(batches)
             elif batches.has_labels and not (self._always_late or call.get(SCORES) or self._underflows(batches.device)):
@@ -196,7 +204,7 @@ class PipelineForward:
             for at, grad in zip(floats, grads[loss is not None :], strict=True):
                 of_rows[at] = None if grad is None else grad.split(batches.rows)
             again = executor.running(), executor.with_shadows(shadows), executor.seeds.again(seed)
-            with again[0], again[1], again[2], torch.enable_grad():
+            with self._gathered.passing(), again[0], again[1], again[2], torch.enable_grad():
                 for at in range(len(batches.rows)):
                     one, outputs, own_loss = alive.pop(0)
                     pairs = [
@@ -216,12 +224,15 @@ class PipelineForward:
         return kind(**fields, **found, **rest)
 
     def _gradients(self, shadows: dict[str, torch.Tensor]) -> tuple[Gradients, list[torch.Tensor]]:
-        """Of all trained parameters, those that this stage does not hold included: they have no elements."""
+        """Of all trained parameters, those that this stage does not hold included: they have no elements.
+
+        DDP waits for a gradient of each; an optimizer's kernels take no such parameter beside FSDP2's.
+        """
         named = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         if self._used.keys() != named.keys():
             self._used = self._in_use(named, shadows)
         found: Gradients = [
-            shadows[name].grad if name in shadows else torch.zeros_like(p) if self._used[name] else None
+            shadows[name].grad if name in shadows else torch.zeros_like(p) if self._used[name] and not self._is_split else None
             for name, p in named.items()
         ]
         return found, list(named.values())
