@@ -36,7 +36,10 @@ def case(tp: int, pp: int, model_type: str, settings: dict[str, Any], sync_each:
         optimizer.step()
         optimizer.zero_grad()
         moved = {key: n - before.get(key, 0) for key, n in ledger["count"].items()}
-    weights = {n: torch.tensor(p.full_tensor().tolist() if hasattr(p, "full_tensor") else p.tolist()) for n, p in model.named_parameters()}
+    weights = {
+        n: torch.tensor(p.full_tensor().tolist() if hasattr(p, "full_tensor") else p.tolist())
+        for n, p in model.named_parameters()
+    }
     return {"losses": losses, "norms": norms, "weights": weights, "moved": moved}
 
 

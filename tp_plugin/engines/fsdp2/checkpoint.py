@@ -6,7 +6,8 @@ whole ones (chunks.py), which all ranks write and read in parallel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +58,17 @@ class _Names:
         layouts = {name: layout_of(parameter) for name, parameter in parameters.items()}
         self.numbers = {name: id(parameter) for name, parameter in parameters.items()}
         whole = ParamLayout.replicated
-        self.layouts = {name: layouts[name] or whole(v.shape, mesh.tp_size) for name, v in self.split.items()}
+        self.layouts = {name: layouts[name] or whole(v.shape, mesh.unit_size) for name, v in self.split.items()}
+        known = {name: layout for name, layout in layouts.items() if layout is not None}
+        self.absent = {name for name, layout in known.items() if mesh.unit.rank in layout.absent}
+        """What is on other pipeline stages: FSDP2 has not split it, and the optimizer has no state of it."""
+        self.layouts |= {name: known[name] for name in self.absent}
+
+    def is_share(self, name: str, value: torch.Tensor) -> bool:
+        """Whether ``value`` is a part of something of the parameter's shape."""
+        if name not in self.absent:
+            return is_split(value)
+        return tuple(value.shape) == self.layouts[name].local_shape(self.mesh.unit.rank)
 
 
 def _names(model: nn.Module) -> _Names | None:
@@ -105,9 +116,55 @@ def _get_optimizer(
         return original(model, optimizers, submodules=submodules, options=options)
     _refuse_submodules(submodules)
     options, own = _options(options)
-    with local_states():
+    groups = _groups(optimizers, names)
+    with local_states(), _only_present(optimizers, names):
         state = original(model, optimizers, options=own)
-    return _present(state["state"], names, options, lambda found: {**state, "state": found})
+    state["param_groups"] = [
+        {**group, "params": all_} for group, all_ in zip(state["param_groups"], groups, strict=True)
+    ]
+    mine = _of_all_stages(state["state"], names) if options.full_state_dict else state["state"]
+    return _present(mine, names, options, lambda found: {**state, "state": found})
+
+
+def _optimizers(optimizers: Any) -> list[torch.optim.Optimizer]:
+    return [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+
+
+def _groups(optimizers: Any, names: _Names) -> list[list[str]]:
+    """The names of each group's parameters, of all stages."""
+    of = {number: name for name, number in reversed(names.numbers.items())}
+    groups = [group for optimizer in _optimizers(optimizers) for group in optimizer.param_groups]
+    return [[of[id(parameter)] for parameter in group["params"]] for group in groups]
+
+
+@contextlib.contextmanager
+def _only_present(optimizers: Any, names: _Names) -> Iterator[None]:
+    """Inside, the optimizers have the parameters of this stage only: torch steps them once to make their state."""
+    absent = {names.numbers[name] for name in names.absent}
+    groups = [group for optimizer in _optimizers(optimizers) for group in optimizer.param_groups]
+    kept = [group["params"] for group in groups]
+    try:
+        for group in groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in absent]
+        yield
+    finally:
+        for group, parameters in zip(groups, kept, strict=True):
+            group["params"] = parameters
+
+
+def _of_all_stages(state: dict[str, dict[str, Any]], names: _Names) -> dict[str, dict[str, Any]]:
+    """``state`` with empty tensors for the parameters of other stages, in one order on all ranks. Collective."""
+    mesh = names.mesh
+    if mesh.pp_size == 1:
+        return state
+    mine = {n: {key: v.dtype if is_split(v) else v for key, v in values.items()} for n, values in state.items()}
+    known = {name: values for one in mesh.unit_cpu.gather_objects(mine) for name, values in one.items()}
+
+    def empty(name: str, value: Any) -> Any:
+        shape = names.layouts[name].local_shape(mesh.unit.rank)
+        return torch.empty(shape, dtype=value) if isinstance(value, torch.dtype) else value
+
+    return {name: state.get(name) or {key: empty(name, v) for key, v in known[name].items()} for name in sorted(known)}
 
 
 def _refuse_submodules(submodules: Any) -> None:
@@ -123,7 +180,7 @@ def _present(state: dict[str, dict[str, Any]], names: _Names, options: Any, fini
     def present(name: str, key: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        if not is_split(value):
+        if not names.is_share(name, value):
             return value.cpu() if options.cpu_offload else value
         if options.full_state_dict:
             memory = names.numbers[name], key
@@ -131,7 +188,7 @@ def _present(state: dict[str, dict[str, Any]], names: _Names, options: Any, fini
                 whole = gather_full_tensor(value, names.layouts[name], mesh, here)
                 tied[memory] = whole if options.cpu_offload else whole.to(value.device)
             return tied[memory]
-        return DCPShardView.of(value.cpu() if options.cpu_offload else value, names.layouts[name], mesh.tp.rank)
+        return DCPShardView.of(value.cpu() if options.cpu_offload else value, names.layouts[name], mesh.unit.rank)
 
     found = {name: {key: present(name, key, value) for key, value in values.items()} for name, values in state.items()}
     if options.full_state_dict and options.cpu_offload and mesh.rank > 0:
@@ -159,7 +216,8 @@ def _set_optimizer(
     options, own = _options(options)
     given = optim_state_dict or {}
     rest, state = _take({k: v for k, v in given.items() if k != "state"}, given.get("state", {}), names, options)
-    with local_states():
+    state = {name: values for name, values in state.items() if name not in names.absent}
+    with local_states(), _only_present(optimizers, names):
         return original(model, optimizers, {**rest, "state": state}, options=own)  # type: ignore[no-any-return]
 
 
@@ -180,18 +238,28 @@ def _take(rest: Any, state: dict[str, dict[str, Any]], names: _Names, options: A
     def receive(name: str, key: str, stands: Any) -> Any:
         if not isinstance(stands, _Whole):
             return stands
-        layout, like = names.layouts[name], names.split[name]
-        shape = layout.local_shape(mesh.tp.rank)
+        layout = names.layouts[name]
+        shape = layout.local_shape(mesh.unit.rank)
+        if name in names.absent:
+            if first and spread:
+                mesh.unit_cpu.broadcast(_or_empty(state, name, key, layout, stands).cpu().contiguous())
+            return torch.empty(shape, dtype=stands.dtype)
+        like = names.split[name]
         if not first:
             local = torch.empty(shape, dtype=stands.dtype, device=like.device)
         else:
-            whole = state[name][key] if state else torch.empty(layout.shape, dtype=stands.dtype, device="cpu")
+            whole = _or_empty(state, name, key, layout, stands)
             if spread:
                 whole = mesh.unit_cpu.broadcast(whole.cpu().contiguous())
-            local = layout.shard(whole, mesh.tp.rank).to(like.device).contiguous()
+            local = layout.shard(whole, mesh.unit.rank).to(like.device).contiguous()
         return split_like(mesh.data.broadcast(local) if from_first else local, like)
 
     return rest, {n: {key: receive(n, key, stands) for key, stands in vs.items()} for n, vs in outline.items()}
+
+
+def _or_empty(state: Any, name: str, key: str, layout: ParamLayout, stands: _Whole) -> torch.Tensor:
+    found: torch.Tensor = state[name][key] if state else torch.empty(layout.shape, dtype=stands.dtype, device="cpu")
+    return found
 
 
 class _Whole:

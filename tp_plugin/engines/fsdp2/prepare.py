@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tp_plugin.shard import local_states
 def install(accelerator: Any) -> None:
     """Patch ``accelerate.accelerator``."""
     wrap(accelerator, "fsdp2_prepare_model", _prepare_model)
+    wrap(accelerator.Accelerator, "_prepare_fsdp2", _prepare_fsdp2)
 
 
 def install_files(fsdp_utils: Any) -> None:
@@ -53,6 +55,19 @@ def refuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
             f"optimizer {type(optimizer).__name__} looks at whole matrices, of which FSDP2 and tp_size leave a rank "
             "rows of a part; use an elementwise one such as AdamW, or DDP (distributed_type: MULTI_GPU)"
         )
+
+
+def _prepare_fsdp2(original: Any, self: Any, *args: Any) -> Any:
+    """Accelerate finds an optimizer's parameters again by their memory, of which those on other stages have none."""
+    modules = [one for one in args if isinstance(one, nn.Module)]
+    absent = list(dict.fromkeys(p for module in modules for p in module.parameters() if not p.numel()))
+    for number, parameter in enumerate(absent):
+        parameter.data_ptr = functools.partial(int, -1 - number)  # type: ignore[method-assign]
+    try:
+        return original(self, *args)
+    finally:
+        for parameter in absent:
+            del parameter.data_ptr
 
 
 def _prepare_model(original: Any, accelerator: Any, model: nn.Module) -> Any:

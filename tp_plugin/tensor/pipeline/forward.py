@@ -232,7 +232,11 @@ class PipelineForward:
         if self._used.keys() != named.keys():
             self._used = self._in_use(named, shadows)
         found: Gradients = [
-            shadows[name].grad if name in shadows else torch.zeros_like(p) if self._used[name] and not self._is_split else None
+            shadows[name].grad
+            if name in shadows
+            else torch.zeros_like(p)
+            if self._used[name] and not self._is_split
+            else None
             for name, p in named.items()
         ]
         return found, list(named.values())
