@@ -119,9 +119,8 @@ def _get_optimizer(
     groups = _groups(optimizers, names)
     with local_states(), _only_present(optimizers, names):
         state = original(model, optimizers, options=own)
-    state["param_groups"] = [
-        {**group, "params": all_} for group, all_ in zip(state["param_groups"], groups, strict=True)
-    ]
+    for group, of_all_stages in zip(state["param_groups"], groups, strict=True):
+        group["params"] = of_all_stages
     mine = _of_all_stages(state["state"], names) if options.full_state_dict else state["state"]
     return _present(mine, names, options, lambda found: {**state, "state": found})
 
@@ -164,7 +163,8 @@ def _of_all_stages(state: dict[str, dict[str, Any]], names: _Names) -> dict[str,
         shape = names.layouts[name].local_shape(mesh.unit.rank)
         return torch.empty(shape, dtype=value) if isinstance(value, torch.dtype) else value
 
-    return {name: state.get(name) or {key: empty(name, v) for key, v in known[name].items()} for name in sorted(known)}
+    order = [name for name in names.numbers if name in known]
+    return {name: state.get(name) or {key: empty(name, v) for key, v in known[name].items()} for name in order}
 
 
 def _refuse_submodules(submodules: Any) -> None:

@@ -231,14 +231,8 @@ class PipelineForward:
         named = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         if self._used.keys() != named.keys():
             self._used = self._in_use(named, shadows)
-        found: Gradients = [
-            shadows[name].grad
-            if name in shadows
-            else torch.zeros_like(p)
-            if self._used[name] and not self._is_split
-            else None
-            for name, p in named.items()
-        ]
+        empty = {name: torch.zeros_like(p) for name, p in named.items() if self._used[name] and not self._is_split}
+        found: Gradients = [shadows[name].grad if name in shadows else empty.get(name) for name in named]
         return found, list(named.values())
 
     def _in_use(self, named: dict[str, Any], shadows: dict[str, torch.Tensor]) -> dict[str, bool]:
