@@ -56,7 +56,7 @@ COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
         "test_pipeline.py::test_two_stages_of_two",
         "blackbox/test_stages.py::test_trainer",
         "0–2 test_stages_zero.py::test_two_stages",
-        "refused test_stages.py::test_options_are_checked",
+        "test_stages_fsdp2.py::test_two_stages",
     ),
     "dropout with the masks of one process": (
         "test_dropout_masks.py::test_a_model",

@@ -14,16 +14,19 @@ FRUGAL = SHARDED | {
     "fsdp_cpu_ram_efficient_loading": True
 }  # only rank 0 reads the checkpoint, and makes up what it lacks
 CASES = [
-    ("llama_headless", 2, 2, FRUGAL),
-    pytest.param("gpt2", 4, 1, FULL, marks=pytest.mark.full),
-    pytest.param("llama_tied", 2, 1, SHARDED, marks=pytest.mark.full),
+    ("llama_headless", 2, 2, FRUGAL, "fsdp2"),
+    ("llama", 2, 2, FULL, "fsdp2 stages2"),
+    pytest.param("gpt2", 4, 1, FULL, "fsdp2", marks=pytest.mark.full),
+    pytest.param("llama_tied", 2, 1, SHARDED, "fsdp2", marks=pytest.mark.full),
+    pytest.param("llama_headless", 4, 1, FRUGAL, "fsdp2 stages2", marks=pytest.mark.full),
 ]
 
 
-@pytest.mark.parametrize("model, tp, dp, config", CASES, ids=lambda value: "" if isinstance(value, dict) else None)
-def test_loop(bench, checkpoints, model, tp, dp, config):
+@pytest.mark.parametrize("model, tp, dp, config, by", CASES, ids=lambda value: "" if isinstance(value, dict) else None)
+def test_loop(bench, checkpoints, model, tp, dp, config, by):
     args = ("--models", str(checkpoints["llama"].parent), "--model", model)
-    run, plain = (bench.run("loop", t, dp, args, entry="fsdp2", config=config, real=t > 1) for t in (tp, 1))
+    entries = {tp: by, 1: "fsdp2"}
+    run, plain = (bench.run("loop", t, dp, args, entry=entries[t], config=config, real=t > 1) for t in (tp, 1))
     keys = [key for key in plain.report if key not in ("steps", "evaluations")]
     same(run.report, plain.report, keys, str(run.layout))
     for i, (got, want) in enumerate(zip(run.report["steps"], plain.report["steps"], strict=True)):

@@ -76,7 +76,7 @@ class RunConfig:
         if self.pp_size > 1:
             raise TPError(
                 f"{PP_SIZE}: {self.pp_size} together with {engine} is not supported by this version: a stage computes "
-                "the micro-batches of a step without what gathers its weights; use ZeRO stage 1 or 2, or DDP "
+                "the micro-batches of a step without what gathers its weights; use ZeRO stage 1 or 2, FSDP2 or DDP "
                 f"(distributed_type: MULTI_GPU or MULTI_CPU), or write {PP_SIZE}: 1"
             )
 
