@@ -67,7 +67,7 @@ def model_file(source: DeepSpeedCheckpoint, target: TargetRank) -> dict[str, Any
     if frozen or first.get("frozen_param_shapes"):
         shapes, fragments = OrderedDict(), OrderedDict()
         for name, is_absent in frozen.items():
-            local = torch.empty(target.layouts[name].local_shape(target.tp_rank)) if is_absent else None
+            local = torch.empty(target.layouts[name].local_shape(target.tp_rank), device="cpu") if is_absent else None
             local = target.shard(name, source.full_frozen(name)) if local is None else local
             shapes[name] = torch.Size(local.shape)
             fragments[name] = local

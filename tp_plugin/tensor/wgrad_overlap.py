@@ -210,6 +210,8 @@ class BlockInput:
         if run is None or linear not in run.linears or not torch.is_grad_enabled():
             return None
         at = 0
+        if not run.entered:  # of a policy that names no input
+            return None
         if run.entered[0] is not x and (at := next((i for i, one in enumerate(run.entered) if one is x), -1)) < 0:
             return None
         if x._version != run.versions[at]:  # changed in place: no longer what entered
