@@ -159,9 +159,11 @@ def _of_all_stages(state: dict[str, dict[str, Any]], names: _Names) -> dict[str,
     mine = {n: {key: v.dtype if is_split(v) else v for key, v in values.items()} for n, values in state.items()}
     known = {name: values for one in mesh.unit_cpu.gather_objects(mine) for name, values in one.items()}
 
+    device = mesh.devices.device_type
+
     def empty(name: str, value: Any) -> Any:
         shape = names.layouts[name].local_shape(mesh.unit.rank)
-        return torch.empty(shape, dtype=value) if isinstance(value, torch.dtype) else value
+        return torch.empty(shape, dtype=value, device=device) if isinstance(value, torch.dtype) else value
 
     order = [name for name in names.numbers if name in known]
     return {name: state.get(name) or {key: empty(name, v) for key, v in known[name].items()} for name in order}
@@ -243,7 +245,7 @@ def _take(rest: Any, state: dict[str, dict[str, Any]], names: _Names, options: A
         if name in names.absent:
             if first and spread:
                 mesh.unit_cpu.broadcast(_or_empty(state, name, key, layout, stands).cpu().contiguous())
-            return torch.empty(shape, dtype=stands.dtype)
+            return torch.empty(shape, dtype=stands.dtype, device=mesh.devices.device_type)
         like = names.split[name]
         if not first:
             local = torch.empty(shape, dtype=stands.dtype, device=like.device)
