@@ -205,7 +205,7 @@ def _zero_command(out: Path, tp: int, dp: int, entry: str, extra: dict) -> tuple
 
 def _fsdp2_command(out: Path, tp: int, dp: int, entry: str, extra: dict) -> tuple[list[str], dict[str, str]]:
     """The same for FSDP2 by Accelerate's config; `extra` is its fsdp_config. Plain, it needs help to run on CPU."""
-    _, env = _command(out, tp, dp, (entry.split() + ["yaml"])[1], {})
+    _, env = _command(out, tp, dp, [*entry.split(), "yaml"][1], {})
     env.pop("ACCELERATE_USE_CPU", None)
     config = yaml.safe_load((out / "config.yaml").read_text())
     wrapping = {
