@@ -45,7 +45,7 @@ class Gathered:
                 "pipeline stages: fully_shard was called for layers of the model, and not for the model itself; call "
                 "fully_shard(model) last"
             )
-        for group, following in zip(groups, [*groups[1:], None], strict=True):
+        for group, following in zip(groups, [*groups[1:], None], strict=False):  # (without any, nothing follows)
             group.unshard()
             if following is not None:
                 following.unshard()  # while this one is copied
