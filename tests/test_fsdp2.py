@@ -14,7 +14,10 @@ from models import adapted, batch, build, config_for, unpatched
 from workers import run
 
 STEPS, MICRO, LAYERS = 6, 2, 2
-OPTIONS_OF_OURS = {"sequence_parallel", "expert_parallel", "overlap", "fuse", "fused_head"} | {"pipeline_microbatches"}
+OPTIONS_OF_OURS = {"sequence_parallel", "expert_parallel", "overlap", "fuse", "fused_head"} | {
+    "pipeline_microbatches",
+    "pipeline_schedule",
+}
 
 
 def _install() -> None:

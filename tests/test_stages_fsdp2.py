@@ -65,6 +65,38 @@ def test_two_stages_of_two() -> None:
         same(found, expected[0])
 
 
+@sees_whole
+def interleaved(pp: int, schedule: str) -> dict[str, Any]:
+    """Two forwards, one without gradients between them, then their two backwards: weights are split meanwhile."""
+    more = {"pp": pp, "pipeline_microbatches": 2, "pipeline_schedule": schedule} if pp > 1 else {}
+    model, config = make(1, "llama", {"num_hidden_layers": 4}, **more)
+    optimizer = new_optimizer(model)
+    data_rank = torch.distributed.get_rank() // pp
+    losses, norms = [], []
+    for step in range(STEPS):
+        first, second, other = (batch(config.vocab_size, seed=100 * step + 10 * at + data_rank) for at in range(3))
+        one = model(**first).loss
+        with torch.no_grad():
+            losses.append(model(**other).loss.item())
+        two = model(**second).loss
+        (0.3 * one).backward()
+        (0.7 * two).backward()
+        losses += [one.item(), two.item()]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        norms.append((norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in model.named_parameters()}
+    return {"losses": losses, "norms": norms, "weights": {name: torch.tensor(p.tolist()) for name, p in whole.items()}}
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_forwards_before_backwards(schedule: str) -> None:
+    expected = run(2, interleaved, 1, schedule)
+    for rank, found in enumerate(run(4, interleaved, 2, schedule)):
+        same(found, expected[rank // 2])
+
+
 def states(tp: int, pp: int, folder: str, resumes: bool, full: bool) -> Any:
     """Two steps and a save of model and optimizer, then a step; or the last step of a run that resumes."""
     _install()

@@ -175,7 +175,7 @@ class PipelineForward:
         messages.finish()
         loss = messages.from_last(torch.zeros((), device=batches.device) if total is None else total)
         gradients, parameters = self._gradients(shadows)
-        loss = Computed.apply(gradients, loss, *parameters)
+        loss = Computed.apply(gradients, self._gathered.gather, loss, *parameters)
         return self._output(outputs, batches, loss, spent=True)
 
     def _late(self, batches: MicroBatches, seed: Any) -> Any:
@@ -203,6 +203,7 @@ class PipelineForward:
             of_rows: list[Any] = [None] * len(sent)
             for at, grad in zip(floats, grads[loss is not None :], strict=True):
                 of_rows[at] = None if grad is None else grad.split(batches.rows)
+            self._gathered.gather()
             again = executor.running(), executor.with_shadows(shadows), executor.seeds.again(seed)
             with self._gathered.passing(), again[0], again[1], again[2], torch.enable_grad():
                 for at in range(len(batches.rows)):

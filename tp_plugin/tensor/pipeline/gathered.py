@@ -39,23 +39,29 @@ class Gathered:
             TPError: layers are split, and the model is not, so nothing of FSDP2 would see the backward.
         """
         states = self.states()
-        groups = [group for state in states for group in state._fsdp_param_groups]
         if any(state._is_root is None for state in states):
             raise TPError(
                 "pipeline stages: fully_shard was called for layers of the model, and not for the model itself; call "
                 "fully_shard(model) last"
             )
-        for group, following in zip(groups, [*groups[1:], None], strict=False):  # (without any, nothing follows)
-            group.unshard()
-            if following is not None:
-                following.unshard()  # while this one is copied
-            group.wait_for_unshard()
+        groups = self.gather()
         with self.passing():
             yield bool(states)
         if not learns:
             for group in groups:
                 if group._reshard_after_forward:
                     group.reshard()
+
+    def gather(self) -> list[Any]:
+        """Make the weights whole; in a backward, too: a forward without gradients, or the backward of another forward,
+        may have split them since, and FSDP2 reduces the gradients of what is whole at its end. Gives their groups."""
+        groups = [group for state in self.states() for group in state._fsdp_param_groups]
+        for group, following in zip(groups, [*groups[1:], None], strict=False):  # (without any, nothing follows)
+            group.unshard()
+            if following is not None:
+                following.unshard()  # while this one is copied
+            group.wait_for_unshard()
+        return groups
 
     @contextlib.contextmanager
     def passing(self) -> Iterator[None]:

@@ -15,11 +15,16 @@ Gradients = list[torch.Tensor | None]
 
 
 class Computed(torch.autograd.Function):
-    """The loss of a step whose backward has run, for a gradient of 1; its own backward scales and hands out."""
+    """The loss of a step whose backward has run, for a gradient of 1; its own backward scales and hands out.
+
+    Args (of ``apply``): the gradients, what is called before they are handed out, the loss, the parameters.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gradients: Gradients, loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.gradients = gradients
+    def forward(
+        ctx: Any, gradients: Gradients, before: Callable[[], Any], loss: torch.Tensor, *parameters: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.gradients, ctx.before = gradients, before
         return loss.clone()
 
     @staticmethod
@@ -31,10 +36,11 @@ class Computed(torch.autograd.Function):
                 "pipeline stages do not support"
             )
         gradients, ctx.gradients = ctx.gradients, None
+        ctx.before()
         for gradient in gradients:
             if gradient is not None:
                 gradient.mul_(grad.to(gradient.dtype))
-        return None, None, *gradients
+        return None, None, None, *gradients
 
 
 class Late(torch.autograd.Function):
