@@ -19,7 +19,7 @@ STEPS = 3
 def case(tp: int, pp: int, model_type: str, settings: dict[str, Any], sync_each: bool = False) -> dict[str, Any]:
     from counted import ledger
 
-    overrides = {"num_hidden_layers": 4}
+    overrides = {"num_hidden_layers": 4, "use_cache": False}
     more = {"pp": pp, "pipeline_microbatches": 2} if pp > 1 else {}
     model, config = make(tp, model_type, overrides, **settings, **more)
     optimizer = new_optimizer(model)
@@ -57,6 +57,26 @@ def test_two_stages(sync_each: bool) -> None:
     expected = run(2, case, 1, 1, "llama", {}, sync_each)
     for rank, found in enumerate(run(4, case, 1, 2, "llama", {}, sync_each)):
         same(found, expected[rank // 2])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"activation_checkpointing": True}, {"cpu_offload": True}], ids=lambda s: next(iter(s))
+)
+def test_settings(settings: dict[str, Any]) -> None:
+    expected = run(2, case, 1, 1, "llama", settings)
+    for rank, found in enumerate(run(4, case, 1, 2, "llama", settings)):
+        same(found, expected[rank // 2])
+
+
+def test_bf16() -> None:
+    """As close to plain fp32 as plain bf16 is, within twice its spread (test_fsdp2.py): losses are sums of rounded ones."""
+    exact = run(2, case, 1, 1, "llama", {})
+    plain = run(2, case, 1, 1, "llama", {"mixed_precision": "bf16"})
+    for rank, found in enumerate(run(4, case, 1, 2, "llama", {"mixed_precision": "bf16"})):
+        for key in ("losses", "norms"):
+            known, rounded = exact[rank // 2][key], plain[rank // 2][key]
+            far = max(abs(a - b) / b for a, b in zip(rounded, known, strict=True))
+            assert max(abs(a - b) / b for a, b in zip(found[key], known, strict=True)) <= 2 * far < 0.05, key
 
 
 def test_two_stages_of_two() -> None:
