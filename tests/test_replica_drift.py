@@ -15,7 +15,7 @@ EVEN = {"num_key_value_heads": 1, "tie_word_embeddings": False}
 STEPS = 50
 
 
-def _make(overrides: dict[str, Any]) -> Any:
+def _make(overrides: dict[str, Any], tp: int = 2) -> Any:
     import tp_plugin
     from tp_plugin.engines import torch_utils
     from tp_plugin.runtime.start import stop
@@ -23,7 +23,7 @@ def _make(overrides: dict[str, Any]) -> Any:
     stop()
     torch_utils.install()
     torch.manual_seed(0)
-    return tp_plugin.parallelize(build(config_for("llama", **overrides)).train(), tp_size=2)
+    return tp_plugin.parallelize(build(config_for("llama", **overrides)).train(), tp_size=tp)
 
 
 def _replicated(model: Any) -> list[Any]:
@@ -79,6 +79,28 @@ def test_loops(how: str) -> None:
     """One broadcast in each step, of all that is replicated."""
     for found in run(4 if "ddp" in how else 2, loop_case, how, UNEVEN if "ddp" in how or how == "clip" else EVEN):
         assert found == {"far": 0.0, "counts": {1}}
+
+
+def overlapping_case() -> torch.Tensor:
+    """Two heads on three ranks, as a policy of one's own may say: the middle rank has both, the others one each."""
+    from tp_plugin.policy import ParamLayout
+    from tp_plugin.runtime.runtime import require
+    from tp_plugin.shard.gradients import agree
+
+    _make({}, 3)
+    layout = ParamLayout((16, 3), 0, (((0, 8),), ((0, 16),), ((8, 16),)))
+    mesh = require().mesh
+    for ranks in layout.replica_groups:
+        mesh.replicas(ranks)
+    grad = layout.shard(torch.arange(1.0, 49).view(16, 3), mesh.unit.rank)
+    _round_otherwise([grad])
+    agree([(layout, grad)], mesh)
+    return grad
+
+
+def test_a_rank_that_has_all_meets_those_that_have_parts() -> None:
+    first, both, last = run(3, overlapping_case)
+    assert torch.equal(both[:8], first) and torch.equal(both[8:], last)
 
 
 def alone_case() -> dict[str, int]:

@@ -69,7 +69,7 @@ def test_settings(settings: dict[str, Any]) -> None:
 
 
 def test_bf16() -> None:
-    """As close to plain fp32 as plain bf16 is, within twice its spread (test_fsdp2.py): losses are sums of rounded ones."""
+    """As close to plain fp32 as plain bf16 is, within twice its spread (as in test_fsdp2.py)."""
     exact = run(2, case, 1, 1, "llama", {})
     plain = run(2, case, 1, 1, "llama", {"mixed_precision": "bf16"})
     for rank, found in enumerate(run(4, case, 1, 2, "llama", {"mixed_precision": "bf16"})):

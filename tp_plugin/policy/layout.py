@@ -148,8 +148,9 @@ class ParamLayout:
 
     @cached_property
     def whole_on(self) -> tuple[int, ...]:
-        """The ranks that hold the whole tensor."""
-        return tuple(rank for rank in range(self.ranks) if self.local_shape(rank) == self.shape)
+        """The ranks that hold the whole tensor; none if others hold a part of it."""
+        holders = tuple(rank for rank in range(self.ranks) if rank not in self.absent and self.local_numel(rank))
+        return holders if all(self.local_shape(rank) == self.shape for rank in holders) else ()
 
     def local_ranges(self, rank: int) -> tuple[Range, ...]:
         """Where each range of ``parts[rank]`` lies in the local tensor."""

@@ -63,7 +63,7 @@ class Cut:
     def take(self, mine: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
         """Fill ``mine`` with this rank's part of ``whole``, and its padding with ones."""
         at = 0
-        if sum(stop - start for start, stop in self.ranges) < mine.shape[self.dim]:
+        if _width(self.ranges) < mine.shape[self.dim]:
             mine.fill_(1)
         for start, stop in self.ranges:
             mine.narrow(self.dim, at, stop - start).copy_(whole.narrow(self.dim, start, stop - start))
@@ -85,7 +85,7 @@ class CutHeads:
 
     def __call__(self, shape: torch.Size) -> Cut | None:
         ranges, whole = self.parts[self.rank], _whole(self.parts)
-        mine = sum(stop - start for start, stop in ranges)
+        mine = _width(ranges)
         if self.folded and len(shape) == 3 and shape[0] % mine == 0:
             return Cut(0, whole, ranges).folded(shape[0] // mine, 0)
         return Cut(1, whole, ranges) if not self.folded and len(shape) == 4 and shape[1] == mine else None
@@ -99,11 +99,21 @@ class CutFeatures:
     rank: int
 
     def __call__(self, shape: torch.Size) -> Cut | None:
-        for parts in self.inputs:
-            ranges = parts[self.rank]
-            if shape[-1] == sum(stop - start for start, stop in ranges):
-                return Cut(len(shape) - 1, _whole(parts), ranges)
+        for parts in self._known:
+            if shape[-1] == _width(parts[self.rank]):
+                return Cut(len(shape) - 1, _whole(parts), parts[self.rank])
         return None
+
+    @functools.cached_property
+    def _known(self) -> tuple[Parts, ...]:
+        """The inputs; none if some rank could take one for another by its width, so that ranks may not agree."""
+        inputs = tuple(dict.fromkeys(self.inputs))
+        alike = any(len({_width(ranges) for ranges in of_rank}) < len(inputs) for of_rank in zip(*inputs, strict=True))
+        return () if alike else inputs
+
+
+def _width(ranges: tuple[Range, ...]) -> int:
+    return sum(stop - start for start, stop in ranges)
 
 
 def _whole(parts: Parts) -> int:
