@@ -52,8 +52,11 @@ class Pool:
             context.Process(target=_work, args=(rank, world, port, self.tasks[rank], self.results), daemon=True)
             for rank in range(world)
         ]
-        for process in self.processes:
-            process.start()
+        with unittest.mock.patch.dict(os.environ):
+            for name in [name for name in os.environ if name.startswith("TP_PLUGIN_")]:
+                del os.environ[name]  # what a test of a command has set is not for the ranks, which would be patched
+            for process in self.processes:
+                process.start()
         self.imported: set[str] = set()
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -130,6 +133,23 @@ def stop_all() -> None:
         pool.stop()
 
 
+@contextlib.contextmanager
+def _own_patches() -> Iterator[None]:
+    """What a case patches, or has patched once a library is imported, is the next one's no more."""
+    from tp_plugin.engines.patching import taken_back
+    from tp_plugin.launch import imports, worker
+
+    awaited = {name: list(actions) for name, actions in imports._finder.awaited.items()}
+    registered = set(worker._registered)
+    try:
+        with taken_back():
+            yield
+    finally:
+        imports._finder.awaited = awaited
+        worker._registered.clear()
+        worker._registered.update(registered)
+
+
 def _import(module: str) -> None:
     importlib.import_module(module)
 
@@ -165,7 +185,7 @@ def _work(rank: int, world: int, port: int, tasks: Any, results: Any) -> None:
             for part in name.split("."):
                 target = getattr(target, part)
             _seed()
-            with _shards_or_whole(target):
+            with _own_patches(), _shards_or_whole(target):
                 results.put((rank, True, target(*args)))
         except BaseException:
             results.put((rank, False, traceback.format_exc()))
