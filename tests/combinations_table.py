@@ -49,8 +49,8 @@ COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
     "QLoRA": (
         "blackbox/test_qlora.py::test_trl_sft",
         "test_quantized_scripts.py::test_script",
-        "refused test_quantized_scripts.py::test_other_engines_are_refused",
-        "refused test_quantized_scripts.py::test_other_engines_are_refused",
+        "blackbox/test_qlora.py::test_loop",
+        "blackbox/test_qlora.py::test_loop",
     ),
     "pipeline stages": (
         "test_pipeline.py::test_two_stages_of_two",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from tp_plugin.cli.models import randomize
@@ -265,18 +267,36 @@ def unpatched(function: Any) -> Any:
 
 
 def adapted(model: nn.Module, method: str) -> nn.Module:
-    """``model`` in PEFT's LoRA on every linear ("lora"), or trained together with a prefix ("prefix")."""
+    """``model`` in PEFT's LoRA on every linear ("lora"; "qlora": of 4 bits), or trained together with a prefix."""
     import peft
 
     install_peft()
+    if method == "qlora":
+        model = in_four_bits(model)
     torch.manual_seed(0)
-    if method == "lora":
+    if method in ("lora", "qlora"):
         given: Any = peft.LoraConfig(target_modules="all-linear", lora_alpha=16, init_lora_weights=False)
     else:
         given = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     found = peft.get_peft_model(model, given)
     if method == "prefix":  # alone it has too small a gradient for clipping
         found.requires_grad_(True)
+    return found
+
+
+def in_four_bits(model: nn.Module) -> nn.Module:
+    """``model`` in bitsandbytes' NF4, with double quantization; the CPU's own layout of codes is left out."""
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})  # save_pretrained writes on rank 0 only
+        found: nn.Module = type(model).from_pretrained(folder, quantization_config=settings)  # type: ignore[attr-defined]
+    for module in found.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return found
 
 

@@ -204,21 +204,20 @@ def test_device_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert own_device({"": "cpu"}) == {"": "cpu"} and own_device({"a": 0, "b": 1}) == {"a": 0, "b": 1}
 
 
-def test_other_engines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp2_and_compilers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tp_plugin.config.run_config import RunConfig
-    from tp_plugin.engines.quantization import check_quantization, refuse_compiler, refuse_engine
+    from tp_plugin.engines.quantization import check_quantization, refuse_compiler, refuse_fsdp2
     from tp_plugin.errors import TPError
 
-    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):  # what a worker of theirs is told
-        with monkeypatch.context() as worker, pytest.raises(TPError, match=r"llama.*(DeepSpeed|FSDP2).*MULTI_GPU"):
-            worker.setenv(variable, "true")
-            check_quantization("llama", NF4, RunConfig(tp_size=2))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # what a worker of it is told
+    with pytest.raises(TPError, match=r"llama.*8 bits.*FSDP2.*load_in_4bit"):
+        check_quantization("llama", {"load_in_8bit": True}, RunConfig(tp_size=2))
+    check_quantization("llama", NF4, RunConfig(tp_size=2))
 
     build(config_for("llama", **WIDE)).save_pretrained(tmp_path)
     model = quantized(str(tmp_path), NF4)
-    for engine in ("DeepSpeed", "FSDP2"):
-        with pytest.raises(TPError, match=f"quantized.*{engine}.*MULTI_GPU"):
-            refuse_engine(model, engine)
+    refuse_fsdp2(model)
     with pytest.raises(TPError, match=r"quantized.*torch\.compile"):
         refuse_compiler(model)
-    refuse_engine(torch.nn.Linear(2, 2), "FSDP2")
+    with pytest.raises(TPError, match=r"q_proj is quantized in 8 bits.*FSDP2.*load_in_4bit"):
+        refuse_fsdp2(quantized(str(tmp_path), {"load_in_8bit": True}))

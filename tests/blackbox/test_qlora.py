@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from .compare import close
 from .conftest import randomize
 from .instruct import write_data, write_tokenizer
+from .zero import accelerate, write_config
 
 pytest.importorskip("bitsandbytes")
 
@@ -51,3 +52,31 @@ def test_trainer_resumed_on_quantized_files(reports):
 def test_saved_base_is_loaded_by_plain_transformers(reports):
     got, expected = (report["saved"] for report in reports)
     close(got, expected, LOGGED, "saved")
+
+
+ENGINES = {
+    "ddp": (1, "yaml", ()),
+    "zero2": (2, 2, ()),
+    "zero3": (2, 3, ()),
+    "zero3, 8 bits": (2, 3, ("--storage", "int8")),
+    "fsdp2": (2, "fsdp2", ()),
+    "fsdp2, split codes": (2, "fsdp2", ("--storage", "float32")),
+}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_loop(bench, folder, name):
+    """Losses, norms, the adapter in plain PEFT, and a resumed state: ZeRO's and FSDP2's are without the base."""
+    dp, engine, codes = ENGINES[name]
+    given, config, entry = ("--models", str(folder), "--model", "model", *codes), {}, engine
+    if isinstance(engine, int):
+        path = write_config(folder / f"{name}.json", accelerate(engine, gradient_clipping=0.5), 2)
+        config = {"deepspeed_config": {"deepspeed_config_file": path, "zero3_init_flag": False}}
+        entry = "zero accelerate"
+    plain = bench.run("qlora_loop", 1, dp, (*given, "--stateless"))
+    run = bench.run("qlora_loop", 2, dp, given, entry=entry, config=config, timeout=280)
+    close(run.report, plain.report, LOGGED, name)
+    if dp == 1 or codes:
+        return
+    other = bench.run("qlora_loop", 2, 1, (*given, "--state", str(run.out / "state")), entry=entry, config=config)
+    assert other.report["loaded"] == pytest.approx(plain.report["saved"], rel=LOGGED), "at another dp"

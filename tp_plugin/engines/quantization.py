@@ -10,7 +10,7 @@ from torch import nn
 
 from tp_plugin.config.run_config import RunConfig
 from tp_plugin.errors import PolicyError, TPError
-from tp_plugin.policy.packed import FOUR_BITS, block_size, refuse_ragged
+from tp_plugin.policy.packed import EIGHT_BITS, FOUR_BITS, block_size, refuse_ragged
 from tp_plugin.shard import is_sharded, models_in
 from tp_plugin.shard.quantized import packed_in
 
@@ -25,8 +25,10 @@ NEEDED = {
 }
 """Other methods, and what sharding them would take."""
 
-ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed ZeRO", "ACCELERATE_USE_FSDP": "FSDP2"}
-"""Variables by which ``accelerate launch`` says what a worker uses."""
+_UNSCALED = (
+    "in 8 bits, and FSDP2 parts such a weight from its scales; use load_in_4bit, DDP (distributed_type: MULTI_GPU) or "
+    "DeepSpeed ZeRO"
+)
 
 
 def check_quantization(config: Any, quantization: Any, options: RunConfig) -> None:
@@ -57,9 +59,8 @@ def check_quantization(config: Any, quantization: Any, options: RunConfig) -> No
             raise TPError(
                 f"{start}, which no test proves together with {key}; remove {key}, or load the model in 16 bits"
             )
-    for variable, engine in ENGINES.items():
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise TPError(f"{start}, {_unproven(engine)}")
+    if given.get("load_in_8bit") and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        raise TPError(f"{start} {_UNSCALED}")
     for key in ("llm_int8_has_fp16_weight", "llm_int8_enable_fp32_cpu_offload"):
         if given.get(key):
             raise TPError(f"{start} with {key}, which {options.sizes} cannot split; remove {key}, or set tp_size: 1")
@@ -100,10 +101,11 @@ def refuse_merge(model: nn.Module) -> None:
             )
 
 
-def refuse_engine(model: nn.Module, engine: str) -> None:
-    """Raise if ``model`` is quantized and ``engine`` is one that no test proves it with."""
-    if any(packed_in(model)):
-        raise TPError(f"{type(model).__name__} is quantized, {_unproven(engine)}")
+def refuse_fsdp2(model: nn.Module) -> None:
+    """Raise if FSDP2 is to split a weight in 8 bits."""
+    for path, module in packed_in(model):
+        if type(module).__name__ == EIGHT_BITS:
+            raise TPError(f"{path} is quantized {_UNSCALED}")
 
 
 def refuse_compiler(model: nn.Module) -> None:
@@ -113,10 +115,3 @@ def refuse_compiler(model: nn.Module) -> None:
             f"{type(model).__name__} is quantized, which no test proves together with torch.compile and a tp_size; "
             "remove dynamo_config (torch_compile), or load the model in 16 bits"
         )
-
-
-def _unproven(engine: str) -> str:
-    return (
-        f"which no test proves together with {engine} and a tp_size; use DDP (distributed_type: MULTI_GPU), of whose "
-        "replicas each holds the adapters and its share of the base, or load the model in 16 bits"
-    )

@@ -51,6 +51,11 @@ def packed_in(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((path, module) for path, module in model.named_modules() if is_packed(module))
 
 
+def entries(model: nn.Module) -> tuple[str, ...]:
+    """With what the names begin that codes, and what decodes them, have in the state dict of ``model``."""
+    return tuple(f"{path}.{what}" for path, _ in packed_in(model) for what in ("weight", "SCB"))
+
+
 def statistics_of(module: Any) -> dict[str, torch.Tensor]:
     """What decodes the weight of ``module``, by its names in a state dict; the lookup tables are constants."""
     if type(module).__name__ == EIGHT_BITS:

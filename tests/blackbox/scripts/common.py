@@ -105,6 +105,14 @@ def save_whole(accelerator, model, folder: Path, name: str) -> None:
         save_file({key: value.clone() for key, value in state.items()}, folder / f"{name}.safetensors")
 
 
+def without_repacking(model):
+    """The CPU's own layout of codes, which rounds their scales, is one process's alone."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def start_plain() -> None:
     """What plain DeepSpeed needs to run on CPU (BLACKBOX_PLAIN is set for the oracles only).
 

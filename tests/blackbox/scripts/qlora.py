@@ -7,7 +7,7 @@ import json
 
 import torch
 from accelerate import Accelerator, PartialState
-from common import arguments, logged
+from common import arguments, logged, without_repacking
 from datasets import load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
@@ -25,14 +25,6 @@ WORDS = (
     "--lora_dropout 0.0 --lora_target_modules all-linear --report_to none --gradient_checkpointing true "
     "--completion_only_loss true --save_strategy no " + " ".join(f"--{key} {value}" for key, value in COMMON.items())
 )
-
-
-def without_repacking(model):
-    """The CPU's own layout of codes, which rounds their scales, is one process's alone."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model
 
 
 def reloaded(folder, base):

@@ -14,7 +14,7 @@ from tp_plugin.engines.accelerate import save_state
 from tp_plugin.engines.accelerate.operations import TorchWithScopedDist
 from tp_plugin.engines.fsdp2 import prepare as fsdp2
 from tp_plugin.engines.patching import patch, wrap
-from tp_plugin.engines.quantization import refuse_compiler, refuse_engine
+from tp_plugin.engines.quantization import refuse_compiler, refuse_fsdp2
 from tp_plugin.engines.torch_utils import in_step
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.roles import Mesh
@@ -146,8 +146,8 @@ def _shard(accelerator: Any, model: nn.Module) -> None:
 
         assert getattr(deepspeed.initialize, "tp_patched", False), "ZeRO would reduce gradients over the whole world"
     options = current_config()
-    if options.tp_size > 1 and accelerator.distributed_type.value in save_state.ENGINES:
-        refuse_engine(model, save_state.ENGINES[accelerator.distributed_type.value])
+    if options.tp_size > 1 and accelerator.distributed_type.value == "FSDP":
+        refuse_fsdp2(model)
     if options.tp_size > 1 and accelerator.state.dynamo_plugin.backend.value != "NO":
         refuse_compiler(model)
     loaded_once = fsdp2.is_loaded_once(accelerator)

@@ -2,6 +2,8 @@
 
 A run of the same tp, dp and layouts loads with DeepSpeed's own code. In any other run each rank asks DeepSpeed for its
 own two files, and they are made from the saved ones (checkpoint/deepspeed_target.py).
+
+A quantized base is left out: its codes are those that the script has loaded, and DeepSpeed knows nothing of its scales.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from tp_plugin.policy import ParamLayout
 from tp_plugin.runtime.runtime import current_mesh, require
 from tp_plugin.runtime.sync_points import BARRIER
 from tp_plugin.shard import local_states
+from tp_plugin.shard.quantized import entries, is_code
 from tp_plugin.tensor.param_entry import layout_of
 
 RECOVERY = '''#!/usr/bin/env python3
@@ -41,6 +44,9 @@ if __name__ == "__main__":
 '''
 """Stands where DeepSpeed puts scripts that take all ranks for data-parallel ones."""
 
+FRAGMENTS = "frozen_param_fragments"
+"""DeepSpeed's key for the parameters that are not trained."""
+
 SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
 
@@ -52,6 +58,35 @@ def install_engine(engine: Any) -> None:
     wrap(cls, "_copy_recovery_script", _copy_recovery_script)
     wrap(cls, "load_checkpoint", _load_checkpoint)
     wrap(cls, "_zero3_consolidated_16bit_state_dict", _consolidated)
+    wrap(cls, "module_state_dict", _without_codes)
+    wrap(cls, "_get_zero_frozen_param_attributes", _without_codes)
+    wrap(cls, "load_module_state_dict", _load_module)
+
+
+def _without_codes(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    found = original(self, *args, **kwargs)
+    codes = entries(self.module) if current_mesh() is not None else ()
+    for name in [name for name in found if name.startswith(codes)] if codes else ():
+        del found[name]
+    return found
+
+
+def _load_module(original: Any, self: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load what is saved, and what is not (codes) as it is."""
+    codes = entries(self.module) if current_mesh() is not None else ()
+    if codes:
+        with local_states():
+            state = self.module.state_dict()
+        checkpoint = {**checkpoint, "module": {**checkpoint["module"], **{n: state[n] for n in _weights(state, codes)}}}
+        if checkpoint.get(FRAGMENTS) is not None:
+            own = {name: p for p, name in self.param_names.items() if name.startswith(codes)}
+            fragments = {name: getattr(p, "ds_tensor", p) for name, p in own.items()}
+            checkpoint[FRAGMENTS] = {**checkpoint[FRAGMENTS], **fragments}
+    return original(self, checkpoint, *args, **kwargs)
+
+
+def _weights(state: Iterable[str], codes: tuple[str, ...]) -> list[str]:
+    return [name for name in state if name in codes and name.endswith(".weight")]
 
 
 def install_recovery(zero_to_fp32: Any) -> None:
@@ -128,7 +163,7 @@ def _copy_recovery_script(original: Any, self: Any, save_path: Any) -> None:
 
 def _layouts(engine: Any) -> dict[str, ParamLayout]:
     named = engine.module.named_parameters(remove_duplicate=False)
-    return {name: layout for name, p in named if (layout := layout_of(p)) is not None}
+    return {name: layout for name, p in named if (layout := layout_of(p)) is not None and not is_code(p)}
 
 
 def _optimizer_names(engine: Any) -> list[list[str]] | None:
@@ -235,7 +270,7 @@ def _consolidated(original: Any, self: Any, exclude_frozen_parameters: bool = Fa
         parameters = dict(module.named_parameters(recurse=False))
         with deepspeed.zero.GatheredParameters(list(parameters.values())):
             for name, parameter in parameters.items():
-                if exclude_frozen_parameters and not parameter.requires_grad:
+                if is_code(parameter) or (exclude_frozen_parameters and not parameter.requires_grad):
                     continue
                 if mesh.data.rank > 0:
                     continue

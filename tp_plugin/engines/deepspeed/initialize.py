@@ -19,7 +19,6 @@ from tp_plugin.engines.deepspeed import checkpoint, norms, replicas, script_acce
 from tp_plugin.engines.deepspeed.config import check_batch_sizes, refuse
 from tp_plugin.engines.deepspeed.groups import Mpu
 from tp_plugin.engines.patching import wrap
-from tp_plugin.engines.quantization import refuse_engine
 from tp_plugin.errors import TPError
 from tp_plugin.runtime.runtime import Runtime, current, current_mesh, require
 from tp_plugin.runtime.start import start
@@ -109,7 +108,6 @@ def _initialize_sharded(original: Any, call: Any, config: dict[str, Any], option
         agree_on_weights(model, runtime.mesh)
         materialize_all_(model)
     else:
-        refuse_engine(model, "DeepSpeed ZeRO")
         parallelize(model, options.tp_size, options=options)
     optimizer = given.get("optimizer")
     if isinstance(optimizer, torch.optim.Optimizer):

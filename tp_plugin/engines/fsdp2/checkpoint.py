@@ -2,6 +2,9 @@
 
 ``full_state_dict``: whole tensors, as that option gives them without TP. Otherwise each rank's tensors are parts of
 whole ones (chunks.py), which all ranks write and read in parallel.
+
+A quantized base is left out: its codes are those that the script has loaded, and scales are no parameters, which torch
+would ask for.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from tp_plugin.runtime.sync_points import BARRIER
 from tp_plugin.shard import local_states
 from tp_plugin.shard.full_tensor import gather_full_tensor
 from tp_plugin.shard.params import plain_name
+from tp_plugin.shard.quantized import entries
 from tp_plugin.tensor.param_entry import layout_of
 
 Leaf = Callable[[str, Any], Any]
@@ -63,6 +67,9 @@ class _Names:
         self.absent = {name for name, layout in known.items() if mesh.unit.rank in layout.absent}
         """What is on other pipeline stages: FSDP2 has not split it, and the optimizer has no state of it."""
         self.layouts |= {name: known[name] for name in self.absent}
+        self.of_codes = tuple(plain_name(name) for name in entries(model))
+        """With what the names of codes, and of what decodes them, begin."""
+        self.codes = {name: v for name, v in state.items() if plain_name(name) in self.of_codes}
 
     def is_share(self, name: str, value: torch.Tensor) -> bool:
         """Whether ``value`` is a part of something of the parameter's shape."""
@@ -101,7 +108,7 @@ def _get_model(original: Any, model: nn.Module, *, submodules: Any = None, optio
     with local_states():
         state = original(model, options=own)
     return _present(
-        {name: {"": value} for name, value in state.items()},
+        {name: {"": value} for name, value in state.items() if not (names.codes and name.startswith(names.of_codes))},
         names,
         options,
         lambda found: {name: values[""] for name, values in found.items()},
@@ -206,7 +213,7 @@ def _set_model(original: Any, model: nn.Module, model_state_dict: Any, *, option
     state = {name: {"": value} for name, value in (model_state_dict or {}).items()}
     _, state = _take(None, state, names, options)
     with local_states():
-        return original(model, {name: values[""] for name, values in state.items()}, options=own)
+        return original(model, {**names.codes, **{n: values[""] for n, values in state.items()}}, options=own)
 
 
 def _set_optimizer(
