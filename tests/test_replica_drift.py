@@ -32,6 +32,14 @@ def _replicated(model: Any) -> list[Any]:
     return [p for p in model.parameters() if (layout := layout_of(p)) is None or not layout.is_sharded]
 
 
+def _shared(model: Any) -> list[Any]:
+    """Shards that are the same on all ranks."""
+    from tp_plugin.tensor.param_entry import layout_of
+
+    found = [(p, layout_of(p)) for p in model.parameters()]
+    return [p for p, layout in found if layout is not None and layout.is_sharded and len(set(layout.parts)) == 1]
+
+
 def _round_otherwise(grads: list[torch.Tensor]) -> None:
     """What another kernel on each rank would do: the last bits."""
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
@@ -122,22 +130,23 @@ def test_an_optimizer_of_something_else_meets_nobody() -> None:
     assert run(2, alone_case) == [{}, {}]
 
 
-def zero_case(stage: int, overrides: dict[str, Any], bf16: bool) -> dict[str, Any]:
+def zero_case(stage: int, overrides: dict[str, Any], bf16: bool, steps: int) -> dict[str, Any]:
     import deepspeed
     from test_zero import ds_config, plain_again
 
     plain_again()
     model = _make(overrides)
-    for parameter in _replicated(model):
+    alike = [*_replicated(model), *_shared(model)]
+    for parameter in alike:
         parameter.register_hook(lambda grad: _rounded(grad))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     config = ds_config(stage, **({"bf16": {"enabled": True}} if bf16 else {}))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    for step in range(16):
+    for step in range(steps):
         engine.backward(engine(**batch(97, 10 * step + torch.distributed.get_rank() // 2)).loss)
         engine.step()
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
-        weights = [p.detach().clone() for p in _replicated(model)]
+        weights = [p.detach().clone() for p in alike]
     engine.destroy()
     return {"weights": weights}
 
@@ -148,12 +157,22 @@ def _rounded(grad: torch.Tensor) -> torch.Tensor:
     return grad * (1 + step * (2 * torch.rand(grad.shape, generator=generator) - 1)).to(grad.dtype)
 
 
-@pytest.mark.parametrize("stage, bf16", [(0, False), (0, True), (1, False), (2, False), (3, False)])
-def test_deepspeed(stage: int, bf16: bool) -> None:
-    found = run(4, zero_case, stage, {"tie_word_embeddings": False}, bf16)
+def assert_alike(found: list[dict[str, Any]], count: int) -> None:
     for unit in (found[:2], found[2:]):
         assert all(torch.equal(*both) for both in zip(*(one["weights"] for one in unit), strict=True))
-        assert len(unit[0]["weights"]) == 9
+        assert len(unit[0]["weights"]) == count
+
+
+@pytest.mark.parametrize("stage, bf16", [(0, False), (0, True), (1, False), (2, False), (3, False)])
+def test_deepspeed(stage: int, bf16: bool) -> None:
+    """One key head for both ranks: what each layer has of that (two weights, two biases) is on both."""
+    assert_alike(run(4, zero_case, stage, EVEN, bf16, 16), 9 + 2 * 4)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_of_uneven_shards(stage: int) -> None:
+    """ZeRO 1 and 2 cut them elsewhere on each rank of a TP group."""
+    assert_alike(run(4, zero_case, stage, UNEVEN, False, STEPS), 9)
 
 
 def fsdp2_case() -> dict[str, Any]:
