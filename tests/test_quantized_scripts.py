@@ -141,7 +141,6 @@ def test_script(name: str, dp: int, tmp_path: Path) -> None:
         ({"quant_method": "torchao"}, {}, ["torchao"]),
         ({"quant_method": "quark"}, {}, ["quark", "BitsAndBytesConfig"]),
         ({**NF4, "quant_method": "bitsandbytes"}, {"pp_size": 2}, ["pp_size", "quantized"]),
-        ({**NF4, "quant_method": "bitsandbytes"}, {"sequence_parallel": True}, ["sequence_parallel", "quantized"]),
         ({"load_in_8bit": True, "llm_int8_has_fp16_weight": True}, {}, ["llm_int8_has_fp16_weight"]),
     ],
 )
@@ -204,9 +203,9 @@ def test_device_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert own_device({"": "cpu"}) == {"": "cpu"} and own_device({"a": 0, "b": 1}) == {"a": 0, "b": 1}
 
 
-def test_fsdp2_and_compilers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp2_takes_no_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tp_plugin.config.run_config import RunConfig
-    from tp_plugin.engines.quantization import check_quantization, refuse_compiler, refuse_fsdp2
+    from tp_plugin.engines.quantization import check_quantization, refuse_fsdp2
     from tp_plugin.errors import TPError
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # what a worker of it is told
@@ -217,7 +216,5 @@ def test_fsdp2_and_compilers_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     build(config_for("llama", **WIDE)).save_pretrained(tmp_path)
     model = quantized(str(tmp_path), NF4)
     refuse_fsdp2(model)
-    with pytest.raises(TPError, match=r"quantized.*torch\.compile"):
-        refuse_compiler(model)
     with pytest.raises(TPError, match=r"q_proj is quantized in 8 bits.*FSDP2.*load_in_4bit"):
         refuse_fsdp2(quantized(str(tmp_path), {"load_in_8bit": True}))

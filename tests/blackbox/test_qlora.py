@@ -56,6 +56,7 @@ def test_saved_base_is_loaded_by_plain_transformers(reports):
 
 ENGINES = {
     "ddp": (1, "yaml", ()),
+    "ddp, tokens split, compiled": (1, "yaml", ()),
     "zero2": (2, 2, ()),
     "zero3": (2, 3, ()),
     "zero3, 8 bits": (2, 3, ("--storage", "int8")),
@@ -69,6 +70,8 @@ def test_loop(bench, folder, name):
     """Losses, norms, the adapter in plain PEFT, and a resumed state: ZeRO's and FSDP2's are without the base."""
     dp, engine, codes = ENGINES[name]
     given, config, entry = ("--models", str(folder), "--model", "model", *codes), {}, engine
+    if name == "ddp, tokens split, compiled":
+        config = {"tp_plugin": {"sequence_parallel": True}, "dynamo_config": {"dynamo_backend": "AOT_EAGER"}}
     if isinstance(engine, int):
         path = write_config(folder / f"{name}.json", accelerate(engine, gradient_clipping=0.5), 2)
         config = {"deepspeed_config": {"deepspeed_config_file": path, "zero3_init_flag": False}}

@@ -54,11 +54,8 @@ def check_quantization(config: Any, quantization: Any, options: RunConfig) -> No
             f"{start} by {method}, and {options.sizes} cannot split its weights{needed}. Load the model in 16 bits, "
             "quantize it by bitsandbytes (BitsAndBytesConfig), or set tp_size: 1"
         )
-    for key, is_set in {"pp_size": options.pp_size > 1, "sequence_parallel": options.sequence_parallel}.items():
-        if is_set:
-            raise TPError(
-                f"{start}, which no test proves together with {key}; remove {key}, or load the model in 16 bits"
-            )
+    if options.pp_size > 1:
+        raise TPError(f"{start}, which no test proves together with pp_size; remove pp_size, or load it in 16 bits")
     if given.get("load_in_8bit") and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
         raise TPError(f"{start} {_UNSCALED}")
     for key in ("llm_int8_has_fp16_weight", "llm_int8_enable_fp32_cpu_offload"):
@@ -106,12 +103,3 @@ def refuse_fsdp2(model: nn.Module) -> None:
     for path, module in packed_in(model):
         if type(module).__name__ == EIGHT_BITS:
             raise TPError(f"{path} is quantized {_UNSCALED}")
-
-
-def refuse_compiler(model: nn.Module) -> None:
-    """Raise if ``model``, which is to be compiled, is quantized."""
-    if any(packed_in(model)):
-        raise TPError(
-            f"{type(model).__name__} is quantized, which no test proves together with torch.compile and a tp_size; "
-            "remove dynamo_config (torch_compile), or load the model in 16 bits"
-        )

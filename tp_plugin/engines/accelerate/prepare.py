@@ -14,7 +14,7 @@ from tp_plugin.engines.accelerate import save_state
 from tp_plugin.engines.accelerate.operations import TorchWithScopedDist
 from tp_plugin.engines.fsdp2 import prepare as fsdp2
 from tp_plugin.engines.patching import patch, wrap
-from tp_plugin.engines.quantization import refuse_compiler, refuse_fsdp2
+from tp_plugin.engines.quantization import refuse_fsdp2
 from tp_plugin.engines.torch_utils import in_step
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.roles import Mesh
@@ -148,8 +148,6 @@ def _shard(accelerator: Any, model: nn.Module) -> None:
     options = current_config()
     if options.tp_size > 1 and accelerator.distributed_type.value == "FSDP":
         refuse_fsdp2(model)
-    if options.tp_size > 1 and accelerator.state.dynamo_plugin.backend.value != "NO":
-        refuse_compiler(model)
     loaded_once = fsdp2.is_loaded_once(accelerator)
     if type(model).__name__ in options.leave_whole or (_is_beside(model) and runtime.held_bytes):
         agree_on_weights(model, runtime.mesh, whole_world=loaded_once)
