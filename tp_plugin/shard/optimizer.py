@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from types import MethodType
 from typing import Any
 
 import torch
 
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.dtensor_utils import is_split, split_like
+from tp_plugin.policy import ParamLayout
 from tp_plugin.runtime.published import ELSEWHERE
 from tp_plugin.runtime.runtime import Runtime
-from tp_plugin.shard import full_matrix_step
+from tp_plugin.shard import block_states, full_matrix_step
 from tp_plugin.shard.elementwise import fault
 from tp_plugin.shard.model_state import read_full_tensor
 from tp_plugin.shard.replicas import agree_on
@@ -65,6 +67,9 @@ def _take_over(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
         if layout is None or not (layout.is_sharded or is_split(parameter)):
             continue
         state = optimizer.state.get(parameter, {})
+        if block_states.is_coded(state):
+            state.update(block_states.mine(state, layout, rank))
+            continue
         for key, value in state.items():
             state[key] = value = local_of(plain_of(value) if isinstance(value, GlobalView) else value)
             if isinstance(value, torch.Tensor) and not is_split(value) and tuple(value.shape) == layout.shape:
@@ -72,7 +77,16 @@ def _take_over(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
                 state[key] = split_like(mine, parameter) if is_split(parameter) else mine
     optimizer.tp_states = OptimizerStates(optimizer, runtime)  # type: ignore[attr-defined]
     optimizer.register_state_dict_post_hook(_give_full)
-    optimizer.register_load_state_dict_pre_hook(_take_shards)
+    if block_states.keeps_blocks(optimizer):  # which calls no hook of torch's
+        block_states.fit(optimizer)
+        optimizer.load_state_dict = MethodType(_load_state_dict, optimizer)  # type: ignore[method-assign]
+    else:
+        optimizer.register_load_state_dict_pre_hook(_take_shards)
+
+
+def _load_state_dict(self: Any, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    states = {at: block_states.unnested(state) for at, state in state_dict["state"].items()}
+    type(self).load_state_dict(self, _take_shards(self, {**state_dict, "state": states}), *args, **kwargs)
 
 
 def check_unprepared(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
@@ -115,8 +129,7 @@ def _refuse_unfit(optimizer: torch.optim.Optimizer) -> None:
 
 def _is_blockwise(optimizer: torch.optim.Optimizer) -> bool:
     package = type(optimizer).__module__.partition(".")[0]
-    bits = getattr(getattr(optimizer, "args", None), "optim_bits", 32)
-    return (package == "bitsandbytes" and bits != 32) or (package == "torchao" and hasattr(optimizer, "block_size"))
+    return package == "torchao" and hasattr(optimizer, "block_size")
 
 
 class OptimizerStates:
@@ -189,6 +202,13 @@ def _give_full(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> 
             continue
         layout = layout_of(parameter)
         entry = dict(state_dict["state"][index])
+        if layout is not None and layout.is_sharded and block_states.is_coded(entry):
+
+            def read(key: str, layout: ParamLayout, index: int = index, entry: dict[str, Any] = entry) -> torch.Tensor:
+                return read_full_tensor(runtime, states.uid, f"{index}/{key}", entry[key], layout)
+
+            full[index] = block_states.whole(entry, layout, read)
+            continue
         for key, value in entry.items():
             if layout is None or not layout.is_sharded or not isinstance(value, torch.Tensor) or is_split(value):
                 continue  # (FSDP2's states become whole in torch's distributed checkpoint API)
@@ -206,6 +226,9 @@ def _take_shards(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
     for index, parameter in enumerate(_parameters(optimizer)):
         layout = layout_of(parameter)
         if layout is None or not layout.is_sharded or index not in state:
+            continue
+        if block_states.is_coded(state[index]):
+            state[index] = block_states.mine(state[index], layout, rank)
             continue
         state[index] = {
             key: layout.shard(value, rank)
