@@ -44,6 +44,11 @@ def keeps_blocks(optimizer: torch.optim.Optimizer) -> bool:
     return any(kind.__name__ == "Optimizer8bit" for kind in kinds)
 
 
+def has_codes(optimizer: Any) -> bool:
+    """Whether ``optimizer`` keeps the states of large parameters in 8 bits."""
+    return keeps_blocks(optimizer) and optimizer.args.optim_bits == 8
+
+
 def fit(optimizer: Any) -> None:
     """Let ``optimizer``, one of bitsandbytes', step with shards.
 
@@ -88,9 +93,10 @@ def _check(optimizer: Any, parameter: torch.Tensor, config: dict[str, Any]) -> N
     is_coded = config["optim_bits"] == 8 and parameter.numel() >= config["min_8bit_size"]
     if is_coded and scales_layout(layout, BLOCK) is None and not replicas_agree(layout):
         raise TPError(
-            f"{name_of(optimizer)} would keep {entry.name} in blocks of {BLOCK} elements that differ between ranks "
-            "which hold the same part of it, so that they would train it apart. Keep it in 32 bits "
-            "(GlobalOptimManager.override_config(parameter, 'optim_bits', 32)), or take a tp_size that divides its heads"
+            f"{name_of(optimizer)} would keep the state of {entry.name} in blocks of {BLOCK} elements that differ on "
+            "ranks which hold the same part of it, so that they would train it apart. Keep it in 32 bits "
+            "(GlobalOptimManager.override_config(parameter, 'optim_bits', 32)), or take a tp_size that divides its "
+            "key/value heads"
         )
 
 
@@ -98,8 +104,8 @@ def _refuse_whole_options(optimizer: Any, config: dict[str, Any]) -> None:
     for option, value in ELEMENTWISE.items():
         if config.get(option, value) != value:
             raise TPError(
-                f"{name_of(optimizer)} with {option}={config[option]} looks at whole tensors, which no rank holds under "
-                f'tensor parallelism. Use AdamW8bit (optim="adamw_8bit"), set {option}={value}, or tp_size: 1'
+                f"{name_of(optimizer)} with {option}={config[option]} looks at whole tensors, which no rank holds "
+                f'under tensor parallelism. Use AdamW8bit (optim="adamw_8bit"), {option}={value}, or tp_size: 1'
             )
 
 
@@ -115,7 +121,7 @@ def is_coded(state: dict[str, Any]) -> bool:
 
 def unnested(state: dict[str, Any]) -> dict[str, Any]:
     """``state`` without the level that bitsandbytes puts in when it saves."""
-    return {key: value for key, value in state.items() if key != NESTED} | state.get(NESTED, {})
+    return {**{key: value for key, value in state.items() if key != NESTED}, **state.get(NESTED, {})}
 
 
 def whole(state: dict[str, Any], layout: ParamLayout, read: Read) -> dict[str, Any]:

@@ -61,6 +61,11 @@ def _shard_optimizer(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None
 def _take_over(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
     """Cut the state that it has, and let its ``state_dict`` be that of the whole model from now on."""
     _refuse_unfit(optimizer)
+    if block_states.keeps_blocks(optimizer):  # whose load_state_dict calls no hook of torch's
+        block_states.fit(optimizer)
+        optimizer.load_state_dict = MethodType(_load_state_dict, optimizer)  # type: ignore[method-assign]
+    else:
+        optimizer.register_load_state_dict_pre_hook(_take_shards)
     rank = runtime.mesh.unit.rank
     for parameter in _parameters(optimizer):
         layout = layout_of(parameter)
@@ -77,11 +82,6 @@ def _take_over(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
                 state[key] = split_like(mine, parameter) if is_split(parameter) else mine
     optimizer.tp_states = OptimizerStates(optimizer, runtime)  # type: ignore[attr-defined]
     optimizer.register_state_dict_post_hook(_give_full)
-    if block_states.keeps_blocks(optimizer):  # which calls no hook of torch's
-        block_states.fit(optimizer)
-        optimizer.load_state_dict = MethodType(_load_state_dict, optimizer)  # type: ignore[method-assign]
-    else:
-        optimizer.register_load_state_dict_pre_hook(_take_shards)
 
 
 def _load_state_dict(self: Any, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -110,12 +110,11 @@ def check_unprepared(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None
 
 def _refuse_unfit(optimizer: torch.optim.Optimizer) -> None:
     name = type(optimizer).__name__
-    if _is_blockwise(optimizer):
+    if type(optimizer).__module__.startswith("torchao.") and hasattr(optimizer, "block_size"):
         raise TPError(
-            f"optimizer {type(optimizer).__module__}.{name} keeps its state in 8 bits, one scale per block of some "
-            "hundred or thousand elements; a shard has other blocks than the whole tensor, so its numbers would be "
-            "others, and its state could not be saved whole. Use a 32-bit one (adamw_torch_fused, paged_adamw_32bit), "
-            "or tp_size: 1"
+            f"{block_states.name_of(optimizer)} keeps its state in 8 bits or less, in tensors of torchao's own, which "
+            'tp_size does not save whole. Use that of bitsandbytes (optim="adamw_8bit"), a 32-bit optimizer '
+            "(adamw_torch_fused), or tp_size: 1"
         )
     if name in NOT_ELEMENTWISE:
         raise TPError(
@@ -125,11 +124,6 @@ def _refuse_unfit(optimizer: torch.optim.Optimizer) -> None:
         )
     if why := fault(optimizer):
         raise TPError(why)
-
-
-def _is_blockwise(optimizer: torch.optim.Optimizer) -> bool:
-    package = type(optimizer).__module__.partition(".")[0]
-    return package == "torchao" and hasattr(optimizer, "block_size")
 
 
 class OptimizerStates:
