@@ -25,10 +25,12 @@ def train(optimizer: str) -> dict:
     def trainer() -> Trainer:
         settings = TrainingArguments(
             str(out), optim=optimizer, max_steps=4, save_steps=2, logging_steps=1, per_device_train_batch_size=2,
-            gradient_accumulation_steps=2, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.5, use_cpu=True, seed=3,
-            report_to="none", disable_tqdm=True,
+            gradient_accumulation_steps=2, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.5, use_cpu=True,
+            seed=3, report_to="none", disable_tqdm=True,
         )  # fmt: skip
-        return Trainer(AutoModelForCausalLM.from_pretrained(given.models / given.model), settings, train_dataset=rows(40))
+        return Trainer(
+            AutoModelForCausalLM.from_pretrained(given.models / given.model), settings, train_dataset=rows(40)
+        )
 
     first, second = trainer(), trainer()
     first.train()
