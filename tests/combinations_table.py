@@ -20,6 +20,7 @@ TRAINER = "blackbox/test_checkpoints.py::test_trainer_logs_what_it_logs_on_dp_pr
 TRAINERS, TRL = "blackbox/test_trainers.py::test_trainer", "blackbox/test_trainers.py::test_trl"
 DDP, ZERO_SETTINGS = "test_ddp.py::test_numbers_of_plain_ddp", "test_zero.py::test_settings"
 CLIP, SEQUENCE, ZOO = "blackbox/test_clip_and_seeds.py", "test_sequence.py", "test_zoo.py::test_proof"
+EIGHT_BITS = "test_eight_bit_optimizers.py"
 FSDP2, FSDP2_LOOP, FSDP2_SETTINGS = "test_fsdp2.py", "blackbox/test_fsdp2.py::test_loop", "test_fsdp2.py::test_settings"
 
 COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
@@ -75,6 +76,12 @@ COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
         TRAINERS,
         "refused test_zero_launch.py::test_optimizers_that_need_whole_tensors",
         f"refused {FSDP2}::test_optimizers_that_need_whole_tensors",
+    ),
+    "8-bit optimizers": (
+        f"{EIGHT_BITS}::test_where_blocks_are_whole_the_numbers_are",
+        "blackbox/test_eight_bit.py::test_trainer",
+        f"refused {EIGHT_BITS}::test_engines_that_cut_shards_once_more_refuse_them",
+        f"refused {EIGHT_BITS}::test_engines_that_cut_shards_once_more_refuse_them",
     ),
     "sequence parallelism": (f"{SEQUENCE}::test_parity", DDP, ZERO_SETTINGS, FSDP2_SETTINGS),
     "whole experts": (ZOO, DDP, ZERO_SETTINGS, FSDP2_SETTINGS),

@@ -1,4 +1,4 @@
-"""Quantized bases: what cannot be cut is refused before weights load, and each rank quantizes on its own device."""
+"""Quantized bases and optimizer states: what cannot be cut is refused, and each rank quantizes on its own device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tp_plugin.config.run_config import RunConfig
 from tp_plugin.errors import PolicyError, TPError
 from tp_plugin.policy.packed import EIGHT_BITS, FOUR_BITS, block_size, refuse_ragged
 from tp_plugin.shard import is_sharded, models_in
+from tp_plugin.shard.block_states import has_codes, name_of
 from tp_plugin.shard.quantized import packed_in
 
 NEEDED = {
@@ -103,3 +104,14 @@ def refuse_fsdp2(model: nn.Module) -> None:
     for path, module in packed_in(model):
         if type(module).__name__ == EIGHT_BITS:
             raise TPError(f"{path} is quantized {_UNSCALED}")
+
+
+def refuse_optimizer(optimizer: torch.optim.Optimizer, engine: str) -> None:
+    """Raise if ``optimizer`` keeps its states in 8 bits, and ``engine`` is one that cuts shards once more."""
+    if has_codes(optimizer):
+        alone = " (without tp_size it fails there as well)" if engine == "FSDP2" else ""
+        raise TPError(
+            f"{name_of(optimizer)} keeps its state in 8 bits, one scale for each block of elements; {engine} cuts the "
+            f"shards of a tp_size once more, and blocks with them{alone}. Use DDP (distributed_type: MULTI_GPU), or a "
+            'torch optimizer (optim="adamw_torch_fused")'
+        )

@@ -17,7 +17,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
     ),
     "apex": ("FusedAdam", "FusedSGD", "FusedAdagrad"),
     "deepspeed": ("FusedAdam", "DeepSpeedCPUAdam", "DeepSpeedCPUAdagrad", "FusedLion", "DeepSpeedCPULion"),
-    "bitsandbytes": ("Adam", "AdamW", "PagedAdam", "PagedAdamW", "Lion", "PagedLion", "RMSprop", "SGD", "Adagrad"),
+    "bitsandbytes": ("Optimizer8bit",),  # of which block_states.py refuses what looks at whole tensors
 }
 """Package → classes whose update rule is elementwise."""
 

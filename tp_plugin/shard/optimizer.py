@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from types import MethodType
 from typing import Any
 
 import torch
 
 from tp_plugin.errors import TPError
 from tp_plugin.mesh.dtensor_utils import is_split, split_like
+from tp_plugin.policy import ParamLayout
 from tp_plugin.runtime.published import ELSEWHERE
 from tp_plugin.runtime.runtime import Runtime
-from tp_plugin.shard import full_matrix_step
+from tp_plugin.shard import block_states, full_matrix_step
 from tp_plugin.shard.elementwise import fault
 from tp_plugin.shard.model_state import read_full_tensor
 from tp_plugin.shard.replicas import agree_on
@@ -59,12 +61,20 @@ def _shard_optimizer(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None
 def _take_over(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
     """Cut the state that it has, and let its ``state_dict`` be that of the whole model from now on."""
     _refuse_unfit(optimizer)
+    if block_states.keeps_blocks(optimizer):  # whose load_state_dict calls no hook of torch's
+        block_states.fit(optimizer)
+        optimizer.load_state_dict = MethodType(_load_state_dict, optimizer)  # type: ignore[method-assign]
+    else:
+        optimizer.register_load_state_dict_pre_hook(_take_shards)
     rank = runtime.mesh.unit.rank
     for parameter in _parameters(optimizer):
         layout = layout_of(parameter)
         if layout is None or not (layout.is_sharded or is_split(parameter)):
             continue
         state = optimizer.state.get(parameter, {})
+        if block_states.is_coded(state):
+            state.update(block_states.mine(state, layout, rank))
+            continue
         for key, value in state.items():
             state[key] = value = local_of(plain_of(value) if isinstance(value, GlobalView) else value)
             if isinstance(value, torch.Tensor) and not is_split(value) and tuple(value.shape) == layout.shape:
@@ -72,7 +82,11 @@ def _take_over(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
                 state[key] = split_like(mine, parameter) if is_split(parameter) else mine
     optimizer.tp_states = OptimizerStates(optimizer, runtime)  # type: ignore[attr-defined]
     optimizer.register_state_dict_post_hook(_give_full)
-    optimizer.register_load_state_dict_pre_hook(_take_shards)
+
+
+def _load_state_dict(self: Any, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    states = {at: block_states.unnested(state) for at, state in state_dict["state"].items()}
+    type(self).load_state_dict(self, _take_shards(self, {**state_dict, "state": states}), *args, **kwargs)
 
 
 def check_unprepared(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
@@ -96,12 +110,11 @@ def check_unprepared(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None
 
 def _refuse_unfit(optimizer: torch.optim.Optimizer) -> None:
     name = type(optimizer).__name__
-    if _is_blockwise(optimizer):
+    if type(optimizer).__module__.startswith("torchao.") and hasattr(optimizer, "block_size"):
         raise TPError(
-            f"optimizer {type(optimizer).__module__}.{name} keeps its state in 8 bits, one scale per block of some "
-            "hundred or thousand elements; a shard has other blocks than the whole tensor, so its numbers would be "
-            "others, and its state could not be saved whole. Use a 32-bit one (adamw_torch_fused, paged_adamw_32bit), "
-            "or tp_size: 1"
+            f"{block_states.name_of(optimizer)} keeps its state in 8 bits or less, in tensors of torchao's own, which "
+            'tp_size does not save whole. Use that of bitsandbytes (optim="adamw_8bit"), a 32-bit optimizer '
+            "(adamw_torch_fused), or tp_size: 1"
         )
     if name in NOT_ELEMENTWISE:
         raise TPError(
@@ -111,12 +124,6 @@ def _refuse_unfit(optimizer: torch.optim.Optimizer) -> None:
         )
     if why := fault(optimizer):
         raise TPError(why)
-
-
-def _is_blockwise(optimizer: torch.optim.Optimizer) -> bool:
-    package = type(optimizer).__module__.partition(".")[0]
-    bits = getattr(getattr(optimizer, "args", None), "optim_bits", 32)
-    return (package == "bitsandbytes" and bits != 32) or (package == "torchao" and hasattr(optimizer, "block_size"))
 
 
 class OptimizerStates:
@@ -189,6 +196,13 @@ def _give_full(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> 
             continue
         layout = layout_of(parameter)
         entry = dict(state_dict["state"][index])
+        if layout is not None and layout.is_sharded and block_states.is_coded(entry):
+
+            def read(key: str, layout: ParamLayout, index: int = index, entry: dict[str, Any] = entry) -> torch.Tensor:
+                return read_full_tensor(runtime, states.uid, f"{index}/{key}", entry[key], layout)
+
+            full[index] = block_states.whole(entry, layout, read)
+            continue
         for key, value in entry.items():
             if layout is None or not layout.is_sharded or not isinstance(value, torch.Tensor) or is_split(value):
                 continue  # (FSDP2's states become whole in torch's distributed checkpoint API)
@@ -206,6 +220,9 @@ def _take_shards(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
     for index, parameter in enumerate(_parameters(optimizer)):
         layout = layout_of(parameter)
         if layout is None or not layout.is_sharded or index not in state:
+            continue
+        if block_states.is_coded(state[index]):
+            state[index] = block_states.mine(state[index], layout, rank)
             continue
         state[index] = {
             key: layout.shard(value, rank)

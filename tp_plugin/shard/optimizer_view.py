@@ -36,4 +36,5 @@ def _shown(optimizer: torch.optim.Optimizer) -> bool:
 
 def _is_moment(value: Any, parameter: Any) -> bool:
     with torch._C.DisableTorchFunctionSubclass():
-        return isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        is_alike = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        return is_alike and value.dtype is not torch.uint8  # codes mean nothing without their scales

@@ -19,6 +19,7 @@ from tp_plugin.engines.deepspeed import checkpoint, norms, replicas, script_acce
 from tp_plugin.engines.deepspeed.config import check_batch_sizes, refuse
 from tp_plugin.engines.deepspeed.groups import Mpu
 from tp_plugin.engines.patching import wrap
+from tp_plugin.engines.quantization import refuse_optimizer
 from tp_plugin.errors import TPError
 from tp_plugin.runtime.runtime import Runtime, current, current_mesh, require
 from tp_plugin.runtime.start import start
@@ -111,6 +112,7 @@ def _initialize_sharded(original: Any, call: Any, config: dict[str, Any], option
         parallelize(model, options.tp_size, options=options)
     optimizer = given.get("optimizer")
     if isinstance(optimizer, torch.optim.Optimizer):
+        refuse_optimizer(optimizer, "DeepSpeed")
         shard_optimizer(optimizer, runtime)
     given["mpu"] = Mpu(runtime.mesh)
     _use_torch_adam_on_cpu(config)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_plugin.engines import quantization
 from tp_plugin.engines.patching import patch, wrap
 from tp_plugin.errors import TPError
 from tp_plugin.runtime.runtime import current_mesh
@@ -49,7 +50,8 @@ def is_loaded_once(accelerator: Any) -> bool:
 
 
 def refuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise for optimizers that step with whole parameters, which no rank can hold beside FSDP2's rows."""
+    """Raise for optimizers that step with whole parameters or blocks, which no rank can hold beside FSDP2's rows."""
+    quantization.refuse_optimizer(optimizer, "FSDP2")
     if getattr(optimizer, "tp_full_matrices", False):
         raise TPError(
             f"optimizer {type(optimizer).__name__} looks at whole matrices, of which FSDP2 and tp_size leave a rank "
