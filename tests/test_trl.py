@@ -117,20 +117,27 @@ def test_a_copy_of_a_share_is_not_taken_for_the_whole() -> None:
 
 
 def distilled_case() -> str:
-    from tp_plugin.engines.trl import _Refused
+    from types import SimpleNamespace
+
+    from tp_plugin.engines import patching
+    from tp_plugin.engines.trl import install_distillation
     from tp_plugin.errors import TPError
     from tp_plugin.policy import ParamLayout
     from tp_plugin.tensor.param_entry import ParamEntry, bind
 
+    class Divergence(torch.autograd.Function):
+        pass
+
     weight = torch.nn.Parameter(torch.zeros(2, 3))
     bind(weight, ParamEntry("weight", ParamLayout((4, 3), 0, (((0, 2),), ((2, 4),)))))
-    with pytest.raises(TPError) as raised:
-        _Refused(None).apply(torch.zeros(1), weight)
+    with patching.taken_back(), pytest.raises(TPError) as raised:
+        install_distillation(SimpleNamespace(ChunkedDivergenceFunction=Divergence))
+        Divergence.apply(torch.zeros(1), weight)
     return str(raised.value)
 
 
 def test_distillation_by_whole_heads_is_refused() -> None:
-    assert "DistillationTrainer multiplies by whole lm_head.weight" in distilled_case()
+    assert "DistillationTrainer multiplies by lm_head.weight itself" in distilled_case()
 
 
 def rewards_case() -> list[float]:
