@@ -282,4 +282,6 @@ def test_trl_and_peft_keep_what_is_replaced() -> None:
     assert list(inspect.signature(ChunkedLogProbFunction.forward).parameters)[1:] == ours
     assert inspect.getsource(utils).count("_ChunkedLogProbFunction.apply(") == 1
     assert "ChunkedDivergenceFunction.apply(" in inspect.getsource(distillation)
+    ours = list(inspect.signature(engine._divergence).parameters)[2:]
+    assert list(inspect.signature(distillation.ChunkedDivergenceFunction.forward).parameters)[1:] == ours
     assert "self._embed(x, embedding_A" in inspect.getsource(lora.Embedding.forward)

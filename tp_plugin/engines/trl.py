@@ -16,7 +16,7 @@ from tp_plugin.runtime.runtime import current, current_mesh, require
 from tp_plugin.tensor.param_entry import layout_of
 from tp_plugin.tensor.pipeline.stage_reads import StageReads
 from tp_plugin.tensor.vocab import Vocabulary
-from tp_plugin.tensor.vocab.scores import scores
+from tp_plugin.tensor.vocab.scores import divergence, head_logits, scores
 
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 """What TRL's function gives after the log-probabilities, in its order."""
@@ -63,8 +63,56 @@ def _release() -> str:
 def install_distillation(kernel: Any) -> None:
     """Patch ``trl.kernels.chunked_divergence``, which multiplies by the heads of student and teacher."""
     function = kernel.ChunkedDivergenceFunction
-    refused = refusing("TRL's DistillationTrainer", "distil by the logits (outputs.logits)")
-    patch(function, "apply", staticmethod(functools.partial(refused, function.apply)), inherited=True)
+    applied = functools.partial(_divergence, function.apply, kernel.maybe_gather_lm_head_ctx)
+    patch(function, "apply", staticmethod(applied), inherited=True)
+
+
+def _divergence(
+    original: Any,
+    fetched: Any,
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    student_bias: torch.Tensor | None,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    teacher_bias: torch.Tensor | None,
+    beta: float,
+    temperature: float = 1.0,
+    student_logit_scale: float = 1.0,
+    student_final_logit_softcapping: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_final_logit_softcapping: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """TRL's signature and results, over the whole vocabulary where the heads are shares of it."""
+    student = (student_hidden, student_weight, student_bias, student_logit_scale, student_final_logit_softcapping)
+    teacher = (teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_final_logit_softcapping)
+    shares = [is_share(weight) for _, weight, *_ in (student, teacher)]
+    runtime = current()
+    if runtime is None or (not any(shares) and runtime.mesh.pp_size == 1):
+        arguments = (beta, temperature, student[3], student[4], teacher[3], teacher[4])
+        found: tuple[torch.Tensor, torch.Tensor] = original(*student[:3], *teacher[:3], *arguments)
+        return found
+    layouts = [layout_of(weight) for _, weight, *_ in (student, teacher)]
+    mesh = runtime.mesh
+    sizes = {layout.shape[0] for layout in layouts if layout is not None}
+    if not all(shares) or None in layouts or len(sizes) > 1 or mesh.pp_size > 1:
+        raise TPError(
+            "TRL's distillation is computed over split vocabularies where student and teacher are both split, over the "
+            "same vocabulary, without pp_size and FSDP2; load both by from_pretrained, or distil by the logits "
+            "(outputs.logits)"
+        )
+
+    def logits(hidden: Any, weight: Any, bias: Any, scale: float, softcap: float | None) -> Any:
+        local: Any = layout_of(weight)
+        rows = Vocabulary(local.shape[0], local.local_shape(mesh.unit.rank)[0], mesh.tp, runtime.remote_logits)
+        settings = {"scale": scale, "softcap": softcap, "temperature": temperature}
+        again = functools.partial(fetched, weight, bias)
+        return head_logits(hidden, weight, bias, rows, fetched=again, keep=not runtime.config.fused_head, **settings)
+
+    with runtime.region.step(), fetched(*student[1:3]), fetched(*teacher[1:3]):
+        with torch.no_grad():
+            wanted = logits(*teacher)
+        return divergence(logits(*student), wanted, beta)
 
 
 def install_rewards(trainer: Any) -> None:
@@ -134,5 +182,5 @@ class _LogProbs:
         reads = StageReads(peers) if staged else peers
         vocabulary = Vocabulary(layout.shape[0], layout.local_shape(mesh.unit.rank)[0], mesh.tp, reads)
         with require().region.step():
-            found = scores(hidden, weight, bias, targets, vocabulary, outputs, **settings)
+            found = scores(head_logits(hidden, weight, bias, vocabulary, **settings), targets, outputs)
         return found["log_probs"], *(found.get(name) for name in OPTIONAL)
