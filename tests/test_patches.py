@@ -148,11 +148,12 @@ import transformers.trainer_jit_checkpoint
 import transformers.generation.utils, deepspeed.runtime.bf16_optimizer, deepspeed.runtime.fp16.unfused_optimizer
 import deepspeed.runtime.zero.stage3, deepspeed.runtime.zero.stage_1_and_2, deepspeed.utils.zero_to_fp32
 import torch.utils.data.distributed, torch.distributed.fsdp, torch.distributed.checkpoint.state_dict
-import trl.trainer.distillation_trainer, trl.trainer.grpo_trainer, trl.trainer.rloo_trainer
+import trl.trainer.distillation_trainer, trl.trainer.grpo_trainer, trl.trainer.rloo_trainer, trl.trainer.sft_trainer
 import importlib.util
 there = {module for module in worker._PATCHES if importlib.util.find_spec(module.split(".")[0])}
 import huggingface_hub.hub_mixin, accelerate.local_sgd
-for optional in ("sentence_transformers.util.distributed", "pylate.utils.distributed"):
+for optional in ("sentence_transformers.util.distributed", "pylate.utils.distributed",
+        "liger_kernel.transformers.monkey_patch", "liger_kernel.chunked_loss"):
     if optional in there:
         importlib.import_module(optional)
 missing = sorted(there - set(sys.modules))
@@ -281,4 +282,6 @@ def test_trl_and_peft_keep_what_is_replaced() -> None:
     assert list(inspect.signature(ChunkedLogProbFunction.forward).parameters)[1:] == ours
     assert inspect.getsource(utils).count("_ChunkedLogProbFunction.apply(") == 1
     assert "ChunkedDivergenceFunction.apply(" in inspect.getsource(distillation)
+    ours = list(inspect.signature(engine._divergence).parameters)[2:]
+    assert list(inspect.signature(distillation.ChunkedDivergenceFunction.forward).parameters)[1:] == ours
     assert "self._embed(x, embedding_A" in inspect.getsource(lora.Embedding.forward)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from workers import run
 
+from tp_plugin.tensor.param_entry import ParamEntry, bind
+
 SETTINGS = {
     "plain": {},
     "all": {"temperature": 0.7, "final_logit_softcapping": 2.0, "logit_scale": 0.3},
@@ -49,7 +51,6 @@ def scores_case(kind: str) -> dict[str, Any]:
     from tp_plugin.policy import ParamLayout
     from tp_plugin.policy.split import vocabulary_rows
     from tp_plugin.runtime.start import start, stop
-    from tp_plugin.tensor.param_entry import ParamEntry, bind
 
     stop()
     group = start(RunConfig(2, fused_head=kind == "fused")).mesh.tp
@@ -116,21 +117,122 @@ def test_a_copy_of_a_share_is_not_taken_for_the_whole() -> None:
         assert "a weight of (49, 48) that is not a parameter of the model" in message
 
 
-def distilled_case() -> str:
-    from tp_plugin.engines.trl import _Refused
+def distilled_case(beta: float, kind: str) -> dict[str, float]:
+    from trl.kernels import chunked_divergence
+
+    from tp_plugin.config.run_config import RunConfig
+    from tp_plugin.engines import patching
+    from tp_plugin.engines.trl import install_distillation
+    from tp_plugin.policy import ParamLayout
+    from tp_plugin.policy.split import vocabulary_rows
+    from tp_plugin.runtime.start import start, stop
+
+    stop()
+    group = start(RunConfig(2, fused_head=kind == "fused")).mesh.tp
+    torch.manual_seed(0)
+    size, tokens = 97, 30
+    parts, rows = vocabulary_rows(size, 2)
+    given = []  # of student and teacher, which are of different width
+    for width in (12, 20):
+        layout = ParamLayout((size, width), 0, parts, pad_to=rows)
+        given.append((torch.randn(tokens, width), torch.randn(size, width), torch.randn(size), layout))
+    biases = ParamLayout((size,), 0, parts, pad_to=rows)
+    rest = (beta, 0.7, 0.3, 2.0, 0.5, None) if kind != "plain" else (beta,)
+    results, grads = [], []
+    for split in (False, True):
+        arguments: list[torch.Tensor] = []
+        for hidden, weight, bias, layout in given:
+            w, b = (layout.shard(weight, group.rank), biases.shard(bias, group.rank)) if split else (weight, bias)
+            x, w, b = hidden.clone().requires_grad_(), torch.nn.Parameter(w.clone()), torch.nn.Parameter(b.clone())
+            if split:
+                bind(w, ParamEntry("w", layout))
+                bind(b, ParamEntry("b", biases))
+            arguments += [x, w, b]
+        with patching.taken_back():
+            install_distillation(chunked_divergence)
+            found = chunked_divergence.ChunkedDivergenceFunction.apply(*arguments, *rest)
+        (found[0] * torch.linspace(-1, 1, tokens)).sum().backward()
+        results.append([one.detach() for one in found])
+        x, w, b, *of_teacher = arguments
+        assert all(one.grad is None for one in of_teacher) and not found[1].requires_grad
+        layout = given[0][3]
+        gathered = [layout.gather(group.all_gather(w.grad)), biases.gather(group.all_gather(b.grad))] if split else 0
+        grads.append([x.grad, *(gathered or [w.grad, b.grad])])
+    return {
+        "values": max(_off(a, b) for b, a in zip(*results, strict=True)),
+        "grads": max(_off(a, b) for b, a in zip(*grads, strict=True)),
+    }
+
+
+@pytest.mark.parametrize("beta, kind", [(0.0, "plain"), (1.0, "all"), (0.3, "all"), (0.3, "fused")])
+def test_distillation_is_that_of_the_whole_vocabulary(beta: float, kind: str) -> None:
+    for found in run(2, distilled_case, beta, kind):
+        assert found["values"] <= 1e-5 and found["grads"] <= 1e-4
+
+
+def one_split_case() -> str:
+    from tp_plugin.config.run_config import RunConfig
+    from tp_plugin.engines.trl import _divergence
     from tp_plugin.errors import TPError
     from tp_plugin.policy import ParamLayout
-    from tp_plugin.tensor.param_entry import ParamEntry, bind
+    from tp_plugin.runtime.start import start, stop
 
+    stop()
+    start(RunConfig(2))
     weight = torch.nn.Parameter(torch.zeros(2, 3))
-    bind(weight, ParamEntry("weight", ParamLayout((4, 3), 0, (((0, 2),), ((2, 4),)))))
+    bind(weight, ParamEntry("w", ParamLayout((4, 3), 0, (((0, 2),), ((2, 4),)))))
+    x = torch.zeros(1, 3)
     with pytest.raises(TPError) as raised:
-        _Refused(None).apply(torch.zeros(1), weight)
+        _divergence(None, None, x, weight, None, x, torch.zeros(4, 3), None, 0.5)
     return str(raised.value)
 
 
-def test_distillation_by_whole_heads_is_refused() -> None:
-    assert "DistillationTrainer multiplies by whole lm_head.weight" in distilled_case()
+def test_one_split_head_of_two_is_refused() -> None:
+    assert all("where student and teacher are both split" in said for said in run(2, one_split_case))
+
+
+def gkd_case(beta: float) -> dict[str, float]:
+    from models import build, config_for
+    from trl.experimental.gkd import GKDTrainer
+
+    import tp_plugin
+    from tp_plugin.runtime.start import stop
+
+    stop()
+    ids = torch.arange(3, 33).view(2, 15)
+    labels = ids.masked_fill(torch.arange(15) < 4, -100)[:, 1:]
+    models: list[Any] = [build(config_for("llama", tie_word_embeddings=False)) for _ in range(2)]
+    with torch.no_grad():
+        for parameter in models[1].parameters():
+            parameter *= 0.8
+
+    def step(student: Any, teacher: Any) -> tuple[float, dict[str, torch.Tensor]]:
+        with torch.no_grad():
+            wanted = teacher(input_ids=ids).logits[:, :-1]
+        logits = student(input_ids=ids).logits[:, :-1]
+        loss = GKDTrainer.generalized_jsd_loss(logits, wanted, labels, beta=beta, num_items_in_batch=20)
+        loss.backward()
+        return loss.item(), {name: p.grad.clone() for name, p in student.named_parameters()}
+
+    loss, grads = step(*models)
+    models[0].zero_grad()
+    student, teacher = (tp_plugin.parallelize(model, tp_size=2) for model in models)
+    found, shares = step(student, teacher)
+    rank = torch.distributed.get_rank()
+    layouts = {name: p.tp_entry.layout for name, p in student.named_parameters()}
+    return {
+        "loss": abs(found - loss) / loss,
+        "grads": max(
+            ((shares[name] - layouts[name].shard(whole, rank)).norm() / whole.norm()).item()
+            for name, whole in grads.items()
+        ),
+    }
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_gkd_is_that_of_the_whole_vocabulary(beta: float) -> None:
+    for found in run(2, gkd_case, beta):
+        assert found["loss"] <= 1e-5 and found["grads"] <= 1e-4
 
 
 def rewards_case() -> list[float]:

@@ -116,8 +116,8 @@ class Bench:
             if not isinstance(scripts, str):
                 program = [str(SCRIPTS / "chain.py"), "--scripts", ",".join(names)]
             make = MAKERS.get(entry.split()[0], _command)
-            if make is _trl_command:  # its scripts are TRL's own
-                program, entry, flag = [], f"trl {names[0]}", "--output_dir"
+            if make in (_trl_command, _factory_command):  # whose scripts are their own
+                program, entry, flag = [], f"{entry} {names[0]}", "--output_dir"
             for attempt in ("", "-again"):
                 out = self.root / f"{len(self.runs):02d}-{'+'.join(names)}-tp{tp}dp{dp}{attempt}"
                 out.mkdir(parents=True)
@@ -226,7 +226,16 @@ def _trl_command(out: Path, tp: int, dp: int, entry: str, extra: dict) -> tuple[
     return [str(BIN / "trl"), entry.split()[1], "--accelerate_config", str(out / "config.yaml")], env
 
 
-MAKERS = {"zero": _zero_command, "fsdp2": _fsdp2_command, "trl": _trl_command}
+def _factory_command(out: Path, tp: int, dp: int, entry: str, extra: dict) -> tuple[list[str], dict[str, str]]:
+    """The same by LLaMA-Factory's or ms-swift's command line, which starts torchrun if it is told to."""
+    _, env = _command(out, tp, dp, "torchrun", extra)
+    env |= {"PATH": f"{BIN}{os.pathsep}{env['PATH']}"} | extra
+    if tp * dp > 1:
+        env |= {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(tp * dp), "MASTER_PORT": str(_free_port())}
+    return [str(BIN / word) if at == 0 else word for at, word in enumerate(entry.split()[1:])], env
+
+
+MAKERS = {"zero": _zero_command, "fsdp2": _fsdp2_command, "trl": _trl_command, "factory": _factory_command}
 """By the first word of an entry; `_command` for the others."""
 
 

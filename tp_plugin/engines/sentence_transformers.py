@@ -60,18 +60,24 @@ def _all_gather(tensor: torch.Tensor) -> Any:
     return _Gather.apply(tensor, mesh.data) if mesh.dp_size > 1 else (tensor,)
 
 
-class _Distributed(Distributed):
-    """``torch.distributed`` of dp processes, with what else sentence-transformers calls."""
-
-    nn = SimpleNamespace(all_gather=_all_gather)
+class ScatteringDistributed(Distributed):
+    """``torch.distributed`` of dp processes, one of which gives a Python object to each."""
 
     @staticmethod
-    def scatter_object_list(output: list[Any], given: list[Any] | None = None, src: int = 0) -> None:
+    def scatter_object_list(
+        output: list[Any], given: list[Any] | None = None, src: int = 0, group: None = None
+    ) -> None:
         mesh = current_mesh()
         if mesh is None:
             return dist.scatter_object_list(output, given, src=src)
         meet_at("scatter_object_list")
         return dist.scatter_object_list(output, given, group=mesh.data.pg, group_src=src)
+
+
+class _Distributed(ScatteringDistributed):
+    """With what else sentence-transformers calls."""
+
+    nn = SimpleNamespace(all_gather=_all_gather)
 
     @staticmethod
     def gather_object(value: Any, found: list[Any] | None = None, dst: int = 0) -> None:

@@ -7,6 +7,7 @@ takes ``process_index == 0`` for "one rank".
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -16,10 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tp_plugin.engines import liger
 from tp_plugin.engines.accelerate.operations import DPScopedDist
 from tp_plugin.engines.fsdp2 import config as fsdp2
 from tp_plugin.engines.patching import patch, wrap
-from tp_plugin.errors import TPError
 from tp_plugin.runtime.runtime import current_mesh, require
 from tp_plugin.runtime.sync_points import BARRIER, TRIGGER
 from tp_plugin.tensor import rng
@@ -62,7 +63,7 @@ def install_arguments(training_args: Any) -> None:
     for name in ("should_save", "should_log"):
         patch(cls, name, _on_leader(vars(cls)[name]))
     wrap(cls, "main_process_first", _main_process_first)
-    wrap(cls, "__post_init__", _refuse_liger)
+    wrap(cls, "__post_init__", _liger_without_loss)
 
 
 def install(trainer: Any) -> None:
@@ -107,14 +108,11 @@ def _execute_jit_checkpoint(original: Any, self: Any) -> None:
     return None
 
 
-def _refuse_liger(original: Any, self: Any) -> None:
-    if getattr(self, "use_liger_kernel", False):
-        raise TPError(
-            "use_liger_kernel: Liger's fused loss multiplies by the whole lm_head.weight, of which a rank has a part "
-            "under tp_size; remove use_liger_kernel (the loss over a split vocabulary needs no whole logits either), "
-            "or set tp_size: 1"
-        )
+def _liger_without_loss(original: Any, self: Any) -> None:
     original(self)
+    if getattr(self, "use_liger_kernel", False):
+        given = self.liger_kernel_config or {}
+        self.liger_kernel_config = {**(json.loads(given) if isinstance(given, str) else given), **liger.OURS}
 
 
 def _leads() -> bool:

@@ -51,12 +51,20 @@ _PATCHES = {
     "torch.distributed.fsdp._fully_shard._fsdp_param_group": ("tp_plugin.engines.fsdp2.wrapping", "install_group"),
     "peft.peft_model": ("tp_plugin.engines.peft", "install"),
     "peft.tuners.tuners_utils": ("tp_plugin.engines.peft", "install_tuners"),
+    "swift.dataloader.shard": ("tp_plugin.engines.swift", "install_loader"),
+    "swift.dataloader.dispatcher": ("tp_plugin.engines.swift", "install_loader"),
+    "swift.trainers.arguments": ("tp_plugin.engines.swift", "install_sizes"),
+    "swift.trainers.utils": ("tp_plugin.engines.swift", "install_sizes"),
+    "liger_kernel.transformers.monkey_patch": ("tp_plugin.engines.liger", "install"),
+    "liger_kernel.chunked_loss": ("tp_plugin.engines.liger", "install_losses"),
     "trl.trainer.utils": ("tp_plugin.engines.trl", "install"),
     "trl.trainer.grpo_trainer": ("tp_plugin.engines.trl", "install_rewards"),
     "trl.trainer.rloo_trainer": ("tp_plugin.engines.trl", "install_rewards"),
     "sentence_transformers.util.distributed": ("tp_plugin.engines.sentence_transformers", "install"),
     "pylate.utils.distributed": ("tp_plugin.engines.sentence_transformers", "install"),
-    "trl.trainer.distillation_trainer": ("tp_plugin.engines.trl", "install_distillation"),
+    "trl.trainer.sft_trainer": ("tp_plugin.engines.trl", "install_chunks"),
+    "trl.trainer.distillation_trainer": ("tp_plugin.engines.trl", "install_chunks"),
+    "trl.kernels.chunked_divergence": ("tp_plugin.engines.trl", "install_distillation"),
 }
 """Module → the function of an engine that patches it once it is imported."""
 

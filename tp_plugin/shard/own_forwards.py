@@ -20,7 +20,10 @@ from transformers import PreTrainedConfig
 
 from tp_plugin.policy import ParamLayout, Plan
 
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "trl", "sentence_transformers", "tp_plugin")
+LIBRARIES = (
+    *("torch", "transformers", "peft", "accelerate", "deepspeed", "trl", "sentence_transformers", "liger_kernel"),
+    "tp_plugin",
+)
 """Of which no line is the script's."""
 
 READERS = {
