@@ -79,7 +79,7 @@ COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
     ),
     "8-bit optimizers": (
         f"{EIGHT_BITS}::test_where_blocks_are_whole_the_numbers_are",
-        "blackbox/test_eight_bit.py::test_trainer",
+        f"{EIGHT_BITS}::test_a_script_saves_and_goes_on",
         f"refused {EIGHT_BITS}::test_engines_that_cut_shards_once_more_refuse_them",
         f"refused {EIGHT_BITS}::test_engines_that_cut_shards_once_more_refuse_them",
     ),

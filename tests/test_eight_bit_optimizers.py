@@ -264,7 +264,7 @@ def script_case(root: str) -> dict[str, Any]:
 
     with accelerated(2):
         accelerator, model, optimizer = start(0)
-        train(accelerator, model, optimizer, 0)
+        found["seen"] = train(accelerator, model, optimizer, 0)
         accelerator.save_state(f"{root}/state")
         bare = accelerator.unwrap_model(model)
         layer, states = bare.model.layers[0], optimizer.optimizer.state
@@ -291,9 +291,18 @@ def test_a_script_saves_and_goes_on(tmp_path: Path) -> None:
             "q": ("torch.float32", (96, 96)), "embedding": ("torch.float32", (97, 96)), "up": ("torch.uint8", (80, 96)),
         }  # fmt: skip
     assert found[0]["on"][0][0] != found[2]["on"][0][0] and found[0]["on"][0][1] == found[2]["on"][0][1]
-    # one process without tp_size goes on from it
+    # one process without tp_size: the same steps, and on from the state
     model = build(config_for("llama", **MISALIGNED))
     optimizer = bnb.optim.AdamW8bit(model.parameters(), lr=1e-2)
+    for step, tolerance in enumerate((1e-5, 1e-3)):
+        losses = [model(**batch(97, 2 * step + process)).loss for process in (0, 1)]
+        (sum(losses) / 2).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        for rank, of_rank in enumerate(found):
+            expected = losses[rank // 2].item(), float(norm)
+            assert of_rank["seen"][step] == pytest.approx(expected, rel=tolerance)
+        optimizer.step()
+        optimizer.zero_grad()
     optimizer.load_state_dict(torch.load(tmp_path / "state" / "optimizer.bin", weights_only=True))
     model(**batch(97, 0)).loss.backward()
     optimizer.step()
