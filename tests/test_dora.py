@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from adapters import adapter_case, check
 from models import build, config_for
 from workers import run
@@ -94,3 +96,19 @@ def test_on_codes(tmp_path: Path) -> None:
 
     build(config_for("llama", **NARROW, **ONE)).save_pretrained(tmp_path)
     check(run(2, quantized_case, str(tmp_path)))
+
+
+def test_eight_bits_are_refused() -> None:
+    import peft
+
+    from tp_plugin.errors import PolicyError
+    from tp_plugin.policy import make_plan, policy_for
+
+    config = peft.LoraConfig(target_modules=["q_proj"], use_dora=True)
+    model = peft.get_peft_model(build(config_for("llama", **ONE)), config).base_model.model
+    state = {"__module__": "bitsandbytes.nn", "state": SimpleNamespace(has_fp16_weights=False)}
+    model.model.layers[0].self_attn.q_proj.base_layer.__class__ = type("Linear8bitLt", (torch.nn.Linear,), state)
+    with pytest.raises(
+        PolicyError, match="q_proj has DoRA beside a linear in 8 bits, which no test proves; load it in"
+    ):
+        make_plan(model, policy_for("llama"), 2)

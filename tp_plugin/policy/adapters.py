@@ -133,8 +133,6 @@ def _method(scope: Scope, path: str, module: Any) -> Method:
         scope.fail(f"{found}, which cannot be sharded: {reason}. Of PEFT's methods, LoRA, DoRA and {supported} can")
     if is_packed(module.base_layer) or package[-1] != "layer":
         scope.fail(f"{found}; beside a quantized linear only LoRA and DoRA can be sharded")
-    if not isinstance(module.base_layer, nn.Linear | Conv1D):
-        scope.fail(f"{found}; two methods on one linear cannot be sharded")
     if METHODS[name].by_delta and isinstance(module.base_layer, Conv1D):
         scope.fail(f"{found}, which can be sharded beside an nn.Linear only, not beside a Conv1D")
     for dropout in ("rank_dropout", "module_dropout"):

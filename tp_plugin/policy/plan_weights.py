@@ -29,6 +29,8 @@ def plan_linear(scope: Scope, path: str, split: Split, heads: HeadSplit, *, colu
             "LoRA can: put it in target_modules, or train it without PEFT"
         )
     if is_adapted(module):
+        if is_adapted(module.base_layer):
+            scope.fail(f"{path} has two of PEFT's methods, one around the other; one can be sharded")
         plan_linear(scope, f"{path}.base_layer", split, heads, column=column)
         features = scope.plan.layouts[f"{path}.base_layer.weight"].features
         plan = plan_adapters if is_lora(module) else plan_method
