@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import peft  # here, where workers have time for it
 import pytest
 import torch
 from counted import ledger
@@ -37,8 +38,6 @@ def adapter_case(
         looks_whole: the case is marked ``@sees_whole``.
         base: what makes the model (default: :func:`build`).
     """
-    import peft
-
     from tp_plugin.engines import peft as engine
     from tp_plugin.engines import torch_utils
     from tp_plugin.runtime.runtime import require

@@ -29,12 +29,6 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
         {"target_modules": ["embed_tokens", "lm_head", "q_proj", "down_proj"]},
     ),
     "head with dropout": (2, "llama", ONE, {"target_modules": ["lm_head", "o_proj"], "lora_dropout": 0.2}),
-    "a replicated gate": (
-        2,
-        "qwen2_moe",
-        ONE,
-        {"target_modules": ["shared_expert_gate", "o_proj"], "use_rslora": True},
-    ),
 }
 
 
