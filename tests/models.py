@@ -267,15 +267,19 @@ def unpatched(function: Any) -> Any:
 
 
 def adapted(model: nn.Module, method: str) -> nn.Module:
-    """``model`` in PEFT's LoRA on every linear ("lora"; "qlora": of 4 bits), or trained together with a prefix."""
+    """``model`` in PEFT's "lora", "dora" or "hira" on every linear ("qlora": of 4 bits), or with a "prefix" trained."""
     import peft
 
     install_peft()
     if method == "qlora":
         model = in_four_bits(model)
     torch.manual_seed(0)
-    if method in ("lora", "qlora"):
-        given: Any = peft.LoraConfig(target_modules="all-linear", lora_alpha=16, init_lora_weights=False)
+    if method in ("lora", "dora", "qlora"):
+        given: Any = peft.LoraConfig(
+            target_modules="all-linear", lora_alpha=16, init_lora_weights=False, use_dora=method == "dora"
+        )
+    elif method == "hira":
+        given = peft.HiraConfig(target_modules="all-linear", init_weights=False)
     else:
         given = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     found = peft.get_peft_model(model, given)

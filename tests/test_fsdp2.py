@@ -228,6 +228,12 @@ def test_lora(tp: int, dp: int) -> None:
     compare(tp, dp, *LLAMA, {"adapter": "lora"}, False)
 
 
+@pytest.mark.parametrize("adapter", ["dora", "hira"])
+@FULL
+def test_other_adapters(adapter: str) -> None:
+    compare(2, 2, *LLAMA, {"adapter": adapter}, False)
+
+
 def test_prefix() -> None:
     compare(2, 2, *REPLICATED_KV, {"adapter": "prefix"}, False)
 

@@ -138,19 +138,14 @@ def refused_adapters_case(**settings: Any) -> str:
     from tp_plugin.errors import PolicyError
     from tp_plugin.policy import make_plan, policy_for
 
-    method = peft.AdaLoraConfig if "total_step" in settings else peft.LoraConfig
-    model = peft.get_peft_model(build(config_for("llama")), method(**settings))
+    model = peft.get_peft_model(build(config_for("llama")), peft.LoraConfig(**settings))
     with pytest.raises(PolicyError) as raised:
         make_plan(model.base_model.model, policy_for("llama"), 2)
     return str(raised.value)
 
 
 def test_other_adapters_are_refused_by_name() -> None:
-    dora = refused_adapters_case(target_modules=["q_proj"], use_dora=True)
-    assert "q_proj has a LoRA variant (DoraLinearVariant)" in dora
-    both = refused_adapters_case(target_modules=["lm_head"], use_dora=True)
-    assert "lm_head has a LoRA variant (DoraLinearVariant)" in both
-    adaptive = refused_adapters_case(target_modules=["q_proj"], total_step=10)
-    assert "q_proj is wrapped by peft.tuners.adalora.layer.SVDLinear; of PEFT's methods that" in adaptive
+    variant = refused_adapters_case(target_modules=["q_proj"], init_lora_weights="mica")
+    assert "q_proj has a LoRA variant (MiCALinearVariant); of these only DoRA (use_dora=True) can be" in variant
     saved = refused_adapters_case(target_modules=["q_proj"], modules_to_save=["up_proj"])
     assert "mlp.up_proj is in modules_to_save, which can be sharded of the embedding and the head" in saved

@@ -238,6 +238,13 @@ def test_lora(stage: int) -> None:
     compare(4, 1, *REPLICATED_KV, ds_config(stage), "lora")
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("adapter", ["dora", "hira"])
+def test_other_adapters(adapter: str) -> None:
+    """Both read the base's weight outside of its forward, where ZeRO-3 has it in parts, as without a tp_size."""
+    compare(2, 2, *LLAMA, ds_config(2), adapter)
+
+
 @pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.full) for stage in (1, 2)), 3])
 def test_prefix(stage: int) -> None:
     """The prefix stands beside the sharded model, and is partitioned with it."""

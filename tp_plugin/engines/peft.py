@@ -27,11 +27,20 @@ def install_tuners(tuners_utils: Any) -> None:
     """Patch ``BaseTuner``: what merges and unloads adapters."""
     wrap(tuners_utils.BaseTuner, "_unload_and_optionally_merge", _unload)
     wrap(tuners_utils.BaseTuner, "merge_adapter", _merge)
+    wrap(tuners_utils.BaseTuner, "unmerge_adapter", _in_step)
 
 
 def _merge(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     refuse_merge(self)
-    return original(self, *args, **kwargs)
+    return _in_step(original, self, *args, **kwargs)
+
+
+def _in_step(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Each rank merges its shares, or takes them out again; sums over ranks (DoRA's norms) are taken by all."""
+    if not any(is_sharded(model) for _, model in models_in(self)):
+        return original(self, *args, **kwargs)
+    with require().sessions.together("merge_adapter"), require().region.step():
+        return original(self, *args, **kwargs)
 
 
 def _unload(original: Any, self: Any, merge: bool = True, *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,9 @@ gradient, of which each rank computes the part that its outputs need, is summed.
 features and its product (…, r) reduced like W's; B is whole. A head is column-parallel, its B split by vocabulary rows
 like it. Of an embedding, whose output is B A[:, id], A is split by its vocabulary, and B is whole.
 
-DoRA divides by the norm of each output's row of W + B A, which a row-parallel W has on several ranks: refused.
+DoRA (Liu et al. 2024) scales each output by m / n, where n is the norm of its row of W + B A. Column-parallel W (also
+a head): m is split like the outputs, and all of a row is here. Row-parallel W (also an embedding, of whose outputs the
+rows run over the vocabulary): n² is a sum over the ranks, and m is whole.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from tp_plugin.policy.layout import ParamLayout, Parts
+from tp_plugin.policy.packed import EIGHT_BITS
 from tp_plugin.policy.scope import Scope
 
 
@@ -36,12 +39,13 @@ def variants_of(path: str, module: Any) -> list[str]:
 def plan_vocabulary_adapters(scope: Scope, path: str, module: Any, base: ParamLayout) -> None:
     """Claim the adapters around the embedding or head at ``path``, whose weight is laid out by ``base``."""
     plan, parameters = scope.plan, scope.parameters
-    _refuse_variants(scope, path, module)
+    _refuse_others(scope, path, module)
     for name in module.lora_embedding_A:
         a, b = f"{path}.lora_embedding_A.{name}", f"{path}.lora_embedding_B.{name}"
         scope.claim(a, ParamLayout(tuple(parameters[a].shape), 1, base.parts, base.pad_to))
         scope.claim(b, ParamLayout.replicated(tuple(parameters[b].shape), plan.tp))
         plan.adapted_embeddings.append((path, name))
+        _plan_magnitude(scope, path, module, name, None, "embedding")
     for name in module.lora_A:
         a, b = f"{path}.lora_A.{name}.weight", f"{path}.lora_B.{name}"
         scope.claim(a, ParamLayout.replicated(tuple(parameters[a].shape), plan.tp))
@@ -50,21 +54,49 @@ def plan_vocabulary_adapters(scope: Scope, path: str, module: Any, base: ParamLa
                 shape = tuple(parameters[f"{b}.{parameter}"].shape)
                 scope.claim(f"{b}.{parameter}", ParamLayout(shape, 0, base.parts, base.pad_to))
         plan.heads.append(b)
+        _plan_magnitude(scope, path, module, name, base, "head")
 
 
-def _refuse_variants(scope: Scope, path: str, module: Any) -> None:
-    if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):  # AdaLoRA's holds bare parameters
+def is_lora(module: Any) -> bool:
+    """Whether ``module`` is PEFT's layer of LoRA. (AdaLoRA's holds bare parameters.)"""
+    return isinstance(getattr(module, "lora_A", None), nn.ModuleDict)
+
+
+def _refuse_others(scope: Scope, path: str, module: Any) -> None:
+    if not is_lora(module):
         found = f"{type(module).__module__}.{type(module).__name__}"
-        scope.fail(f"{path} is wrapped by {found}; of PEFT's methods that change a linear only LoRA can be sharded")
-    variants = [type(v).__name__ for v in getattr(module, "lora_variant", {}).values()]
-    if variants or len(getattr(module, "lora_magnitude_vector", ())):
-        found = ", ".join(variants) or "a DoRA adapter"
-        scope.fail(f"{path} has a LoRA variant ({found}); only plain LoRA can be sharded (set use_dora=False)")
+        scope.fail(f"{path} is wrapped by {found}; of PEFT's methods only LoRA and DoRA go on a head or an embedding")
+    found = ", ".join(type(v).__name__ for v in module.lora_variant.values() if not type(v).__name__.startswith("Dora"))
+    if found:
+        scope.fail(f"{path} has a LoRA variant ({found}); of these only DoRA (use_dora=True) can be sharded")
+
+
+def _plan_magnitude(
+    scope: Scope, path: str, module: Any, name: str, outputs: ParamLayout | None, kind: str | None
+) -> None:
+    """Claim DoRA's magnitudes, if there are some.
+
+    Args:
+        outputs: layout of a tensor of which dimension 0 are the outputs, where these are split.
+        kind: what :attr:`Plan.magnitudes` says of it.
+    """
+    if name not in module.lora_magnitude_vector:
+        return
+    if type(module.base_layer).__name__ == EIGHT_BITS:
+        scope.fail(f"{path} has DoRA beside a linear in 8 bits, which no test proves; load it in 4 bits, or in 16")
+    magnitude = f"{path}.lora_magnitude_vector.{name}"
+    shape = tuple(scope.parameters[f"{magnitude}.weight"].shape)
+    whole = ParamLayout.replicated(shape, scope.plan.tp)
+    scope.claim(
+        f"{magnitude}.weight", ParamLayout(shape, 0, outputs.parts, outputs.pad_to) if outputs is not None else whole
+    )
+    if kind is not None:
+        scope.plan.magnitudes[magnitude] = kind
 
 
 def plan_adapters(scope: Scope, path: str, module: Any, parts: Parts, *, column: bool) -> None:
     """Claim the adapters around the base layer at ``path``, whose split dimension has ``parts``."""
-    _refuse_variants(scope, path, module)
+    _refuse_others(scope, path, module)
     plan, parameters = scope.plan, scope.parameters
     for name in module.lora_A:
         a, b = f"{path}.lora_A.{name}", f"{path}.lora_B.{name}"
@@ -81,5 +113,7 @@ def plan_adapters(scope: Scope, path: str, module: Any, parts: Parts, *, column:
         if f"{b}.bias" in parameters:
             bias = shape_b[:1]
             scope.claim(f"{b}.bias", ParamLayout(bias, 0, parts) if column else ParamLayout.replicated(bias, plan.tp))
+        outputs = ParamLayout(shape_b, 0, parts) if column else None
+        _plan_magnitude(scope, path, module, name, outputs, None if column else "row")
         # the dropout's input is whole for a column-parallel base, this rank's share for a row-parallel one
         plan.dropouts[f"{path}.lora_dropout.{name}"] = "replicated" if column else "sharded"

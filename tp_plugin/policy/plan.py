@@ -43,6 +43,29 @@ class BlockPlan:
     experts: tuple[str, tuple[Range, ...]] | None = None
 
 
+@dataclass(frozen=True)
+class AdapterPlan:
+    """How PEFT's layer of a method other than LoRA computes beside a split linear (adapters.py).
+
+    Attributes:
+        shape: (out, in) of the whole linear.
+        size: its features along the dimension that is split.
+        parts: each rank's ranges of these.
+        buffers: attributes with buffers of which this rank computes with a part → the dimension.
+        results: methods of whose results this rank takes a part → of each result the dimension (None: all of it).
+        by_delta: the layer computes with ``get_delta_weight``.
+        summed: what the layer gives is summed over the ranks, not what its linear gives.
+    """
+
+    shape: tuple[int, int]
+    size: int
+    parts: Parts
+    buffers: Mapping[str, int]
+    results: Mapping[str, tuple[int | None, ...]]
+    by_delta: bool
+    summed: bool
+
+
 @dataclass
 class Plan:
     """What sharding one model on ``tp`` ranks means, by module path and parameter name.
@@ -60,6 +83,8 @@ class Plan:
         sharded_norms: path of a norm over a sharded width → its whole width.
         embeddings, heads: paths of vocabulary-parallel modules.
         adapted_embeddings: (path, name) of LoRA adapters around embeddings.
+        adapters: path of PEFT's layer of another method → how it computes, if not as on one process.
+        magnitudes: path of DoRA's magnitudes → "row", "embedding" or "head", if that makes a difference.
         unproven: model types (the model's, its towers') whose policy was derived and is proven by no test.
         dropouts: paths of dropouts inside or beside a block that follow their input → is it "replicated" or "sharded".
     """
@@ -77,6 +102,8 @@ class Plan:
     embeddings: list[str] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
     adapted_embeddings: list[tuple[str, str]] = field(default_factory=list)
+    adapters: dict[str, AdapterPlan] = field(default_factory=dict)
+    magnitudes: dict[str, str] = field(default_factory=dict)
     dropouts: dict[str, str] = field(default_factory=dict)
     unproven: list[str] = field(default_factory=list)
 

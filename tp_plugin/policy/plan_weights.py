@@ -6,15 +6,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tp_plugin.errors import PolicyError
+from tp_plugin.policy.adapters import plan_method
 from tp_plugin.policy.layout import ParamLayout
-from tp_plugin.policy.lora import is_adapted, plan_adapters, variants_of
+from tp_plugin.policy.lora import is_adapted, is_lora, plan_adapters, variants_of
 from tp_plugin.policy.packed import codes_layout, is_packed
 from tp_plugin.policy.scope import Scope
 from tp_plugin.policy.split import HeadSplit, Split
 
 
 def plan_linear(scope: Scope, path: str, split: Split, heads: HeadSplit, *, column: bool) -> None:
-    """Claim the linear at ``path``, and the LoRA adapters around it.
+    """Claim the linear at ``path``, and PEFT's adapters around it.
 
     A column-parallel weight is split by output features, a row-parallel one by input features
     (Shoeybi et al. 2019, section 3).
@@ -28,9 +29,12 @@ def plan_linear(scope: Scope, path: str, split: Split, heads: HeadSplit, *, colu
             "LoRA can: put it in target_modules, or train it without PEFT"
         )
     if is_adapted(module):
+        if is_adapted(module.base_layer):
+            scope.fail(f"{path} has two of PEFT's methods, one around the other; one can be sharded")
         plan_linear(scope, f"{path}.base_layer", split, heads, column=column)
         features = scope.plan.layouts[f"{path}.base_layer.weight"].features
-        plan_adapters(scope, path, module, features.parts, column=column)
+        plan = plan_adapters if is_lora(module) else plan_method
+        plan(scope, path, module, features.parts, column=column)
         return
     packed = is_packed(module)
     if not packed and type(module) not in (nn.Linear, Conv1D) and type(module).__name__ not in scope.policy.linears:

@@ -109,6 +109,8 @@ def on_stage(plan: Plan, stages: Stages, stage: int) -> Plan:
         embeddings=[path for path in plan.embeddings if stage == 0],
         heads=[path for path in plan.heads if stage == stages.count - 1],
         adapted_embeddings=[at for at in plan.adapted_embeddings if stage == 0],
+        adapters={path: adapter for path, adapter in plan.adapters.items() if here(path)},
+        magnitudes={path: kind for path, kind in plan.magnitudes.items() if here(path)},
         dropouts={path: kind for path, kind in plan.dropouts.items() if here(path)},
     )
 

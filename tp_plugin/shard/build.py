@@ -19,8 +19,9 @@ from tp_plugin.errors import TPError
 from tp_plugin.mesh.groups import Group
 from tp_plugin.policy import BlockPlan, ParamLayout, Plan
 from tp_plugin.policy.layout import Range
+from tp_plugin.policy.lora import is_adapted
 from tp_plugin.policy.packed import margins
-from tp_plugin.tensor import back_to_back
+from tp_plugin.tensor import adapters, back_to_back, dora
 from tp_plugin.tensor.block import ParallelBlock
 from tp_plugin.tensor.dropout import FollowingDropout
 from tp_plugin.tensor.embedding import AdaptedRows, ParallelEmbeddingForward, VocabularyRows
@@ -89,6 +90,12 @@ def build_parts(
         parts.stacks.append(_stack(path, layers, parts, group, options))
     parts.outputs = _outputs(model, plan, parts, group)
     _vocabulary(model, plan, parts, group, peers, options)
+    for path, adapter in plan.adapters.items():
+        adapters.install(model.get_submodule(path), adapter, group.rank)
+    for path, kind in plan.magnitudes.items():
+        base = f"{path.rpartition('.lora_magnitude_vector.')[0]}.base_layer"
+        around = margins(plan.layouts[f"{base}.weight"], group.rank)
+        dora.install(model.get_submodule(path), kind, group, around, parts.heads.get(base))
     return parts
 
 
@@ -140,10 +147,10 @@ def _residual(
     model: nn.Module, path: str, pair: tuple[str, str], plan: Plan, parts: Parts, group: Group
 ) -> ParallelResidual:
     rows = [plan.blocks[block].rows[0] for block in pair]
-    # an adapted row stands inside PEFT's layer
-    outputs = sorted({*pair, *rows, *(row.removesuffix(".base_layer") for row in rows)})
+    outputs = [model.get_submodule(out) for out in sorted({*pair, *rows})]
+    adapted = any(is_adapted(model.get_submodule(row.rpartition(".")[0])) for row in rows)
     shared = BlockInput(group)
-    residual = ParallelResidual(path, [model.get_submodule(out) for out in outputs], shared, group, parts.our_hooks)
+    residual = ParallelResidual(path, outputs, shared, group, parts.our_hooks, adapted)
     for name in pair:
         parts.blocks[name].residual, parts.blocks[name].block_input = residual, shared
     return residual

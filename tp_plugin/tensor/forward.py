@@ -25,7 +25,12 @@ class WrappedForward:
     Args:
         module: the module.
         own: its forward as it stood.
+
+    Attributes:
+        method: the method that it stands in for.
     """
+
+    method = "forward"
 
     def __init__(self, module: nn.Module, own: Forward):
         self.module, self.own = module, own
@@ -33,7 +38,7 @@ class WrappedForward:
     @classmethod
     def install(cls, module: nn.Module, *args: Any) -> None:
         """Wrap the forward of ``module``; ``args`` go to the constructor after the module and its forward."""
-        module.forward = cls(module, module.forward, *args)
+        setattr(module, cls.method, cls(module, getattr(module, cls.method), *args))
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """:meth:`run` in a step. Where the script calls the module by itself: the module's own, on whole weights."""

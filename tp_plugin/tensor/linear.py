@@ -27,7 +27,12 @@ class RowParallelForward(WrappedForward):
     Args:
         block: the block that ends here.
         margins: of weights in codes that hold more than this rank's features, where (packed.py).
+
+    Attributes:
+        keeps: an adapter around the linear adds something to the product, and sums it (:meth:`sum`).
     """
+
+    keeps = False
 
     def __init__(
         self, module: nn.Module, own: Forward, block: ParallelBlock, margins: tuple[tuple[int, int, int], ...] = ()
@@ -39,14 +44,13 @@ class RowParallelForward(WrappedForward):
         """This rank's features (…, in / tp) → the full output (…, out)."""
         module: Any = self.module
         self.block.region.end()  # nothing split is dropped any more, and recomputation may stop inside of the product
-        bias: torch.Tensor | None = getattr(module, "bias", None)  # every rank holds all of it
         if runs_as(self.own, nn.Linear):
-            return self.block.reduce(F.linear(x, module.weight), bias, fresh=True)
+            return self._finish(F.linear(x, module.weight), fresh=True)
         if runs_as(self.own, Conv1D):
             # one matrix by another: F.linear would copy the transposed weight, and keep the copy for the backward
             flat = torch.mm(x.reshape(-1, x.shape[-1]), module.weight)
             product = torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], flat.shape[-1]])  # no view to autograd
-            return self.block.reduce(product, bias, fresh=True)
+            return self._finish(product, fresh=True)
         if self.margins:  # zeros for the features of other ranks that share a block of codes with this one's
             ranges = torch.split(x, [length for length, _, _ in self.margins], -1)
             padded = [F.pad(own, around) for own, (_, *around) in zip(ranges, self.margins, strict=True)]
@@ -56,7 +60,14 @@ class RowParallelForward(WrappedForward):
                 product = int8_rows.product(module, x, self.block.group)
             else:
                 product = self.own(x, *args, **kwargs)
-        return self.block.reduce(product, bias, fresh=False)
+        return self._finish(product, fresh=False)
+
+    def _finish(self, product: torch.Tensor, fresh: bool) -> torch.Tensor:
+        return product if self.keeps else self.sum(product, fresh)
+
+    def sum(self, product: torch.Tensor, fresh: bool) -> torch.Tensor:
+        """``g`` behind this rank's product, and the bias (of which every rank holds all), once."""
+        return self.block.reduce(product, getattr(self.module, "bias", None), fresh)
 
 
 class ColumnParallelForward(WrappedForward):

@@ -2,7 +2,8 @@
 
 The first block keeps its partial output back and gives zeros; the second one's all-reduce sums the partial outputs of
 both. Where both blocks have one input, its gradient is summed once, too. Exact as long as the layer does nothing with
-the outputs but add them up: where a dropout draws, or somebody else's hook looks at an output, each block sums its own.
+the outputs but add them up: where a dropout draws, somebody else's hook looks at an output, or an adapter stands beside
+a row-parallel layer, each block sums its own.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class ParallelResidual:
         block_input: that of both blocks.
         group: the TP group.
         our_hooks: ids of the handles of the hooks that this plugin has put on modules.
+        adapted: whether adapters read what a row-parallel layer gives, or sum a product of their own.
     """
 
     def __init__(
@@ -43,9 +45,10 @@ class ParallelResidual:
         block_input: BlockInput,
         group: Group,
         our_hooks: Set[int],
+        adapted: bool = False,
     ):
         self.path, self.outputs, self.block_input, self.group = path, list(outputs), block_input, group
-        self.our_hooks = our_hooks
+        self.our_hooks, self.adapted = our_hooks, adapted
         self.stack: Stack | None = None
         self._draws = Dropouts(besides=INSIDE)
         self.merging = False
@@ -55,7 +58,7 @@ class ParallelResidual:
     def begin(self, layer: nn.Module, args: Any) -> None:
         """Forward pre-hook of the layer."""
         draws = layer.training and self._draws(layer)
-        self.merging = not draws and not any(map(self._is_watched, self.outputs))
+        self.merging = not draws and not self.adapted and not any(map(self._is_watched, self.outputs))
         self._input = self._kept = None
 
     def _is_watched(self, module: nn.Module) -> bool:

@@ -49,6 +49,11 @@ class VocabularyColumns:
         if runs_as(own, nn.Linear):
             # what nn.Linear recorded is dropped: its backward would need the gradient of all logits at once
             return deferred(args[0], module.weight, module.bias, output, vocabulary)  # type: ignore[arg-type]
+        return self.of_columns(output)
+
+    def of_columns(self, output: torch.Tensor) -> torch.Tensor:
+        """Logits, of which every rank has computed its own columns, ``output``."""
+        vocabulary = self.vocabulary
         width, shape = vocabulary.width, output.shape
 
         def gradient(_: Any, grad: Expr, position: int) -> torch.Tensor:
