@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from typing import Any
 
@@ -259,6 +260,7 @@ def install_peft() -> None:
 
     if not hasattr(peft.PeftModel.get_prompt, "tp_patched"):
         engine.install(peft.peft_model)
+        engine.install_dora(importlib.import_module("peft.tuners.lora.dora"))
 
 
 def unpatched(function: Any) -> Any:

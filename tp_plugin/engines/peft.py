@@ -30,6 +30,19 @@ def install_tuners(tuners_utils: Any) -> None:
     wrap(tuners_utils.BaseTuner, "unmerge_adapter", _in_step)
 
 
+def install_dora(dora: Any) -> None:
+    """Patch ``peft.tuners.lora.dora``: on a CPU it puts a copy in the place of a weight in codes, which is no shard."""
+    wrap(dora, "dequantize_module_weight", _dequantize)
+
+
+def _dequantize(original: Any, module: nn.Module) -> Any:
+    weight = module.weight
+    found = original(module)
+    if module.weight is not weight:
+        module._parameters["weight"] = weight  # type: ignore[assignment]
+    return found
+
+
 def _merge(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     refuse_merge(self)
     return _in_step(original, self, *args, **kwargs)
