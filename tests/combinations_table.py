@@ -47,8 +47,18 @@ COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
     ),
     "optimizer on the CPU": ("", "", "test_zero.py::test_offloaded", FSDP2_SETTINGS),
     "LoRA": ("test_lora.py::test_lora_on_every_linear", TRL, "test_zero.py::test_lora", f"{FSDP2}::test_lora"),
-    "DoRA": ("test_dora.py::test_beside_plain_peft", "", "", ""),
-    "PEFT's other methods": ("test_peft_methods.py::test_beside_plain_peft", "", "", ""),
+    "DoRA": (
+        "test_dora.py::test_beside_plain_peft",
+        DDP,
+        "test_zero.py::test_other_adapters",
+        "test_fsdp2.py::test_other_adapters",
+    ),
+    "PEFT's other methods": (
+        "test_peft_methods.py::test_beside_plain_peft",
+        DDP,
+        "test_zero.py::test_other_adapters",
+        "test_fsdp2.py::test_other_adapters",
+    ),
     "QLoRA": (
         "blackbox/test_qlora.py::test_trl_sft",
         "test_quantized_scripts.py::test_script",

@@ -290,6 +290,11 @@ def adapted(model: nn.Module, method: str) -> nn.Module:
     return found
 
 
+def epsilon(adapter: str) -> float:
+    """For Adam. HiRA's gradients are products with small weights; some are all rounding, not to be divided by."""
+    return 1e-2 if adapter == "hira" else 1e-6
+
+
 def in_four_bits(model: nn.Module) -> nn.Module:
     """``model`` in bitsandbytes' NF4, with double quantization; the CPU's own layout of codes is left out."""
     from transformers import BitsAndBytesConfig

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import adapted, batch, build, config_for, unpatched
+from models import adapted, batch, build, config_for, epsilon, unpatched
 from workers import run
 
 STEPS, MICRO, LAYERS = 6, 2, 2
@@ -110,8 +110,9 @@ def step(model: Any, optimizer: Any, vocabulary: int, tp: int, number: int, sync
     return {"losses": losses, "grads": grads, "norm": norm.item()}
 
 
-def new_optimizer(model: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=1e-6, weight_decay=0.1)
+def new_optimizer(model: Any, adapter: str = "") -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-3, eps=epsilon(adapter), weight_decay=0.1)
 
 
 def train(tp: int, model_type: str, overrides: dict[str, Any], settings: dict[str, Any], sync_each: bool) -> Any:
@@ -124,7 +125,7 @@ def train(tp: int, model_type: str, overrides: dict[str, Any], settings: dict[st
     settings = dict(settings)
     steps = settings.pop("steps", STEPS)
     model, config = make(tp, model_type, overrides, **settings)
-    optimizer = new_optimizer(model)
+    optimizer = new_optimizer(model, settings.get("adapter", ""))
     seen = []
     for number in range(steps):
         before = {book: dict(ledger[book]) for book in ledger}

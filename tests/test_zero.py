@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import adapted, batch, build, config_for
+from models import adapted, batch, build, config_for, epsilon
 from workers import run
 
 from tp_plugin.config.keys import ENV_OPTIONS
@@ -76,7 +76,7 @@ def train(
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, eps=1e-6)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, eps=epsilon(adapter))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if compiled:
         torch._dynamo.reset()
