@@ -266,7 +266,7 @@ def script_case(root: str) -> dict[str, Any]:
         accelerator, model, optimizer = start(0)
         found["seen"] = train(accelerator, model, optimizer, 0)
         accelerator.save_state(f"{root}/state")
-        bare = accelerator.unwrap_model(model)
+        bare = model.module  # (unwrap_model imports DeepSpeed)
         layer, states = bare.model.layers[0], optimizer.optimizer.state
         named = {"q": layer.self_attn.q_proj, "embedding": bare.model.embed_tokens, "up": layer.mlp.up_proj}
         found["states"] = {

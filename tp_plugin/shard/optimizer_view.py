@@ -30,7 +30,8 @@ def _shown(optimizer: torch.optim.Optimizer) -> bool:
     for parameter, state in reversed(optimizer.state.items()):
         if getattr(parameter, "tensor_model_parallel", False):
             moments = [value for value in state.values() if _is_moment(value, parameter)]
-            return all(hasattr(value, "tp_global") for value in moments)
+            if moments:
+                return all(hasattr(value, "tp_global") for value in moments)
     return True
 
 
