@@ -44,26 +44,31 @@ class RowParallelForward(WrappedForward):
         """This rank's features (…, in / tp) → the full output (…, out)."""
         module: Any = self.module
         self.block.region.end()  # nothing split is dropped any more, and recomputation may stop inside of the product
+        if self.keeps:
+            return self._product(x, *args, **kwargs)
+        bias: torch.Tensor | None = getattr(module, "bias", None)  # every rank holds all of it
+        if runs_as(self.own, nn.Linear):  # (a product with a name would be kept beside the sum)
+            return self.block.reduce(F.linear(x, module.weight), bias, fresh=True)
+        return self.block.reduce(self._product(x, *args, **kwargs), bias, runs_as(self.own, Conv1D))
+
+    def _product(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        module: Any = self.module
         if runs_as(self.own, nn.Linear):
-            return self._finish(F.linear(x, module.weight), fresh=True)
+            return F.linear(x, module.weight)
         if runs_as(self.own, Conv1D):
             # one matrix by another: F.linear would copy the transposed weight, and keep the copy for the backward
             flat = torch.mm(x.reshape(-1, x.shape[-1]), module.weight)
-            product = torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], flat.shape[-1]])  # no view to autograd
-            return self._finish(product, fresh=True)
+            matrix: torch.Tensor = torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], flat.shape[-1]])
+            return matrix  # no view to autograd
         if self.margins:  # zeros for the features of other ranks that share a block of codes with this one's
             ranges = torch.split(x, [length for length, _, _ in self.margins], -1)
             padded = [F.pad(own, around) for own, (_, *around) in zip(ranges, self.margins, strict=True)]
             x = padded[0] if len(padded) == 1 else torch.cat(padded, -1)
         with without_bias(module):
             if int8_rows.quantizes_input(module, x):
-                product = int8_rows.product(module, x, self.block.group)
-            else:
-                product = self.own(x, *args, **kwargs)
-        return self._finish(product, fresh=False)
-
-    def _finish(self, product: torch.Tensor, fresh: bool) -> torch.Tensor:
-        return product if self.keeps else self.sum(product, fresh)
+                return int8_rows.product(module, x, self.block.group)
+            product: torch.Tensor = self.own(x, *args, **kwargs)
+            return product
 
     def sum(self, product: torch.Tensor, fresh: bool) -> torch.Tensor:
         """``g`` behind this rank's product, and the bias (of which every rank holds all), once."""
