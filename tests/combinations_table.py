@@ -51,13 +51,13 @@ COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
         "test_dora.py::test_beside_plain_peft",
         DDP,
         "test_zero.py::test_other_adapters",
-        "test_fsdp2.py::test_other_adapters",
+        "test_fsdp2.py::test_dora",
     ),
     "PEFT's other methods": (
         "test_peft_methods.py::test_beside_plain_peft",
         DDP,
         "test_zero.py::test_other_adapters",
-        "test_fsdp2.py::test_other_adapters",
+        "",
     ),
     "QLoRA": (
         "blackbox/test_qlora.py::test_trl_sft",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import adapted, batch, build, config_for, epsilon, unpatched
+from models import adapted, batch, build, config_for, unpatched
 from workers import run
 
 STEPS, MICRO, LAYERS = 6, 2, 2
@@ -110,9 +110,8 @@ def step(model: Any, optimizer: Any, vocabulary: int, tp: int, number: int, sync
     return {"losses": losses, "grads": grads, "norm": norm.item()}
 
 
-def new_optimizer(model: Any, adapter: str = "") -> torch.optim.Optimizer:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=1e-3, eps=epsilon(adapter), weight_decay=0.1)
+def new_optimizer(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=1e-6, weight_decay=0.1)
 
 
 def train(tp: int, model_type: str, overrides: dict[str, Any], settings: dict[str, Any], sync_each: bool) -> Any:
@@ -125,7 +124,7 @@ def train(tp: int, model_type: str, overrides: dict[str, Any], settings: dict[st
     settings = dict(settings)
     steps = settings.pop("steps", STEPS)
     model, config = make(tp, model_type, overrides, **settings)
-    optimizer = new_optimizer(model, settings.get("adapter", ""))
+    optimizer = new_optimizer(model)
     seen = []
     for number in range(steps):
         before = {book: dict(ledger[book]) for book in ledger}
@@ -229,10 +228,9 @@ def test_lora(tp: int, dp: int) -> None:
     compare(tp, dp, *LLAMA, {"adapter": "lora"}, False)
 
 
-@pytest.mark.parametrize("adapter", ["dora", "hira"])
 @FULL
-def test_other_adapters(adapter: str) -> None:
-    compare(2, 2, *LLAMA, {"adapter": adapter}, False)
+def test_dora() -> None:
+    compare(2, 2, *LLAMA, {"adapter": "dora"}, False)
 
 
 def test_prefix() -> None:
