@@ -218,3 +218,19 @@ def test_fsdp2_takes_no_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     refuse_fsdp2(model)
     with pytest.raises(TPError, match=r"q_proj is quantized in 8 bits.*FSDP2.*load_in_4bit"):
         refuse_fsdp2(quantized(str(tmp_path), {"load_in_8bit": True}))
+
+
+def test_fsdp2_takes_no_other_adapters_than_lora() -> None:
+    import peft
+
+    from tp_plugin.engines.quantization import refuse_fsdp2
+    from tp_plugin.errors import TPError
+
+    def tuned(config: peft.PeftConfig) -> torch.nn.Module:
+        return peft.get_peft_model(build(config_for("llama")), config)
+
+    saved = ["lm_head", "embed_tokens"]
+    refuse_fsdp2(tuned(peft.LoraConfig(target_modules=["q_proj", "embed_tokens"], use_dora=True)))
+    refuse_fsdp2(tuned(peft.LoraConfig(target_modules="all-linear", modules_to_save=saved)))
+    with pytest.raises(TPError, match=r"q_proj is wrapped by peft.*FSDP2.*DoRA.*MULTI_GPU"):
+        refuse_fsdp2(tuned(peft.HiraConfig(target_modules=["q_proj"])))
