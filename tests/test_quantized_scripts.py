@@ -140,7 +140,7 @@ def test_script(name: str, dp: int, tmp_path: Path) -> None:
         ({"quant_method": "fp8"}, {}, ["fp8", "128"]),
         ({"quant_method": "torchao"}, {}, ["torchao"]),
         ({"quant_method": "quark"}, {}, ["quark", "BitsAndBytesConfig"]),
-        ({**NF4, "quant_method": "bitsandbytes"}, {"pp_size": 2}, ["pp_size", "quantized"]),
+        ({"quant_method": "hqq"}, {"tp_size": 1, "pp_size": 2}, ["hqq", "pp_size"]),
         ({"load_in_8bit": True, "llm_int8_has_fp16_weight": True}, {}, ["llm_int8_has_fp16_weight"]),
     ],
 )

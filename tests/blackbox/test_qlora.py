@@ -32,10 +32,11 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def reports(bench, folder):
+@pytest.fixture(scope="module", params=["yaml", "stages2"])
+def reports(bench, folder, request):
     given = ("--models", str(folder), "--model", "model")
-    return [bench.run("qlora", tp, 1, given, timeout=280).report for tp in (2, 1)]
+    split = bench.run("qlora", 2, 1, given, entry=request.param, timeout=280)
+    return split.report, bench.run("qlora", 1, 1, given, timeout=280).report
 
 
 def test_trl_sft(reports):
@@ -49,6 +50,12 @@ def test_trainer_resumed_on_quantized_files(reports):
     assert got["again"][-2] == pytest.approx(got["log"][-2])
 
 
+def test_the_usual_recipe_with_an_8_bit_optimizer(reports):
+    got, expected = (report["eight bits"] for report in reports)
+    close(got, expected, LOGGED, "eight bits")
+    assert got["again"][-2] == got["log"][-2]
+
+
 def test_saved_base_is_loaded_by_plain_transformers(reports):
     got, expected = (report["saved"] for report in reports)
     close(got, expected, LOGGED, "saved")
@@ -56,6 +63,8 @@ def test_saved_base_is_loaded_by_plain_transformers(reports):
 
 ENGINES = {
     "ddp": (1, "yaml", ()),
+    "stages": (2, "stages2", ()),
+    "stages, 8 bits": (1, "stages2", ("--storage", "int8")),
     "ddp, tokens split, compiled": (1, "yaml", ()),
     "zero2": (2, 2, ()),
     "zero3": (2, 3, ()),
@@ -70,6 +79,7 @@ def test_loop(bench, folder, name):
     """Losses, norms, the adapter in plain PEFT, and a resumed state: ZeRO's and FSDP2's are without the base."""
     dp, engine, codes = ENGINES[name]
     given, config, entry = ("--models", str(folder), "--model", "model", *codes), {}, engine
+    unit = 4 if name == "stages, 8 bits" else 2
     if name == "ddp, tokens split, compiled":
         config = {"tp_plugin": {"sequence_parallel": True}, "dynamo_config": {"dynamo_backend": "AOT_EAGER"}}
     if isinstance(engine, int):
@@ -77,9 +87,11 @@ def test_loop(bench, folder, name):
         config = {"deepspeed_config": {"deepspeed_config_file": path, "zero3_init_flag": False}}
         entry = "zero accelerate"
     plain = bench.run("qlora_loop", 1, dp, (*given, "--stateless"))
-    run = bench.run("qlora_loop", 2, dp, given, entry=entry, config=config, timeout=280)
+    run = bench.run("qlora_loop", unit, dp, given, entry=entry, config=config, timeout=280)
     close(run.report, plain.report, LOGGED, name)
-    if dp == 1 or codes:
+    if codes or name == "ddp, tokens split, compiled":
         return
-    other = bench.run("qlora_loop", 2, 1, (*given, "--state", str(run.out / "state")), entry=entry, config=config)
-    assert other.report["loaded"] == pytest.approx(plain.report["saved"], rel=LOGGED), "at another dp"
+    with_base = entry in ("yaml", "stages2")  # under ZeRO and FSDP2 what the script has loaded stays
+    unit, entry = (3, "yaml") if with_base else (2, entry)
+    other = bench.run("qlora_loop", unit, 1, (*given, "--state", str(run.out / "state")), entry=entry, config=config)
+    assert other.report["loaded"] == pytest.approx(plain.report["saved"], rel=LOGGED), "in another layout"

@@ -56,8 +56,6 @@ def check_quantization(config: Any, quantization: Any, options: RunConfig) -> No
             f"{start} by {method}, and {options.sizes} cannot split its weights{needed}. Load the model in 16 bits, "
             "quantize it by bitsandbytes (BitsAndBytesConfig), or set tp_size: 1"
         )
-    if options.pp_size > 1:
-        raise TPError(f"{start}, which no test proves together with pp_size; remove pp_size, or load it in 16 bits")
     if given.get("load_in_8bit") and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
         raise TPError(f"{start} {_UNSCALED}")
     for key in ("llm_int8_has_fp16_weight", "llm_int8_enable_fp32_cpu_offload"):

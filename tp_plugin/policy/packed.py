@@ -11,6 +11,7 @@ In 8 bits a matrix is stored as it is, with one scale for each row.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -48,7 +49,7 @@ class FlatLayout(ParamLayout):
     def of(shape: tuple[int, ...], stored: ParamLayout, decoded: ParamLayout | None = None) -> FlatLayout:
         """The layout of a tensor of ``shape``, whose dimension 0 alone is longer than 1."""
         dim = 0 if stored.is_sharded else None
-        return FlatLayout(shape, dim, stored.parts, stored=stored, decoded=decoded)
+        return FlatLayout(shape, dim, stored.parts, absent=stored.absent, stored=stored, decoded=decoded)
 
     def __post_init__(self) -> None:
         if math.prod(self.shape) != math.prod(self.stored.shape):
@@ -58,6 +59,11 @@ class FlatLayout(ParamLayout):
     def features(self) -> ParamLayout:
         """How the matrix that the layer computes with is cut."""
         return self.decoded or self
+
+    def on_stages(self, stages: Sequence[int], count: int) -> FlatLayout:
+        """The layout over the ranks of a unit of ``count`` stages, of a tensor that lies so on these ``stages``."""
+        decoded = self.decoded and self.decoded.on_stages(stages, count)
+        return FlatLayout.of(self.shape, self.stored.on_stages(stages, count), decoded)
 
     @cached_property
     def replica_groups(self) -> tuple[tuple[int, ...], ...]:
@@ -79,8 +85,8 @@ class FlatLayout(ParamLayout):
         self.stored.place(whole.view(self.stored.shape), shard.reshape(self.stored.local_shape(rank)), rank)
 
 
-def codes_layout(module: Any, dim: int, parts: Parts) -> ParamLayout:
-    """The layout of the weight of ``module``, whose matrix (out, in) is split along ``dim``.
+def codes_layout(module: Any, dim: int | None, parts: Parts) -> ParamLayout:
+    """The layout of the weight of ``module``, whose matrix (out, in) is split along ``dim``, if it is.
 
     Raises:
         PolicyError: no rank's part of the codes could be decoded by itself.
@@ -117,7 +123,8 @@ def block_size(module: Any) -> int:
 def scales_layout(features: ParamLayout, block: int) -> FlatLayout:
     """How the scales of the blocks lie: one number each, flat."""
     out, width = features.shape
-    stored = ParamLayout((out, width // block), features.dim, _scaled(features, block, block))
+    parts = _scaled(features, block, block)
+    stored = ParamLayout((out, width // block), features.dim, parts, absent=features.absent)
     return FlatLayout.of((out * width // block,), stored)
 
 
@@ -129,7 +136,7 @@ def groups_layout(features: ParamLayout, block: int) -> ParamLayout | None:
     if features.dim != 0 or any(edge % group for edge in edges):
         return None
     parts = tuple(tuple((a * width // group, -(-b * width // group)) for a, b in part) for part in features.parts)
-    return ParamLayout((-(-out * width // group),), 0, parts)
+    return ParamLayout((-(-out * width // group),), 0, parts, absent=features.absent)
 
 
 def margins(layout: ParamLayout, rank: int) -> tuple[tuple[int, int, int], ...]:
@@ -147,7 +154,7 @@ def margins(layout: ParamLayout, rank: int) -> tuple[tuple[int, int, int], ...]:
 
 def _scaled(matrix: ParamLayout, block: int, elements: int) -> Parts:
     """The parts of a matrix with ``elements`` columns of this one in each of its own, at the edges of blocks."""
-    if matrix.dim == 0:
+    if matrix.dim != 1:
         return matrix.parts
     return tuple(
         tuple((a // block * block // elements, -(-b // block) * block // elements) for a, b in part)

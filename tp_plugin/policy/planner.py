@@ -10,7 +10,6 @@ from transformers.pytorch_utils import Conv1D
 from tp_plugin.errors import PolicyError
 from tp_plugin.policy.blocks import Policy
 from tp_plugin.policy.derived_check import check_derived
-from tp_plugin.policy.layout import ParamLayout
 from tp_plugin.policy.names import matches, prefixes
 from tp_plugin.policy.plan import Plan
 from tp_plugin.policy.plan_blocks import plan_block
@@ -108,7 +107,7 @@ def replicate_rest(scope: Scope) -> None:
             continue
         if not replicated and not (policy.rest_replicated and _outside_blocks(scope.plan, name)):
             unclaimed.append(name)
-        layouts[name] = ParamLayout.replicated(parameter.shape, scope.plan.tp)
+        layouts[name] = scope.whole(name)
     if unclaimed:
         shown = ", ".join(unclaimed[:5]) + (f" and {len(unclaimed) - 5} more" if len(unclaimed) > 5 else "")
         scope.fail(f"nothing in the policy claims {shown}; name each in a block, in the vocabulary, or in `replicated`")

@@ -11,6 +11,7 @@ from tp_plugin.errors import PolicyError
 from tp_plugin.policy.blocks import Policy
 from tp_plugin.policy.layout import ParamLayout
 from tp_plugin.policy.names import matches
+from tp_plugin.policy.packed import codes_layout, is_packed
 from tp_plugin.policy.plan import Plan
 
 T = TypeVar("T")
@@ -71,8 +72,15 @@ class Scope:
         """Claim the parameter at ``path``, or all parameters of the module there, as replicated; their names."""
         names = self.below(path)
         for name in names:
-            self.claim(name, ParamLayout.replicated(self.parameters[name].shape, self.plan.tp))
+            self.claim(name, self.whole(name))
         return names
+
+    def whole(self, name: str) -> ParamLayout:
+        """The layout of parameter ``name`` where every rank holds all of it."""
+        module, tp = self.modules[name.rpartition(".")[0]], self.plan.tp
+        if is_packed(module) and name.endswith(".weight"):
+            return codes_layout(module, None, ((),) * tp)
+        return ParamLayout.replicated(self.parameters[name].shape, tp)
 
     def matching(self, pattern: str) -> Iterator[str]:
         """Paths of the modules in scope that match ``pattern``."""

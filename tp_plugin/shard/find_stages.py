@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from tp_plugin.errors import PolicyError
 from tp_plugin.policy import Plan
 from tp_plugin.policy.stages import Stages, balanced, chosen
+from tp_plugin.shard.quantized import packed_in
 from tp_plugin.tensor.pipeline.holes import meta_twin
 
 ROWS, TOKENS = 2, 6
@@ -44,8 +45,8 @@ def find_stages(model: nn.Module, plan: Plan, count: int, sizes: Sequence[int] =
         raise _refused(model, f"{', '.join(both)} run before its layers and after them")
     if between := [path for path in within if path not in (*before, *after)]:
         raise _refused(model, f"{', '.join(between)} run between its layers, which stand on different stages")
-    costs = [_cost(layer.parameters()) for layer in layers]
-    last = sum(_cost(model.get_submodule(path).parameters()) for path in after)
+    costs = [_cost(layer) for layer in layers]
+    last = sum(_cost(model.get_submodule(path)) for path in after)
     cuts = chosen(len(layers), sizes) if sizes else balanced(costs, 0.0, last, count)
     return Stages(stack, cuts, before, after, run.returns_tuples, _parameters(model, stack, cuts, before, after))
 
@@ -86,10 +87,11 @@ def _stack(model: nn.Module, plan: Plan) -> str:
     return found[0]
 
 
-def _cost(parameters: Iterator[nn.Parameter]) -> float:
+def _cost(module: nn.Module) -> float:
     """Multiplications per token, up to a factor: one for each element of a matrix."""
+    packed: dict[int, float] = {id(one.weight): one.out_features * one.in_features for _, one in packed_in(module)}
     # of stacked experts, a token sees a few: one in eight is what mixtures of today choose, or fewer
-    return sum(p.numel() / (8 if p.dim() == 3 else 1) for p in parameters if p.dim() > 1)
+    return sum(packed.get(id(p), p.numel() / (8 if p.dim() == 3 else 1)) for p in module.parameters() if p.dim() > 1)
 
 
 def _with_parameters(model: nn.Module, paths: list[str]) -> tuple[str, ...]:

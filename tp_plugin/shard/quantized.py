@@ -112,7 +112,10 @@ def cut_(module: Any, layout: ParamLayout, rank: int) -> None:
 def _cut_8bit(module: Any, layout: ParamLayout, rank: int, whole: torch.Tensor, scales: torch.Tensor) -> None:
     weight = module.weight
     weight.data = layout.shard(whole, rank)
-    rows = ParamLayout(layout.shape[:1], 0, layout.parts) if layout.dim == 0 else None
+    rows = ParamLayout(layout.shape[:1], 0, layout.parts, absent=layout.absent) if layout.dim == 0 else None
+    if layout.dim == 1 and layout.absent:  # whole on the ranks of a stage, and nowhere else
+        held = tuple(((0, len(scales)),) if part else () for part in layout.parts)
+        rows = ParamLayout(layout.shape[:1], 0, held, absent=layout.absent)
     weight.CB, weight.SCB = weight.data, scales if rows is None else rows.shard(scales, rank)
     module.state.CB = module.state.SCB = None
     module.tp_codes = Codes(layout, {} if rows is None else {"SCB": rows})

@@ -51,17 +51,19 @@ def sft():
     return {"log": logged(trainer), "reloaded": reloaded(out / "final", MODEL)}
 
 
-def resumed():
+def resumed(name, rank, optimizer):
     """A base whose files have codes, trained by Trainer; then from its checkpoint of the second step."""
-    out, data = given.out / "resumed", [{"input_ids": list(range(n, n + 9)), "labels": list(range(n, n + 9))}
-                                        for n in range(6, 30)]  # fmt: skip
+    out, data = given.out / name, [{"input_ids": list(range(n, n + 9)), "labels": list(range(n, n + 9))}
+                                   for n in range(6, 30)]  # fmt: skip
 
     def trainer():
         model = without_repacking(AutoModelForCausalLM.from_pretrained(given.models / "codes"))
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         torch.manual_seed(1)
-        model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4))
-        settings = TrainingArguments(str(out), **COMMON, save_strategy="steps", save_steps=2, report_to="none")
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=rank))
+        settings = TrainingArguments(
+            str(out), **COMMON, optim=optimizer, save_strategy="steps", save_steps=2, report_to="none"
+        )
         return Trainer(model, settings, train_dataset=data)
 
     first, second = trainer(), trainer()
@@ -86,7 +88,12 @@ def saved():
         return [one(input_ids=IDS, labels=IDS).loss.item() for one in (model.eval(), again)]
 
 
-report = {"sft": sft(), "resumed": resumed(), "saved": saved()}
+report = {
+    "sft": sft(),
+    "resumed": resumed("resumed", 4, "adamw_torch_fused"),
+    "eight bits": resumed("eight", 32, "paged_adamw_8bit"),  # of matrices with 4096 elements and more
+    "saved": saved(),
+}
 PartialState().wait_for_everyone()
 if PartialState().is_main_process:
     (given.out / "report.json").write_text(json.dumps(report))

@@ -10,6 +10,7 @@ masks, positions and whatever else the model computes by itself are computed on 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,17 +19,30 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from tp_plugin.errors import TPError
+from tp_plugin.policy.packed import is_packed
 
 
 def meta_twin(module: nn.Module) -> Any:
     """A copy of a module's structure, whose tensors are shapes on the meta device."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
-        twin = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-        memo[id(parameter)] = nn.Parameter(twin, requires_grad=twin.is_floating_point())
+        shape = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        memo[id(parameter)] = nn.Parameter(shape, requires_grad=shape.is_floating_point())
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
-    return copy.deepcopy(module, memo)
+    packed = [one for one in module.modules() if is_packed(one)]
+    for one in packed:  # what decodes their weights is not copied
+        memo |= {id(value): value for value in (vars(one).get("quant_state"), vars(one).get("state"))}
+    twin: Any = copy.deepcopy(module, memo)
+    for one in twin.modules():
+        if is_packed(one):
+            one.forward = functools.partial(_of_shape, one.out_features)
+    return twin
+
+
+def _of_shape(features: int, input: torch.Tensor) -> torch.Tensor:
+    """What a linear gives on the meta device: its codes cannot be decoded there."""
+    return input[..., :1].expand(*input.shape[:-1], features) * 1
 
 
 class AbsentModule:
