@@ -69,7 +69,9 @@ ENGINES = {
     "zero2": (2, 2, ()),
     "zero3": (2, 3, ()),
     "zero3, 8 bits": (2, 3, ("--storage", "int8")),
+    "zero2, stages": (2, 2, ()),
     "fsdp2": (2, "fsdp2", ()),
+    "fsdp2, stages": (2, "fsdp2 stages2", ()),
     "fsdp2, split codes": (2, "fsdp2", ("--storage", "float32")),
 }
 
@@ -83,7 +85,9 @@ def test_loop(bench, folder, name):
     if name == "ddp, tokens split, compiled":
         config = {"tp_plugin": {"sequence_parallel": True}, "dynamo_config": {"dynamo_backend": "AOT_EAGER"}}
     if isinstance(engine, int):
-        path = write_config(folder / f"{name}.json", accelerate(engine, gradient_clipping=0.5), 2)
+        stages = name == "zero2, stages"
+        settings = accelerate(engine, gradient_clipping=0.5) | ({"pp_size": 2} if stages else {})
+        path = write_config(folder / f"{name}.json", settings, 1 if stages else 2)
         config = {"deepspeed_config": {"deepspeed_config_file": path, "zero3_init_flag": False}}
         entry = "zero accelerate"
     plain = bench.run("qlora_loop", 1, dp, (*given, "--stateless"))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tp_plugin.errors import TPError
+from tp_plugin.mesh.dtensor_utils import is_split
 from tp_plugin.policy import ParamLayout
 from tp_plugin.policy.packed import EIGHT_BITS, block_size, groups_layout, is_packed, scales_layout
 
@@ -204,7 +205,9 @@ def take_whole(module: Any, state: dict[str, Any], prefix: str, rank: int) -> No
     """
     codes: Codes | None = getattr(module, "tp_codes", None)
     whole = state.get(f"{prefix}weight")
-    if codes is None or whole is None or tuple(whole.shape) != codes.weight.shape:
+    if codes is None or whole is None or is_split(whole) or tuple(whole.shape) != codes.weight.shape:
+        return
+    if whole.data_ptr() == module.weight.data_ptr():  # a stage of one TP rank has it as it is
         return
     whole = whole.to(module.weight.device)
     if type(module).__name__ == EIGHT_BITS:
