@@ -127,7 +127,7 @@ def _merged(engine: Any, whole: Any, sharded: Any, expected: float) -> tuple[lis
     tuner = type(whole.base_model)
     losses = []
     for change in ("merge_adapter", "unmerge_adapter"):
-        engine._in_step(unpatched(getattr(tuner, change)), sharded.base_model)
+        engine._merge(unpatched(getattr(tuner, change)), sharded.base_model)
         with torch.no_grad():
             losses.append(sharded(**batch(97, 9)).loss.item())
     unload = unpatched(tuner._unload_and_optionally_merge)

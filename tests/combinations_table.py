@@ -60,7 +60,7 @@ COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
         "refused test_quantized_scripts.py::test_fsdp2_takes_no_other_adapters_than_lora",
     ),
     "QLoRA": (
-        "blackbox/test_qlora.py::test_trl_sft",
+        "blackbox/test_qlora.py::test_script",
         "test_quantized_scripts.py::test_script",
         "blackbox/test_qlora.py::test_loop",
         "blackbox/test_qlora.py::test_loop",

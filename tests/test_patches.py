@@ -152,7 +152,9 @@ import trl.trainer.distillation_trainer, trl.trainer.grpo_trainer, trl.trainer.r
 import importlib.util
 there = {module for module in worker._PATCHES if importlib.util.find_spec(module.split(".")[0])}
 import huggingface_hub.hub_mixin, accelerate.local_sgd
-for optional in ("sentence_transformers.util.distributed", "pylate.utils.distributed",
+if importlib.util.find_spec("bitsandbytes") is None:
+    there.discard("peft.tuners.lora.bnb")
+for optional in ("peft.tuners.lora.bnb", "sentence_transformers.util.distributed", "pylate.utils.distributed",
         "liger_kernel.transformers.monkey_patch", "liger_kernel.chunked_loss"):
     if optional in there:
         importlib.import_module(optional)

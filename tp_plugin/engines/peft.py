@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tp_plugin.engines.patching import wrap
-from tp_plugin.engines.quantization import refuse_merge
+from tp_plugin.engines.quantized_merge import refuse_merge
 from tp_plugin.engines.torch_utils import in_step
 from tp_plugin.errors import TPError
 from tp_plugin.policy import Plan
@@ -27,7 +27,7 @@ def install_tuners(tuners_utils: Any) -> None:
     """Patch ``BaseTuner``: what merges and unloads adapters."""
     wrap(tuners_utils.BaseTuner, "_unload_and_optionally_merge", _unload)
     wrap(tuners_utils.BaseTuner, "merge_adapter", _merge)
-    wrap(tuners_utils.BaseTuner, "unmerge_adapter", _in_step)
+    wrap(tuners_utils.BaseTuner, "unmerge_adapter", _merge)
 
 
 def install_dora(dora: Any) -> None:
@@ -44,14 +44,10 @@ def _dequantize(original: Any, module: nn.Module) -> Any:
 
 
 def _merge(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    refuse_merge(self)
-    return _in_step(original, self, *args, **kwargs)
-
-
-def _in_step(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Each rank merges its shares, or takes them out again; sums over ranks (DoRA's norms) are taken by all."""
     if not any(is_sharded(model) for _, model in models_in(self)):
         return original(self, *args, **kwargs)
+    refuse_merge(self)
     with require().sessions.together("merge_adapter"), require().region.step():
         return original(self, *args, **kwargs)
 

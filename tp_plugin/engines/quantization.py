@@ -12,7 +12,6 @@ from tp_plugin.config.run_config import RunConfig
 from tp_plugin.errors import PolicyError, TPError
 from tp_plugin.policy.lora import is_adapted, is_lora
 from tp_plugin.policy.packed import EIGHT_BITS, FOUR_BITS, block_size, refuse_ragged
-from tp_plugin.shard import is_sharded, models_in
 from tp_plugin.shard.block_states import has_codes, name_of
 from tp_plugin.shard.quantized import packed_in
 
@@ -84,18 +83,6 @@ def own_device(device_map: Any) -> Any:
         return device_map
     kind, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
     return {"": torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")) % count)}  # type: ignore[union-attr]
-
-
-def refuse_merge(model: nn.Module) -> None:
-    """Raise if adapters are to be merged into codes: the sum is quantized anew, over whole blocks and tensors."""
-    for _, root in models_in(model):
-        if is_sharded(root) and any(packed_in(root)):
-            raise TPError(
-                f"the base of {type(root).__name__} is quantized: a merge quantizes each weight anew as a whole, of "
-                "which a rank holds a part. Save the adapter (save_pretrained), and merge it on one process without "
-                "tp_size: load the base, quantized or (exactly) in 16 bits, PeftModel.from_pretrained, "
-                "merge_and_unload"
-            )
 
 
 def refuse_fsdp2(model: nn.Module) -> None:

@@ -51,6 +51,7 @@ _PATCHES = {
     "torch.distributed.fsdp._fully_shard._fsdp_param_group": ("tp_plugin.engines.fsdp2.wrapping", "install_group"),
     "peft.peft_model": ("tp_plugin.engines.peft", "install"),
     "peft.tuners.tuners_utils": ("tp_plugin.engines.peft", "install_tuners"),
+    "peft.tuners.lora.bnb": ("tp_plugin.engines.quantized_merge", "install"),
     "peft.tuners.lora.dora": ("tp_plugin.engines.peft", "install_dora"),
     "swift.dataloader.shard": ("tp_plugin.engines.swift", "install_loader"),
     "swift.dataloader.dispatcher": ("tp_plugin.engines.swift", "install_loader"),

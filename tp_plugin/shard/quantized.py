@@ -36,10 +36,12 @@ class Codes:
     Attributes:
         weight: the layout of its codes.
         statistics: the layouts of what decodes them, by their names in a state dict, of what is cut.
+        nested: whether the scales of the whole weight are in codes, too.
     """
 
     weight: ParamLayout
     statistics: Mapping[str, ParamLayout]
+    nested: bool = False
 
 
 def is_code(parameter: object) -> bool:
@@ -102,12 +104,51 @@ def whole_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def cut_(module: Any, layout: ParamLayout, rank: int) -> None:
     """Leave ``module`` the part of its codes that ``rank`` holds under ``layout``, and what decodes that."""
-    weight = module.weight
     if type(module).__name__ == EIGHT_BITS:
-        _cut_8bit(module, layout, rank, weight.data, statistics_of(module)["SCB"])
+        _cut_8bit(module, layout, rank, module.weight.data, statistics_of(module)["SCB"])
     else:
         module.support_avx512bf16_for_cpu = False  # its forwards would lay out codes and scales anew
-        _cut_4bit(module, layout, rank, weight.data, state_of(module))
+        _cut_4bit(module, layout, rank, module.weight.data, state_of(module))
+
+
+@torch.no_grad()
+def cut_from(module: Any, whole: Any, rank: int) -> None:
+    """Cut ``module`` again, from another whole weight: a parameter like those that :func:`whole_weight` gives."""
+    layout = module.tp_codes.weight
+    if type(module).__name__ == EIGHT_BITS:
+        _cut_8bit(module, layout, rank, whole.data, whole.SCB)
+    else:
+        _cut_4bit(module, layout, rank, whole.data, whole.quant_state)
+
+
+@torch.no_grad()
+def whole_weight(module: Any, gather: Callable[[torch.Tensor, ParamLayout], torch.Tensor]) -> Any:
+    """The weight that ``module`` has a part of, as a parameter of bitsandbytes that no model has.
+
+    Args:
+        gather: gives the whole of what ranks hold under a layout, on this rank's device.
+    """
+    from bitsandbytes.nn.modules import Int8Params, Params4bit
+
+    codes: Codes = module.tp_codes
+    found = {
+        name: gather(tensor, codes.statistics[name]) if name in codes.statistics else tensor
+        for name, tensor in statistics_of(module).items()
+    }
+    whole = gather(module.weight.data, codes.weight)
+    if type(module).__name__ == EIGHT_BITS:
+        return Int8Params(whole, requires_grad=False, CB=whole, SCB=found["SCB"])
+    weight = module.weight
+    return Params4bit(
+        whole,
+        requires_grad=False,
+        quant_state=_whole_state(module, found),
+        blocksize=weight.blocksize,
+        compress_statistics=codes.nested,
+        quant_type=weight.quant_type,
+        quant_storage=weight.quant_storage,
+        bnb_quantized=True,
+    )
 
 
 def _cut_8bit(module: Any, layout: ParamLayout, rank: int, whole: torch.Tensor, scales: torch.Tensor) -> None:
@@ -152,7 +193,7 @@ def _cut_4bit(module: Any, layout: ParamLayout, rank: int, whole: torch.Tensor, 
         **kept,
     )
     weight.compress_statistics = bool(kept)
-    module.tp_codes = Codes(layout, layouts)
+    module.tp_codes = Codes(layout, layouts, bool(state.nested))
 
 
 def decoded_scales(state: Any) -> torch.Tensor:
@@ -178,13 +219,19 @@ def give_whole(
     if type(module).__name__ == EIGHT_BITS:
         state.update({prefix + name: tensor for name, tensor in found.items()})
         return
-    mine = state_of(module)
+    full = _whole_state(module, found)
+    state.update({f"{prefix}weight.{name}": tensor for name, tensor in full.as_dict(packed=True).items()})
+
+
+def _whole_state(module: Any, found: Mapping[str, torch.Tensor]) -> Any:
+    """The ``QuantState`` of the whole weight in 4 bits, from the whole scales, by their names in a state dict."""
+    mine, codes = state_of(module), module.tp_codes
     inner = mine.state2
     if inner is not None:
         inner = type(inner)(
             found["weight.nested_absmax"], code=inner.code, blocksize=inner.blocksize, dtype=inner.dtype
         )
-    full = type(mine)(
+    return type(mine)(
         absmax=found["weight.absmax"],
         shape=torch.Size(codes.weight.features.shape),
         code=mine.code,
@@ -194,7 +241,6 @@ def give_whole(
         offset=mine.offset,
         state2=inner,
     )
-    state.update({f"{prefix}weight.{name}": tensor for name, tensor in full.as_dict(packed=True).items()})
 
 
 @torch.no_grad()

@@ -88,11 +88,28 @@ def saved():
         return [one(input_ids=IDS, labels=IDS).loss.item() for one in (model.eval(), again)]
 
 
+def merged():
+    """An adapter that is merged into the codes, saved with them, and loaded by plain transformers."""
+    out = given.out / "merged"
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = without_repacking(AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=settings))
+    torch.manual_seed(2)
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False))
+    accelerator = Accelerator()
+    model = accelerator.unwrap_model(accelerator.prepare(model)).merge_and_unload()
+    model.save_pretrained(out)
+    accelerator.wait_for_everyone()
+    again = without_repacking(AutoModelForCausalLM.from_pretrained(out)).eval()
+    with torch.no_grad():
+        return [one(input_ids=IDS, labels=IDS).loss.item() for one in (model.eval(), again)]
+
+
 report = {
     "sft": sft(),
     "resumed": resumed("resumed", 4, "adamw_torch_fused"),
     "eight bits": resumed("eight", 32, "paged_adamw_8bit"),  # of matrices with 4096 elements and more
     "saved": saved(),
+    "merged": merged(),
 }
 PartialState().wait_for_everyone()
 if PartialState().is_main_process:
