@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from .compare import LOSS, WEIGHTS, close, tensors_close, tensors_in
+from .conftest import randomize
 from .instruct import write_data, write_tokenizer
 from .scripts.common import unclocked
 from .zero import accelerate, write_config
@@ -25,7 +26,11 @@ TRAINERS = (
     "classified",
     "generated",
 )
-TUNERS = ("sft", "sft_packed", "sft_lora", "dpo", "dpo_before", "dpo_lora")
+TUNERS = ("sft", "sft_packed", "sft_lora", "dpo", "dpo_before", "dpo_lora", "sft_mixture", "dpo_mixture")
+MIXTURE = {
+    "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0,
+    "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
 SAMPLED = "--num_generations 2 --max_completion_length 8 --reward_funcs judges.moody"
 COMMANDS = {
     "sft": "--dataset_name {root}/chat --assistant_only_loss true",
@@ -47,6 +52,11 @@ def folder(checkpoints, tmp_path_factory) -> Path:
     model.config.pad_token_id = 0
     model.save_pretrained(root / "model")
     write_tokenizer(root / "model")
+    mixture = MixtralConfig(vocab_size=model.config.vocab_size, **MIXTURE)
+    made = AutoModelForCausalLM.from_config(mixture)
+    randomize(made)
+    made.save_pretrained(root / "mixture")
+    write_tokenizer(root / "mixture")
     write_data(root)
     return root
 

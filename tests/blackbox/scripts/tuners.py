@@ -30,6 +30,9 @@ CASES = {
     "dpo": f"dpo preference --beta 0.2 {EVAL}",
     "dpo_before": "dpo preference --precompute_ref_log_probs true",
     "dpo_lora": f"dpo preference --lora_target_modules q_proj o_proj up_proj down_proj {LORA} {EVAL}",
+    # a loss that balances the experts, which TRL asks for
+    "sft_mixture": f"sft chat --router_aux_loss_coef 0.1 {EVAL}",
+    "dpo_mixture": "dpo preference --beta 0.2 --router_aux_loss_coef 0.1",
 }
 
 
@@ -37,7 +40,8 @@ def run(name: str, words: str) -> dict:
     method, data, *options = words.split()
     parser = importlib.import_module(f"trl.scripts.{method}").make_parser()
     out = given.out / name
-    words = [*COMMON.split(), *options, "--model_name_or_path", str(MODEL), "--output_dir", str(out)]
+    start = given.models / "mixture" if "mixture" in name else MODEL
+    words = [*COMMON.split(), *options, "--model_name_or_path", str(start), "--output_dir", str(out)]
     _, settings, model, _ = parser.parse_args_and_config([*words, "--dataset_name", str(given.models / data)])
     settings.model_init_kwargs = {"dtype": model.dtype}
     splits = load_dataset(str(given.models / data), cache_dir=str(given.out / "cache"))
