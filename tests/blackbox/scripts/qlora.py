@@ -13,7 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
-given = arguments().parse_args()
+parser = arguments()
+parser.add_argument("--dropout", default="0.05", help="TRL's default")
+given = parser.parse_args()
 MODEL = given.models / given.model
 IDS = torch.arange(6, 26).unsqueeze(0)
 COMMON = {
@@ -22,7 +24,7 @@ COMMON = {
 }  # fmt: skip
 WORDS = (
     "--dtype float32 --load_in_4bit true --use_bnb_nested_quant true --use_peft --lora_r 4 --lora_alpha 8 "
-    "--lora_dropout 0.0 --lora_target_modules all-linear --report_to none --gradient_checkpointing true "
+    f"--lora_dropout {given.dropout} --lora_target_modules all-linear --report_to none --gradient_checkpointing true "
     "--completion_only_loss true --save_strategy no " + " ".join(f"--{key} {value}" for key, value in COMMON.items())
 )
 
