@@ -1,7 +1,7 @@
 """What combines with what: each cell names the test that shows it; ci/combinations.py writes the docs' table.
 
 A cell is "file::test", after a word where it is so in part only ("0–2 file::test"), "refused file::test" where that
-test shows the message, or "" where no test says.
+test shows the message, or "" where there is nothing to combine.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
         ZERO_SETTINGS,
         FSDP2_SETTINGS,
     ),
-    "optimizer on the CPU": ("", "", "test_zero.py::test_offloaded", FSDP2_SETTINGS),
+    "optimizer offloaded to the CPU": ("", "", "test_zero.py::test_offloaded", FSDP2_SETTINGS),
     "LoRA": ("test_lora.py::test_lora_on_every_linear", TRL, "test_zero.py::test_lora", f"{FSDP2}::test_lora"),
     "DoRA": (
         "test_dora.py::test_beside_plain_peft",
@@ -152,7 +152,7 @@ def table() -> str:
 
 def _cell(cell: str) -> str:
     if not cell:
-        return "–"
+        return "no such option"
     note, _, name = cell.rpartition(" ")
     return note if note == "refused" else f"[✓](../../tests/{name.split('::')[0]}) {note}".strip()
 
