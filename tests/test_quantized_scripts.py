@@ -152,6 +152,20 @@ def test_refused_before_weights_load(given: dict[str, Any], further: dict[str, A
     check_quantization("llama", given, RunConfig())  # without a tp_size it is nobody's business
 
 
+def test_an_old_bitsandbytes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    from tp_plugin.config.run_config import RunConfig
+    from tp_plugin.engines import quantization
+    from tp_plugin.errors import TPError
+
+    monkeypatch.setattr(metadata, "version", lambda name: "0.49.1")
+    with pytest.raises(TPError, match=r"bitsandbytes 0\.49\.1 is installed.*0\.50 or later"):
+        quantization.check_quantization("llama", NF4, RunConfig(tp_size=2))
+    asked = Path(__file__).parents[1].joinpath("pyproject.toml").read_text("utf-8")
+    assert f'"bitsandbytes>={quantization.OLDEST}"' in asked
+
+
 def test_ragged_rows_are_refused_by_name(tmp_path: Path) -> None:
     from transformers import BitsAndBytesConfig
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from importlib import metadata
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from tp_plugin.config.run_config import RunConfig
@@ -25,6 +27,9 @@ NEEDED = {
     "compressed-tensors": "layouts for each of its formats",
 }
 """Other methods, and what sharding them would take."""
+
+OLDEST = "0.50"
+"""Of bitsandbytes' releases; pyproject.toml asks for it, too."""
 
 _UNSCALED = (
     "in 8 bits, and FSDP2 parts such a weight from its scales; use load_in_4bit, DDP (distributed_type: MULTI_GPU) or "
@@ -57,9 +62,22 @@ def check_quantization(config: Any, quantization: Any, options: RunConfig) -> No
         )
     if given.get("load_in_8bit") and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
         raise TPError(f"{start} {_UNSCALED}")
+    _check_version()
     for key in ("llm_int8_has_fp16_weight", "llm_int8_enable_fp32_cpu_offload"):
         if given.get(key):
             raise TPError(f"{start} with {key}, which {options.sizes} cannot split; remove {key}, or set tp_size: 1")
+
+
+def _check_version() -> None:
+    try:
+        found = metadata.version("bitsandbytes")
+    except metadata.PackageNotFoundError:
+        return  # transformers says what to install
+    if Version(found) < Version(OLDEST):
+        raise TPError(
+            f"bitsandbytes {found} is installed, whose codes are laid out otherwise; a tp_size needs {OLDEST} or "
+            "later: pip install -U bitsandbytes"
+        )
 
 
 def check_linears(model: nn.Module) -> None:
