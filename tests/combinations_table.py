@@ -57,7 +57,7 @@ COMBINATIONS: dict[str, tuple[str, str, str, str]] = {
         "test_peft_methods.py::test_beside_plain_peft",
         DDP,
         "test_zero.py::test_other_adapters",
-        "refused test_quantized_scripts.py::test_fsdp2_takes_no_other_adapters_than_lora",
+        "test_fsdp2.py::test_other_adapters",
     ),
     "QLoRA": (
         "blackbox/test_qlora.py::test_script",

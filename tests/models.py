@@ -269,8 +269,9 @@ def unpatched(function: Any) -> Any:
 
 
 def adapted(model: nn.Module, method: str) -> nn.Module:
-    """``model`` in PEFT's "lora", "dora" or "hira" on every linear ("qlora": of 4 bits), or with a "prefix" trained."""
+    """``model`` with one of PEFT's methods: "lora", "dora", "qlora" (of 4 bits), a trained "prefix", or of METHODS."""
     import peft
+    from peft_methods import LINEARS, METHODS
 
     install_peft()
     if method == "qlora":
@@ -280,19 +281,21 @@ def adapted(model: nn.Module, method: str) -> nn.Module:
         given: Any = peft.LoraConfig(
             target_modules="all-linear", lora_alpha=16, init_lora_weights=False, use_dora=method == "dora"
         )
-    elif method == "hira":
-        given = peft.HiraConfig(target_modules="all-linear", init_weights=False)
+    elif method in METHODS:
+        kind, _, own = METHODS[method]
+        undropped = {key: value for key, value in own.items() if not key.endswith("dropout")}
+        given = getattr(peft, kind)(target_modules=LINEARS, **undropped)
     else:
         given = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     found = peft.get_peft_model(model, given)
     if method == "prefix":  # alone it has too small a gradient for clipping
         found.requires_grad_(True)
+    if method in METHODS:  # none starts with a gradient of zero; and not with large weights, that multiply rounding
+        with torch.no_grad():
+            for parameter in found.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return found
-
-
-def epsilon(adapter: str) -> float:
-    """For Adam. HiRA's gradients are products with small weights; some are all rounding, not to be divided by."""
-    return 1e-2 if adapter == "hira" else 1e-6
 
 
 def in_four_bits(model: nn.Module) -> nn.Module:

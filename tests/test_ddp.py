@@ -98,7 +98,7 @@ CASES = {
     "fused head": ("llama", {}, {"fused_head": True}, ""),
     "prefix": ("llama", {"num_key_value_heads": 1}, {"adapter": "prefix"}, ""),
     "dora": ("llama", {"num_key_value_heads": 1}, {"adapter": "dora"}, ""),
-    "hira": ("llama", {"num_key_value_heads": 1}, {"adapter": "hira"}, ""),
+    "hira": ("llama", {"num_key_value_heads": 1}, {"adapter": "HiRA"}, ""),
     "compiled by accelerate": ("llama", LLAMA, {}, "accelerate"),
     "compiled by regions": ("llama", LLAMA, {}, "regions"),
     "compiled before": ("llama", LLAMA, {}, "before"),

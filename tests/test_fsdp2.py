@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from models import adapted, batch, build, config_for, unpatched
+from peft_methods import METHODS
 from workers import run
 
-STEPS, MICRO, LAYERS = 6, 2, 2
+STEPS, MICRO, LAYERS, CLIP = 6, 2, 2, 0.5
 OPTIONS_OF_OURS = {"sequence_parallel", "expert_parallel", "overlap", "fuse", "fused_head"} | {
     "pipeline_microbatches",
     "pipeline_schedule",
@@ -86,7 +87,9 @@ def make(tp: int, model_type: str, overrides: dict[str, Any], **settings: Any) -
     return model, config
 
 
-def step(model: Any, optimizer: Any, vocabulary: int, tp: int, number: int, sync_each: bool) -> dict[str, Any]:
+def step(
+    model: Any, optimizer: Any, vocabulary: int, tp: int, number: int, sync_each: bool, clip: float = CLIP
+) -> dict[str, Any]:
     """One optimizer step of MICRO micro-batches; what this rank saw."""
     from tp_plugin.mesh.dtensor_utils import all_rows
     from tp_plugin.shard.params import plain_name
@@ -103,15 +106,15 @@ def step(model: Any, optimizer: Any, vocabulary: int, tp: int, number: int, sync
         for name, p in model.named_parameters()
         if p.grad is not None
     }
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     optimizer.step()
     optimizer.zero_grad()
     return {"losses": losses, "grads": grads, "norm": norm.item()}
 
 
-def new_optimizer(model: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=1e-6, weight_decay=0.1)
+def new_optimizer(model: Any, eps: float = 1e-6) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=eps, weight_decay=0.1)
 
 
 def train(tp: int, model_type: str, overrides: dict[str, Any], settings: dict[str, Any], sync_each: bool) -> Any:
@@ -122,13 +125,14 @@ def train(tp: int, model_type: str, overrides: dict[str, Any], settings: dict[st
     from tp_plugin.tensor.param_entry import layout_of
 
     settings = dict(settings)
-    steps = settings.pop("steps", STEPS)
+    steps, clip = settings.pop("steps", STEPS), settings.pop("clip", CLIP)
+    eps = settings.pop("eps", 1e-6)
     model, config = make(tp, model_type, overrides, **settings)
-    optimizer = new_optimizer(model)
+    optimizer = new_optimizer(model, eps)
     seen = []
     for number in range(steps):
         before = {book: dict(ledger[book]) for book in ledger}
-        seen.append(step(model, optimizer, config.vocab_size, tp, number, sync_each))
+        seen.append(step(model, optimizer, config.vocab_size, tp, number, sync_each, clip))
     moved = {book: {k: v - before[book].get(k, 0) for k, v in ledger[book].items()} for book in ledger}
     named = {plain_name(name): p for name, p in model.named_parameters()}
     return {
@@ -143,7 +147,13 @@ def train(tp: int, model_type: str, overrides: dict[str, Any], settings: dict[st
 _plain: dict[Any, Any] = {}
 
 
-def compare(tp: int, dp: int, *case: Any, limits: tuple[float, float, float, float] = (1e-5, 1e-4, 1e-5, 3e-4)) -> Any:
+def compare(
+    tp: int,
+    dp: int,
+    *case: Any,
+    limits: tuple[float, float, float, float] = (1e-5, 1e-4, 1e-5, 3e-4),
+    floor: float = 1e-9,
+) -> Any:
     """Run the case both ways; section 7's limits."""
     loss, gradient, norm, weight = limits
     if repr((dp, case)) not in _plain:
@@ -160,14 +170,14 @@ def compare(tp: int, dp: int, *case: Any, limits: tuple[float, float, float, flo
         for number, (got, want) in enumerate(zip(result["steps"], wanted["steps"], strict=True)):
             assert got["losses"] == pytest.approx(want["losses"], rel=loss), f"rank {rank}, step {number}"
             assert got["norm"] == pytest.approx(want["norm"], rel=norm), f"rank {rank}, step {number}"
-            assert got["norm"] > 0.5, "clipping is not active"
+            assert got["norm"] > case[2].get("clip", CLIP), "clipping is not active"
         # the gradients of the first step, whose weights are equal
         got, want = result["steps"][0]["grads"], wanted["steps"][0]["grads"]
         assert got.keys() == want.keys()
         for name, tensor in got.items():
             target = mine(name, want[name])
             assert tensor.shape == target.shape, name
-            assert (tensor - target).norm() <= gradient * want[name].norm() + 1e-9, f"rank {rank}: {name}"
+            assert (tensor - target).norm() <= gradient * want[name].norm() + floor, f"rank {rank}: {name}"
         for name, tensor in result["weights"].items():
             assert (tensor - mine(name, wanted["weights"][name])).abs().max() <= weight, f"rank {rank}: {name}"
         assert sum(result["held"].values()) < 1.5 * sum(wanted["held"].values()) / tp  # adapters are whole on one side
@@ -231,6 +241,20 @@ def test_lora(tp: int, dp: int) -> None:
 @FULL
 def test_dora() -> None:
     compare(2, 2, *LLAMA, {"adapter": "dora"}, False)
+
+
+SHARED = ("TinyLoRA", "VB-LoRA", "Uni-LoRA")
+"""Methods of which all layers share one parameter, which FSDP2 cannot split (without a tp_size neither)."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("HiRA", "OFT") else FULL) for n in METHODS if n not in SHARED]
+)
+def test_other_adapters(name: str) -> None:
+    """In fp32 a plain run is up to 1e-5 from float64 here, where one with a tp_size is within 1e-7 of a plain one."""
+    overrides = {**METHODS[name][1], "num_hidden_layers": LAYERS}
+    # gradients of 1e-5 that are sums of large terms of both signs are rounding, which Adam is not to divide by
+    compare(2, 2, "llama", overrides, {"adapter": name, "clip": 0.05, "eps": 1e-3}, False, floor=1e-8)
 
 
 def test_prefix() -> None:

@@ -7,46 +7,21 @@ from typing import Any
 import pytest
 from adapters import adapter_case, check
 from models import build, config_for
+from peft_methods import EVEN, LINEARS, METHODS, SMALL
 from workers import run, sees_whole
 
 from tp_plugin.config.run_config import RunConfig
-
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SMALL = {"num_hidden_layers": 1, "num_key_value_heads": 1}
-EVEN = {"num_hidden_layers": 1, "num_key_value_heads": 4, "intermediate_size": 96}
-
-CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "IA3": ("IA3Config", SMALL, {"feedforward_modules": ["down_proj", "up_proj"]}),
-    "VeRA": ("VeraConfig", SMALL, {"r": 5, "vera_dropout": 0.1}),
-    "LoHa": ("LoHaConfig", SMALL, {"r": 3}),
-    "LoKr": ("LoKrConfig", SMALL, {"r": 3, "decompose_both": True}),
-    "OFT": ("OFTConfig", EVEN, {"r": 0, "oft_block_size": 4}),
-    "OFT, shared blocks": ("OFTConfig", EVEN, {"r": 0, "oft_block_size": 8, "block_share": True}),
-    "HiRA": ("HiraConfig", SMALL, {"r": 3, "hira_dropout": 0.1}),
-    "BEFT": ("BeftConfig", SMALL, {}),
-    "RoAd": ("RoadConfig", EVEN, {"variant": "road_4", "group_size": 4}),
-    "DeLoRA": ("DeloraConfig", SMALL, {"r": 3, "module_dropout": 0.1}),
-    "FourierFT": ("FourierFTConfig", SMALL, {"n_frequency": 50, "scaling": 30.0}),
-    "WaveFT": ("WaveFTConfig", SMALL, {"n_frequency": 50}),
-    "RandLoRA": ("RandLoraConfig", SMALL, {"r": 3, "randlora_alpha": 6, "randlora_dropout": 0.1}),
-    "TinyLoRA": ("TinyLoraConfig", SMALL, {"r": 2}),
-    "GraLoRA": ("GraloraConfig", SMALL, {"r": 4, "gralora_k": 2, "hybrid_r": 2}),
-    "GraLoRA with dropout": ("GraloraConfig", SMALL, {"r": 4, "gralora_k": 2, "gralora_dropout": 0.1}),
-    "VB-LoRA": ("VBLoRAConfig", SMALL, {"r": 2, "num_vectors": 6, "vector_length": 4, "vblora_dropout": 0.1}),
-    "Uni-LoRA": ("UniLoraConfig", SMALL, {"r": 2, "theta_d_length": 40}),
-    "PSOFT": ("PsoftConfig", SMALL, {"r": 4}),
-}
 
 
 def method_case(name: str, tp: int, **options: Any) -> dict[str, Any]:
     import peft
 
-    kind, overrides, own = CASES[name]
-    config = getattr(peft, kind)(target_modules=ALL, **own)
+    kind, overrides, own = METHODS[name]
+    config = getattr(peft, kind)(target_modules=LINEARS, **own)
     return adapter_case(tp, "llama", overrides, config, RunConfig(tp_size=tp, **options) if options else None)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", METHODS)
 def test_beside_plain_peft(name: str) -> None:
     check(run(2, method_case, name, 2))
 
@@ -71,7 +46,7 @@ def adalora_case() -> dict[str, Any]:
     import peft
 
     config = peft.AdaLoraConfig(
-        target_modules=ALL, init_r=4, target_r=2, tinit=1, tfinal=1, deltaT=1, total_step=6, lora_dropout=0.1
+        target_modules=LINEARS, init_r=4, target_r=2, tinit=1, tfinal=1, deltaT=1, total_step=6, lora_dropout=0.1
     )
 
     def allocate(model: Any, step: int) -> None:

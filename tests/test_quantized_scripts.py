@@ -230,7 +230,7 @@ def test_fsdp2_takes_no_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         refuse_fsdp2(quantized(str(tmp_path), {"load_in_8bit": True}))
 
 
-def test_fsdp2_takes_no_other_adapters_than_lora() -> None:
+def test_fsdp2_takes_no_parameter_that_layers_share() -> None:
     import peft
 
     from tp_plugin.engines.quantization import refuse_fsdp2
@@ -242,5 +242,8 @@ def test_fsdp2_takes_no_other_adapters_than_lora() -> None:
     saved = ["lm_head", "embed_tokens"]
     refuse_fsdp2(tuned(peft.LoraConfig(target_modules=["q_proj", "embed_tokens"], use_dora=True)))
     refuse_fsdp2(tuned(peft.LoraConfig(target_modules="all-linear", modules_to_save=saved)))
-    with pytest.raises(TPError, match=r"q_proj is wrapped by peft.*FSDP2.*DoRA.*MULTI_GPU"):
-        refuse_fsdp2(tuned(peft.HiraConfig(target_modules=["q_proj"])))
+    refuse_fsdp2(tuned(peft.VeraConfig(target_modules=["o_proj"])))  # which shares buffers
+    for config in (peft.VBLoRAConfig, peft.TinyLoraConfig, peft.UniLoraConfig):
+        given = {"vector_length": 4, "num_vectors": 6} if config is peft.VBLoRAConfig else {}
+        with pytest.raises(TPError, match=r"o_proj and .*o_proj share a parameter of peft.*FSDP2.*MULTI_GPU"):
+            refuse_fsdp2(tuned(config(target_modules=["o_proj"], **given)))

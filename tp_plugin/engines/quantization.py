@@ -12,7 +12,7 @@ from torch import nn
 
 from tp_plugin.config.run_config import RunConfig
 from tp_plugin.errors import PolicyError, TPError
-from tp_plugin.policy.lora import is_adapted, is_lora
+from tp_plugin.policy.lora import is_adapted
 from tp_plugin.policy.packed import EIGHT_BITS, FOUR_BITS, block_size, refuse_ragged
 from tp_plugin.shard.block_states import has_codes, name_of
 from tp_plugin.shard.quantized import packed_in
@@ -104,17 +104,21 @@ def own_device(device_map: Any) -> Any:
 
 
 def refuse_fsdp2(model: nn.Module) -> None:
-    """Raise if FSDP2 is to split a weight in 8 bits, or adapters that no test proves it with."""
+    """Raise if FSDP2 is to split a weight in 8 bits, or a parameter of an adapter that several linears share."""
     for path, module in packed_in(model):
         if type(module).__name__ == EIGHT_BITS:
             raise TPError(f"{path} is quantized {_UNSCALED}")
+    users: dict[int, str] = {}
     for path, module in model.named_modules():
-        of_peft = type(module).__module__.startswith("peft.")
-        if of_peft and is_adapted(module) and not is_lora(module):
-            raise TPError(
-                f"{path} is wrapped by {type(module).__module__}.{type(module).__name__}, which no test proves "
-                "together with FSDP2 and a tp_size; use LoRA or DoRA, or DDP (distributed_type: MULTI_GPU)"
-            )
+        if not type(module).__module__.startswith("peft.") or not is_adapted(module):
+            continue
+        for parameter in {id(p): p for p in module.parameters() if p.requires_grad}.values():
+            if users.setdefault(id(parameter), path) != path:
+                raise TPError(
+                    f"{users[id(parameter)]} and {path} share a parameter of {type(module).__module__}, and FSDP2 "
+                    "takes none of several layers (without tp_size it fails there as well); use another method, such "
+                    "as LoRA, or DDP (distributed_type: MULTI_GPU)"
+                )
 
 
 def refuse_optimizer(optimizer: torch.optim.Optimizer, engine: str) -> None:
