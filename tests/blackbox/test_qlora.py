@@ -41,10 +41,13 @@ def reports(bench, folder, request):
     return split.report, bench.run("qlora", 1, 1, given, timeout=280).report
 
 
-@pytest.mark.parametrize("name", ["sft", "resumed", "eight bits", "saved", "merged"])
+@pytest.mark.parametrize("name", ["sft", "resumed", "eight bits", "saved", "merged", "prefixed"])
 def test_script(reports, name):
     """TRL, a resumed Trainer, the same with the usual 8-bit optimizer, and bases that plain transformers loads."""
     got, expected = (report[name] for report in reports)
+    if isinstance(got, str):
+        assert name == "prefixed" and "PREFIX_TUNING gives keys and values to every layer" in got
+        return
     close(got, expected, LOGGED, name)
     if "again" in got:
         assert got["again"][-2] == pytest.approx(got["log"][-2])

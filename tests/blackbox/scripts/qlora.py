@@ -9,9 +9,11 @@ import torch
 from accelerate import Accelerator, PartialState
 from common import arguments, logged, without_repacking
 from datasets import load_dataset
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 from trl import SFTTrainer, get_peft_config, get_quantization_config
+
+from tp_plugin.errors import TPError
 
 parser = arguments()
 parser.add_argument("--dropout", default="0.05", help="TRL's default")
@@ -87,7 +89,31 @@ def saved():
     PartialState().wait_for_everyone()
     again = without_repacking(AutoModelForCausalLM.from_pretrained(out)).eval()
     with torch.no_grad():
-        return [one(input_ids=IDS, labels=IDS).loss.item() for one in (model.eval(), again)]
+        losses = [one(input_ids=IDS, labels=IDS).loss.item() for one in (model.eval(), again)]
+        return {"losses": losses, "generated": model.generate(IDS, max_new_tokens=6, do_sample=False).tolist()}
+
+
+def prefixed():
+    """A prefix in front of a quantized base; refused with stages."""
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = without_repacking(AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=settings))
+    torch.manual_seed(2)
+    model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    accelerator, seen = Accelerator(), []
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-6)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+    try:
+        for _ in range(3):
+            loss = model(input_ids=IDS, labels=IDS).loss
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append([loss.item(), float(norm)])
+    except TPError as error:
+        return str(error)
+    return seen
 
 
 def merged():
@@ -112,6 +138,7 @@ report = {
     "eight bits": resumed("eight", 32, "paged_adamw_8bit"),  # of matrices with 4096 elements and more
     "saved": saved(),
     "merged": merged(),
+    "prefixed": prefixed(),
 }
 PartialState().wait_for_everyone()
 if PartialState().is_main_process:
