@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from tp_plugin.errors import TPError
-from tp_plugin.tensor.graphs import skip
+from tp_plugin.tensor.graphs import Compiler, disable, skip
+from tp_plugin.tensor.pipeline.compiled import CompiledLayers
 from tp_plugin.tensor.pipeline.executor import Executor, Passed
 from tp_plugin.tensor.pipeline.gathered import Gathered
 from tp_plugin.tensor.pipeline.hand_out import Computed, Gradients, Late
@@ -50,6 +51,7 @@ class PipelineForward:
         micro_batches: into how many a batch is cut.
         always_late: whether backwards run in the script's, even where the model computes its own loss.
         outputs: gives logits to all stages.
+        own: layers that are here.
         absent: layers that are elsewhere.
     """
 
@@ -61,10 +63,12 @@ class PipelineForward:
         micro_batches: int,
         always_late: bool,
         outputs: Outputs,
+        own: Sequence[nn.Module],
         absent: Sequence[nn.Module],
     ):
         self._model, self._inner, self._executor, self._outputs = model, inner, executor, outputs
         self._micro_batches, self._always_late, self._absent = micro_batches, always_late, list(absent)
+        self._compiled = CompiledLayers(own)
         self._messages = executor.messages
         self._used: dict[str, bool] = {}
         self._dropouts = Dropouts()
@@ -80,6 +84,10 @@ class PipelineForward:
 
     @skip
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self._compiled.present(), args, kwargs)
+
+    @disable
+    def _run(self, compiler: Compiler, args: Any, kwargs: Any) -> Any:
         call = arguments(self.__signature__, args, kwargs)
         self._refuse(call)
         asked = call.pop("return_dict", None)
@@ -99,13 +107,14 @@ class PipelineForward:
             self._gathered.whole(learns) as self._is_split,
             executor.running(),
             executor.seeds.around(batches.device, draws) as seed,
+            self._compiled.by(compiler),
         ):
             if not learns:
                 output = self._evaluate(batches)
             elif batches.has_labels and not (self._always_late or call.get(SCORES) or self._underflows(batches.device)):
                 output = self._one_f_one_b(batches)
             else:
-                output = self._late(batches, seed)
+                output = self._late(batches, seed, compiler)
         return output.to_tuple() if as_tuple else output
 
     def _refuse(self, call: dict[str, Any]) -> None:
@@ -178,7 +187,7 @@ class PipelineForward:
         loss = Computed.apply(gradients, self._gathered.gather, loss, *parameters)
         return self._output(outputs, batches, loss, spent=True)
 
-    def _late(self, batches: MicroBatches, seed: Any) -> Any:
+    def _late(self, batches: MicroBatches, seed: Any, compiler: Compiler) -> Any:
         """All forwards; the backwards run when autograd comes to the outputs."""
         executor, messages = self._executor, self._messages
         with executor.shadows() as shadows:
@@ -204,8 +213,14 @@ class PipelineForward:
             for at, grad in zip(floats, grads[loss is not None :], strict=True):
                 of_rows[at] = None if grad is None else grad.split(batches.rows)
             self._gathered.gather()
-            again = executor.running(), executor.with_shadows(shadows), executor.seeds.again(seed)
-            with self._gathered.passing(), again[0], again[1], again[2], torch.enable_grad():
+            with (
+                self._gathered.passing(),
+                executor.running(),
+                executor.with_shadows(shadows),
+                executor.seeds.again(seed),
+                self._compiled.by(compiler),
+                torch.enable_grad(),
+            ):
                 for at in range(len(batches.rows)):
                     one, outputs, own_loss = alive.pop(0)
                     pairs = [
