@@ -113,8 +113,7 @@ def case(
 ) -> dict[str, Any]:
     """``trained`` gives what a script makes of the model once it is cut."""
     loss_of = globals()[loss]
-    without = {"output_router_logits": False} if "moe" in model_type else {}
-    model = build(config_for(model_type, num_hidden_layers=4, **without), meta=False)
+    model = build(config_for(model_type, num_hidden_layers=4), meta=False)
     plain = copy.deepcopy(model)
     model, plain = globals()[how](model), globals()[how](plain)
     stop()

@@ -189,7 +189,7 @@ class ModelState:
         return ELSEWHERE
 
     def _chosen(self, ranks: Sequence[int]) -> torch.Tensor | None:
-        """Some elements of what ``ranks`` of the unit hold alike: what ``.data`` was written to has no other sign of it."""
+        """Some elements of what ``ranks`` of the unit hold alike; a write to ``.data`` leaves no other sign."""
         chosen: list[torch.Tensor] = []
         if len(ranks) == 1 or self.mesh.unit.rank not in ranks:
             return None
