@@ -45,7 +45,7 @@ def case(what: str, tp: int, loss: str = "models_own", how: str = "as_it_is", ba
 @pytest.mark.parametrize(
     ("what", "tp", "loss", "how"),
     [
-        ("whole", 1, "scripts_own", "checkpointing"),
+        ("whole", 1, "scripts_own", "as_it_is"),
         ("regions", 1, "models_own", "as_it_is"),
         pytest.param("whole", 1, "models_own", "as_it_is", marks=pytest.mark.full),
         pytest.param("in place", 2, "models_own", "checkpointing", marks=pytest.mark.full),
@@ -55,7 +55,8 @@ def case(what: str, tp: int, loss: str = "models_own", how: str = "as_it_is", ba
 def test_compiled(what: str, tp: int, loss: str, how: str) -> None:
     results = run(2 * tp, case, what, tp, loss, how)
     check(results)
-    assert all(found["graphs"] >= 2 for found in results), [found["graphs"] for found in results]
+    if how != "checkpointing":  # (which notes on a layer, the first time, whether it drops anything: eager mode)
+        assert all(found["graphs"] >= 2 for found in results), [found["graphs"] for found in results]
 
 
 @pytest.mark.full  # a C++ compiler

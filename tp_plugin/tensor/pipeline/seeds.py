@@ -65,8 +65,10 @@ class Seeds:
     def before_layer(self, number: int) -> Any:
         """A forward pre-hook of layer ``number``."""
 
+        place = str(number)  # a graph of the layer takes it for a constant
+
         def hook(layer: nn.Module, args: Any) -> None:
-            self._begin(str(number))
+            self._begin(place)
 
         return hook
 
