@@ -101,6 +101,10 @@ def as_it_is(model: Any) -> Any:
     return model
 
 
+def in_eval_mode(model: Any) -> Any:
+    return model.eval()
+
+
 @sees_whole
 def case(
     model_type: str,
