@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def batch_of(model: Any, step: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def train(model: Any, loss_of: Any) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+def train(model: Any, loss_of: Any, steps: int = STEPS) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     """Clipped AdamW steps, two micro-batches of the script's each: losses, norms, and the first step's gradients."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
@@ -45,7 +46,7 @@ def train(model: Any, loss_of: Any) -> tuple[list[tuple[float, float]], dict[str
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, eps=1e-6)
     seen = []
-    for step in range(STEPS):
+    for step in range(steps):
         total = 0.0
         for part in (0, 1):
             loss = loss_of(model, batch_of(model, 2 * step + part)) / 2
@@ -100,21 +101,32 @@ def as_it_is(model: Any) -> Any:
     return model
 
 
+def in_eval_mode(model: Any) -> Any:
+    return model.eval()
+
+
 @sees_whole
 def case(
-    model_type: str, tp: int, options: dict[str, Any], loss: str = "models_own", how: str = "as_it_is"
+    model_type: str,
+    tp: int,
+    options: dict[str, Any],
+    loss: str = "models_own",
+    how: str = "as_it_is",
+    trained: Callable[[Any], Any] = as_it_is,
+    steps: int = STEPS,
 ) -> dict[str, Any]:
+    """``trained`` gives what a script makes of the model once it is cut."""
     loss_of = globals()[loss]
-    without = {"output_router_logits": False} if "moe" in model_type else {}
-    model = build(config_for(model_type, num_hidden_layers=4, **without), meta=False)
+    model = build(config_for(model_type, num_hidden_layers=4), meta=False)
     plain = copy.deepcopy(model)
     model, plain = globals()[how](model), globals()[how](plain)
     stop()
-    expected, plain_grads = train(plain, loss_of)
+    expected, plain_grads = train(plain, loss_of, steps)
     parallelize(model, tp, options=RunConfig(tp, **options))
     stats = require().mesh.context.stats
     stats.total.clear()
-    found, our_grads = train(model, loss_of)
+    found, our_grads = train(trained(model), loss_of, steps)
+    our_grads = {name.replace("_orig_mod.", ""): grad for name, grad in our_grads.items()}
     counts, sizes = dict(stats.total.count), dict(stats.total.bytes)
     grads, weights = {}, {}
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
@@ -245,13 +257,15 @@ def test_generate(tp: int, stages: int) -> None:
 
 
 @sees_whole
-def losses_with_dropout(stages: int, how: str) -> list[float]:
+def losses_with_dropout(
+    stages: int, how: str, trained: Callable[[Any], Any] = as_it_is, of_attention: float = 0.1
+) -> list[float]:
     stop()
-    dropout = {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}
+    dropout = {"attn_pdrop": of_attention, "embd_pdrop": 0.1, "resid_pdrop": 0.1}
     model = globals()[how](build(config_for("gpt2", n_layer=4, **dropout), meta=False)).train()
     parallelize(model, 1, options=RunConfig(1, pp_size=stages, pipeline_microbatches=3))
     torch.manual_seed(5)
-    found, _ = train(model, models_own)
+    found, _ = train(trained(model), models_own)
     stop()
     return [number for pair in found for number in pair] + [torch.rand(()).item()]
 

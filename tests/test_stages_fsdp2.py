@@ -57,6 +57,7 @@ def test_two_stages(sync_each: bool) -> None:
     expected = run(2, case, 1, 1, "llama", {}, sync_each)
     for rank, found in enumerate(run(4, case, 1, 2, "llama", {}, sync_each)):
         same(found, expected[rank // 2])
+        assert found["moved"]["broadcast/pp"] == MICRO  # the losses: logits stay on the last stage
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from models import batch, build, config_for
 from test_parallel import GQA
 from workers import run
 
+from tp_plugin.config.run_config import RunConfig
+
 MAKERS = {
     "transformers": lambda model: _transformers(model),
     "torch": lambda model: torch.optim.Adafactor(model.parameters(), lr=1e-2),
@@ -33,10 +35,10 @@ def _same_gradients(model: torch.nn.Module) -> None:
         layout = layout_of(parameter)
         shape = parameter.shape if layout is None else layout.shape
         grad = torch.randn(shape)
-        parameter.grad = grad if layout is None else layout.shard(grad, require().mesh.tp.rank)
+        parameter.grad = grad if layout is None else layout.shard(grad, require().mesh.unit.rank)
 
 
-def whole_step_case(kind: str) -> dict[str, Any]:
+def whole_step_case(kind: str, tp: int, stages: int) -> dict[str, Any]:
     from counted import ledger
 
     from tp_plugin.engines import torch_utils
@@ -51,7 +53,7 @@ def whole_step_case(kind: str) -> dict[str, Any]:
     sharded = copy.deepcopy(whole)
     # one optimizer is built before its model is sharded, as scripts do
     optimizers = [MAKERS[kind](model) for model in (whole, sharded)]
-    parallelize(sharded, 2)
+    parallelize(sharded, tp, options=RunConfig(tp, pp_size=stages))
     shard_optimizer(optimizers[1], require())
     calls = []
     optimizers[1].register_step_post_hook(lambda *args: calls.append(1))
@@ -68,16 +70,16 @@ def whole_step_case(kind: str) -> dict[str, Any]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             if kind == "muon":  # rounds to bf16, so it tells gradients apart that are equal up to their last digits
                 _same_gradients(model)
-            before = ledger["count"]["all_gather/tp"]
+            before = ledger["count"][f"all_gather/{'tp' if stages == 1 else 'unit'}"]
             optimizer.step()
-            found["gathers"] = ledger["count"]["all_gather/tp"] - before
+            found["gathers"] = ledger["count"][f"all_gather/{'tp' if stages == 1 else 'unit'}"] - before
             optimizer.zero_grad()
     states = [model.state_dict() for model in (whole, sharded)]
     kept = [optimizer.state_dict()["state"] for optimizer in optimizers]
     shapes = [
         [tuple(v.shape) for s in state.values() for v in s.values() if isinstance(v, torch.Tensor)] for state in kept
     ]
-    layouts = sharded.tp_record.plan.layouts
+    layouts = sharded.tp_record.index.layouts
     stepped = {id(p) for group in optimizers[1].param_groups for p in group["params"]}
     split = [n for n, p in sharded.named_parameters() if id(p) in stepped and layouts[n].is_sharded]
     return found | {
@@ -86,9 +88,10 @@ def whole_step_case(kind: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("tp", "stages"), [(2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.full)])
 @pytest.mark.parametrize("kind", MAKERS)
-def test_steps_with_whole_parameters(kind: str) -> None:
-    for found in run(2, whole_step_case, kind):
+def test_steps_with_whole_parameters(kind: str, tp: int, stages: int) -> None:
+    for found in run(tp * stages, whole_step_case, kind, tp, stages):
         assert found["losses"][4:] == pytest.approx(found["losses"][:4], rel=1e-5)
         assert found["weights"] <= (0 if kind == "muon" else 3e-4)
         assert found["shapes"] and found["hooks"] == 4

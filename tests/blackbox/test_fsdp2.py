@@ -65,11 +65,19 @@ def test_save_state_resumes_here_and_elsewhere(bench, checkpoints, config):
         close(again.report["steps"], rest, LOSS, f"resumed at tp {tp} from {origin}")
 
 
-@pytest.mark.parametrize("config", [SHARDED, pytest.param(FULL, marks=pytest.mark.full)], ids=["sharded", "full"])
-def test_trainer(bench, checkpoints, tmp_path, config):
+TRAINERS = [
+    pytest.param("fsdp2", SHARDED, id="sharded"),
+    pytest.param("fsdp2 stages2", SHARDED, id="sharded, stages"),
+    pytest.param("fsdp2", FULL, marks=pytest.mark.full, id="full"),
+    pytest.param("fsdp2 stages2", FULL, marks=pytest.mark.full, id="full, stages"),
+]
+
+
+@pytest.mark.parametrize("entry, config", TRAINERS)
+def test_trainer(bench, checkpoints, tmp_path, entry, config):
     """Its log, evaluation and best checkpoint; gone on with from a checkpoint in the middle; exported from the last."""
     args = ("--model", str(checkpoints["llama"]))
-    launch = {"entry": "fsdp2", "config": config}
+    launch = {"entry": entry, "config": config}
     run = bench.run("trainer", 2, 2, args, **launch)
     # (plain processes race for the folder of a sharded one: they load an older best one, or hang)
     plain = bench.run("trainer", 1, 2, args, entry="fsdp2", config=FULL)

@@ -22,14 +22,9 @@ def test_an_encoder_decoder_is_refused(start):  # noqa: F811
     assert "T5ForConditionalGeneration cannot be cut into pipeline stages: it has" in said and "pp_size: 1" in said
 
 
-@pytest.mark.parametrize("case", [case for case in TUNERS if "mixture" not in case])
+@pytest.mark.parametrize("case", TUNERS)
 def test_tuner(start, case):  # noqa: F811
     assert_tuned(start("tuners", 2, 2, "stages2")[case], start("tuners", 1, 2)[case], case)
-
-
-@pytest.mark.parametrize("case", ["sft_mixture", "dpo_mixture"])
-def test_router_logits_are_refused(start, case):  # noqa: F811
-    assert "output_router_logits is on" in start("tuners", 2, 2, "stages2")[case]
 
 
 def test_states_move_between_stages_and_plain(bench, checkpoints):

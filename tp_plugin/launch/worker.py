@@ -14,7 +14,7 @@ _PATCHES = {
     "accelerate.state": ("tp_plugin.engines.accelerate.state", "install"),
     "accelerate.utils.operations": ("tp_plugin.engines.accelerate.operations", "install_operations"),
     "accelerate.utils.random": ("tp_plugin.engines.accelerate.operations", "install_random"),
-    "accelerate.utils.other": ("tp_plugin.engines.saving", "install_accelerate"),
+    "accelerate.utils.other": ("tp_plugin.engines.accelerate.utilities", "install"),
     "huggingface_hub.hub_mixin": ("tp_plugin.engines.saving", "install_hub_mixin"),
     "accelerate.data_loader": ("tp_plugin.engines.accelerate.loaders", "install"),
     "accelerate.checkpointing": ("tp_plugin.engines.accelerate.prepare", "install_checkpointing"),

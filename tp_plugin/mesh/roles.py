@@ -113,6 +113,16 @@ class Mesh:
         return self.pp.size
 
     @property
+    def alike(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Ranks of the unit that may hold the same weights as this one: its stage's; the TP rank's of both end stages.
+
+        A weight that is tied over pipeline stages lies on the first and the last.
+        """
+        first = self.pp.rank * self.tp_size
+        ends = (self.tp.rank, self.unit_size - self.tp_size + self.tp.rank)
+        return range(first, first + self.tp_size), ends if self.pp_size > 1 else ends[:1]
+
+    @property
     def unit_size(self) -> int:
         """Ranks that hold one model."""
         return self.unit.size

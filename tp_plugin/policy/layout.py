@@ -189,6 +189,10 @@ class ParamLayout:
         """Local ranges of ``rank`` whose replicas are exactly the ranks of ``group``, in whole-tensor order."""
         return tuple(self.to_local(rank, a, b) for a, b, ranks in self.segments if ranks == group)
 
+    def is_alike_on(self, ranks: Sequence[int]) -> bool:
+        """Whether these ranks hold the same elements in the same order."""
+        return self.dim is None or len({self.parts[rank] for rank in ranks}) == 1
+
     def replica_count(self, rank: int) -> int:
         """On how many ranks the most replicated element of ``rank`` lies."""
         if self.dim is None:

@@ -1,9 +1,9 @@
 """Before each top-level forward: are the ranks of the TP group still one process?
 
-One all-gather of 88 bytes over ``unit_cpu`` compares the call, the batch, the generators, the loss at which the last
-backward began and, at some forwards, a sample of the replicated weights. Another batch or another loss is an error on
-every rank; where the sample differs, the audit says what has drifted; unequal generators are set to those of the
-leader, as the group is one process and has one.
+One all-gather of 96 bytes over ``unit_cpu`` compares the call, the batch, the generators, the loss at which the last
+backward began and, at some forwards, samples of the weights that ranks have in common. Another batch or
+another loss is an error on every rank; where samples differ, the audit says what has drifted; unequal generators are
+set to those of the leader, as the group is one process and has one.
 
 The host waits for no device here. Of what lies on one, a batch that the leader sent is known by its number; other
 tensors, the loss and the sample are compared at the next meeting.
@@ -34,6 +34,10 @@ SAMPLED = 16
 """Training forwards between two looks at the parameters; there are looks at the 2nd, 4th and 8th, too."""
 
 
+Sample = tuple[HostCopy | None, HostCopy | None]
+"""Some elements of what the ranks of this stage hold alike, and of what the first and the last stage do."""
+
+
 class Parts(Protocol):
     """What the guard needs of the Runtime."""
 
@@ -49,7 +53,7 @@ class BatchGuard:
     """Watches the forwards of one sharded model.
 
     Args:
-        sample: some elements of replicated weights; equal on all ranks that hold the same.
+        sample: some elements of replicated weights; equal on all ranks that hold the same (:attr:`Mesh.alike`).
         audit: says which replicated weights have drifted apart, collectively; runs where samples differ, and every
             ``audit_every`` training forwards.
         check: raises if the parameters are not those that were sharded; called at a look, and where some module of the
@@ -63,7 +67,7 @@ class BatchGuard:
         runtime: Parts,
         audit: Callable[[], None] | None = None,
         audit_every: int = 0,
-        sample: Callable[[], HostCopy | None] = lambda: None,
+        sample: Callable[[], Sample] = lambda: (None, None),
         check: Callable[[], None] = lambda: None,
         rounded: Callable[[], bool] = lambda: False,
         every: int = 1,
@@ -71,7 +75,7 @@ class BatchGuard:
         self._runtime, self.mesh, self.sync_points = runtime, runtime.mesh, runtime.sync_points
         self.audit, self.audit_every, self.sample, self.check, self.rounded = audit, audit_every, sample, check, rounded
         self._every, self._meetings = every, 0
-        self._sample: HostCopy | None = None
+        self._sample: Sample = (None, None)
         self._registered = -1
         self.training_forwards = 0
         self._depth = self._entered = 0
@@ -141,12 +145,18 @@ class BatchGuard:
         batch = zlib.crc32(repr(sorted(seen.items())).encode())
         mode = GRADIENTS * torch.is_grad_enabled() + 2 * module.training
         record: Any = getattr(module, "tp_record", None)  # an inner model called by itself has none
-        looked, self._sample = self._sample, None
+        looked, self._sample = self._sample, (None, None)
         if self._every and self._looks(module):
             self._sample = self.sample()
-            if self._sample is not None and not self._sample.is_late:
-                looked, self._sample = self._sample, None
-        mine = [mode, record.number if record else -1, batch, rng.fingerprint(), bits(_number(looked))]
+            if not any(one is not None and one.is_late for one in self._sample):
+                looked, self._sample = self._sample, (None, None)
+        mine = [
+            mode,
+            record.number if record else -1,
+            batch,
+            rng.fingerprint(),
+            *(bits(_number(one)) for one in looked),
+        ]
         everyone = self.sync_points.rendezvous(
             FORWARD, mine, lambda: record and Request.of("__call__", module, args, kwargs), self.rounded
         )
@@ -160,7 +170,7 @@ class BatchGuard:
             late = {}
         where = f"forward {self.sync_points.clock}, TP group of ranks {list(self.mesh.unit.ranks)}"
         self._runtime.last_micro_batch.begins(where, late, watched=is_due)
-        self._compare_samples([number(values[4]) for values in everyone])
+        self._compare_samples([number(values[4]) for values in everyone], [number(values[5]) for values in everyone])
         if any(values[3] != mine[3] for values in everyone):
             rng.synchronize(self.mesh.unit_cpu)
 
@@ -185,10 +195,11 @@ class BatchGuard:
         count = self.training_forwards + 1
         return module.training and torch.is_grad_enabled() and (count % SAMPLED == 0 or count in (2, 4, 8))
 
-    def _compare_samples(self, samples: list[float]) -> None:
-        if not all(map(math.isfinite, samples)) or max(samples) - min(samples) <= SAME * max(map(abs, samples)):
-            return
-        if self.audit:
+    def _compare_samples(self, of_stages: list[float], of_ends: list[float]) -> None:
+        tp = self.mesh.tp_size
+        groups = [of_stages[at : at + tp] for at in range(0, len(of_stages), tp)]
+        groups += [[first, last] for first, last in zip(of_ends[:tp], of_ends[-tp:], strict=True)]
+        if self.audit and not all(map(_are_one, groups)):
             self.audit()  # which raises, unless it takes the difference for rounding
 
     def _explain(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: int) -> None:
@@ -207,6 +218,10 @@ class BatchGuard:
                 f"{where}: the ranks are about to compute on different batches; {found[0]!r} differs ({found[1]}). "
                 f"{OTHER_BATCHES}"
             )
+
+
+def _are_one(samples: list[float]) -> bool:
+    return not all(map(math.isfinite, samples)) or max(samples) - min(samples) <= SAME * max(map(abs, samples))
 
 
 def _number(sample: HostCopy | None) -> float:

@@ -41,7 +41,7 @@ PLACES = (
 )
 FORWARD, GENERATE, BARRIER, BATCH, TRIGGER, COLLECTIVE, READ, END = range(len(PLACES))
 
-_WIDTH = 5
+_WIDTH = 6
 """Values in a header that belong to its place."""
 
 GRADIENTS = 1
@@ -127,7 +127,7 @@ class SyncPoints:
 
         Args:
             place: one of the constants of this module.
-            values: up to five integers; for a forward or generate (mode bits, model number, digest of the arguments).
+            values: up to six integers; for a forward or generate (mode bits, model number, digest of the arguments).
             request: for a forward or generate, gives what a helper needs (:meth:`Request.of`).
             rounded: for a forward, see :meth:`LastMicroBatch.compare`.
 

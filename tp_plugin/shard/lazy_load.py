@@ -243,7 +243,7 @@ _PROPERTIES = (
     "shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad", "is_leaf", "grad_fn", "itemsize", "nbytes",
     "is_meta", "is_cpu", "is_cuda", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "is_xpu",
     "is_mps", "is_xla", "is_vulkan", "is_ipu", "is_maia", "is_mtia", "names", "name", "output_nr", "retains_grad",
-    "_version", "_backward_hooks", "_post_accumulate_grad_hooks",
+    "_base", "_version", "_backward_hooks", "_post_accumulate_grad_hooks",
 )  # fmt: skip
 _METHODS = (
     "size", "dim", "numel", "nelement", "ndimension", "stride", "storage_offset", "element_size", "is_floating_point",

@@ -8,7 +8,7 @@ import itertools
 import math
 import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import nn
 from tp_plugin.mesh.dtensor_utils import held
 from tp_plugin.mesh.host_copy import HostCopy
 from tp_plugin.policy import ParamLayout, Plan
+from tp_plugin.runtime.batch_guard import Sample
 from tp_plugin.runtime.published import ELSEWHERE
 from tp_plugin.runtime.runtime import Runtime
 from tp_plugin.shard.copies import Copies
@@ -187,26 +188,28 @@ class ModelState:
             )
         return ELSEWHERE
 
-    def _chosen(self) -> torch.Tensor | None:
-        """Some elements of replicated parameters: those that ``.data`` was written to have no other sign of it."""
+    def _chosen(self, ranks: Sequence[int]) -> torch.Tensor | None:
+        """Some elements of what ``ranks`` of the unit hold alike; a write to ``.data`` leaves no other sign."""
         chosen: list[torch.Tensor] = []
+        if len(ranks) == 1 or self.mesh.unit.rank not in ranks:
+            return None
         for name, parameter in self.index.tensors().items():
             flat = held(parameter.detach()).reshape(-1)
             if chosen and flat.device != chosen[0].device:  # a part that is offloaded
                 continue
-            if not self.index.layouts[name].is_sharded and flat.numel() and len(chosen) < SAMPLED:
+            if self.index.layouts[name].is_alike_on(ranks) and flat.numel() and len(chosen) < SAMPLED:
                 chosen.append(flat[:: -(-flat.numel() // SAMPLES)].float())
         return torch.cat(chosen) if chosen else None
 
     def _sample(self) -> list[float]:
-        chosen = self._chosen()
+        chosen = self._chosen(range(self.mesh.unit.size))
         return [] if chosen is None else self.runtime.progress.to_host(chosen).tolist()
 
     @on_shards
-    def sample(self) -> HostCopy | None:
-        """Some elements of replicated parameters as they are now, for the thread that trains; None without any."""
-        chosen = self._chosen()
-        return None if chosen is None else HostCopy(chosen)
+    def sample(self) -> Sample:
+        """Some elements of weights that other ranks have, too, as they are now, for the thread that trains."""
+        stage, ends = (self._chosen(ranks) for ranks in self.mesh.alike)
+        return None if stage is None else HostCopy(stage), None if ends is None else HostCopy(ends)
 
     @on_shards
     def local(self, key: str) -> torch.Tensor:

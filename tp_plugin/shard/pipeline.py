@@ -70,10 +70,12 @@ class Pipeline:
         """Let the model's forward be that of the pipeline."""
         messages = self.executor.messages
         layers = list(self.model.get_submodule(self.stages.stack).children())
-        for number in self.stages.layers(messages.stage):
+        own = self.stages.layers(messages.stage)
+        for number in own:
             layers[number].register_forward_pre_hook(self.executor.seeds.before_layer(number))
         outputs = StageOutputs(state.peers, messages, state.runtime.sync_points)
         count = options.pipeline_microbatches or PER_STAGE * messages.stages
         late = options.pipeline_schedule == "gpipe"
-        forward = PipelineForward(self.model, self.model.forward, self.executor, count, late, outputs, self.absent)
-        self.model.forward = forward
+        self.model.forward = PipelineForward(
+            self.model, self.model.forward, self.executor, count, late, outputs, [layers[at] for at in own], self.absent
+        )

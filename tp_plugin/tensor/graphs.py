@@ -5,15 +5,17 @@ dynamo itself, which takes a second to import, is left to runs that train: its d
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch._C._dynamo.eval_frame import (
     _FrameAction,
     _FrameExecStrategy,
+    get_eval_frame_callback,
     set_code_exec_strategy,
     set_eval_frame,
 )
@@ -42,6 +44,25 @@ def assume_constant_result(function: F) -> F:
 def end_graph() -> None:
     """Called by a function that dynamo skips: nothing more is compiled until the compiled call returns."""
     set_eval_frame(None)
+
+
+Compiler = Any
+"""What compiles the functions that Python calls; None: they run as they are."""
+
+
+def present_compiler() -> Compiler:
+    """The one that torch.compile has set. Called by a function that dynamo skips, not by one that it disables."""
+    return get_eval_frame_callback()
+
+
+@contextlib.contextmanager
+def compiling_by(compiler: Compiler) -> Iterator[None]:
+    """Inside, ``compiler`` compiles what Python calls."""
+    outer = set_eval_frame(compiler)
+    try:
+        yield
+    finally:
+        set_eval_frame(outer)
 
 
 def untraced(kind: type) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,16 +87,27 @@ class Executor:
         self._received = self._sent = None
         return passed
 
-    def backward(self, number: int, passed: Passed, roots: list[torch.Tensor], grads: list[Any]) -> None:
+    def backward(
+        self,
+        number: int,
+        passed: Passed,
+        roots: list[torch.Tensor],
+        grads: list[Any],
+        beside: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+    ) -> None:
         """Run the backward of a micro-batch, from ``roots`` on the last stage, and send its gradient on.
 
         The gradients of parameters add up in the shadows.
+
+        Args:
+            beside: roots on every stage, with their gradients.
         """
         self.seeds.micro_batch = number
         if not self.messages.is_last:
             assert passed.sent is not None
             roots, grads = [passed.sent], [self.messages.receive_gradient(passed.sent)]
-        learned = [(root, grad) for root, grad in zip(roots, grads, strict=True) if root.requires_grad]
+        pairs = (*zip(roots, grads, strict=True), *beside)
+        learned = [(root, grad) for root, grad in pairs if root.requires_grad]
         if learned:
             device = learned[0][0].device.type
             with torch.autocast(device, enabled=False):

@@ -7,6 +7,7 @@ loss is to be the script's own, all forwards run first (GPipe), and all backward
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -15,11 +16,13 @@ import torch
 from torch import nn
 
 from tp_plugin.errors import TPError
-from tp_plugin.tensor.graphs import skip
+from tp_plugin.tensor.graphs import Compiler, disable, skip
+from tp_plugin.tensor.pipeline.compiled import CompiledLayers
 from tp_plugin.tensor.pipeline.executor import Executor, Passed
 from tp_plugin.tensor.pipeline.gathered import Gathered
 from tp_plugin.tensor.pipeline.hand_out import Computed, Gradients, Late
 from tp_plugin.tensor.pipeline.micro_batches import MicroBatches, arguments, counted, cut
+from tp_plugin.tensor.pipeline.router_loss import RouterLoss, Sums, loss_of
 from tp_plugin.tensor.pipeline.schedule import one_f_one_b
 from tp_plugin.tensor.rng import Dropouts
 
@@ -50,6 +53,7 @@ class PipelineForward:
         micro_batches: into how many a batch is cut.
         always_late: whether backwards run in the script's, even where the model computes its own loss.
         outputs: gives logits to all stages.
+        own: layers that are here.
         absent: layers that are elsewhere.
     """
 
@@ -61,14 +65,17 @@ class PipelineForward:
         micro_batches: int,
         always_late: bool,
         outputs: Outputs,
+        own: Sequence[nn.Module],
         absent: Sequence[nn.Module],
     ):
         self._model, self._inner, self._executor, self._outputs = model, inner, executor, outputs
         self._micro_batches, self._always_late, self._absent = micro_batches, always_late, list(absent)
+        self._compiled = CompiledLayers(own)
         self._messages = executor.messages
         self._used: dict[str, bool] = {}
         self._dropouts = Dropouts()
         self._gathered = Gathered(model)
+        self._routers = RouterLoss.of(model)
         self._is_split = False
         self.__signature__ = inspect.signature(inner)  # generate and Trainer look at it
 
@@ -80,8 +87,12 @@ class PipelineForward:
 
     @skip
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self._compiled.present(), args, kwargs)
+
+    @disable
+    def _run(self, compiler: Compiler, args: Any, kwargs: Any) -> Any:
         call = arguments(self.__signature__, args, kwargs)
-        self._refuse(call)
+        routes = self._refuse(call)
         asked = call.pop("return_dict", None)
         as_tuple = not (getattr(getattr(self._model, "config", None), "return_dict", True) if asked is None else asked)
         if self._takes("return_dict"):
@@ -99,24 +110,31 @@ class PipelineForward:
             self._gathered.whole(learns) as self._is_split,
             executor.running(),
             executor.seeds.around(batches.device, draws) as seed,
+            self._compiled.by(compiler),
         ):
+            late = self._always_late or routes or call.get(SCORES) or self._underflows(batches.device)
             if not learns:
                 output = self._evaluate(batches)
-            elif batches.has_labels and not (self._always_late or call.get(SCORES) or self._underflows(batches.device)):
+            elif batches.has_labels and not late:
                 output = self._one_f_one_b(batches)
             else:
-                output = self._late(batches, seed)
+                output = self._late(batches, seed, compiler)
         return output.to_tuple() if as_tuple else output
 
-    def _refuse(self, call: dict[str, Any]) -> None:
-        config = getattr(self._model, "config", None)
+    def _refuse(self, call: dict[str, Any]) -> bool:
+        """Gives whether an auxiliary loss of routers is asked for."""
+        config, routes = getattr(self._model, "config", None), False
         for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
             asked = call.get(name)
             if asked or (asked is None and getattr(config, name, False)):
+                if name == "output_router_logits" and self._routers is not None:
+                    routes = True
+                    continue
                 raise TPError(
                     f"{name} is on, and layers of other pipeline stages give theirs there; turn it off, or write "
                     "pp_size: 1"
                 )
+        return routes
 
     def _refuse_learned(self, call: dict[str, Any]) -> None:
         for name, value in call.items():
@@ -147,11 +165,38 @@ class PipelineForward:
         parameters = self.__signature__.parameters
         return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
+    def _summing(self) -> contextlib.AbstractContextManager[list[Sums]]:
+        return contextlib.nullcontext([]) if self._routers is None else self._routers.summing()
+
     def _evaluate(self, batches: MicroBatches) -> Any:
-        passed = [self._executor.forward(at, call, False) for at, call in enumerate(batches.calls)]
+        with self._summing() as of_routers:
+            passed = [self._executor.forward(at, call, False) for at, call in enumerate(batches.calls)]
         self._messages.finish()
         loss = self._total(passed, batches) if batches.has_labels else None
-        return self._output([one.output for one in passed], batches, loss, spent=False)
+        auxiliary, _ = self._auxiliary(of_routers)
+        for one in passed:
+            one.output = one.output if auxiliary is None else _without_routers(one.output)
+        output = self._output([one.output for one in passed], batches, loss, spent=False)
+        return output if auxiliary is None else self._with_auxiliary(output, auxiliary)
+
+    def _auxiliary(self, of_routers: list[Sums]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The auxiliary loss of the whole batch and all layers, and its gradient by the routers' probabilities."""
+        if not of_routers:
+            return None, None
+        mine = [
+            torch.stack(each).sum(0)
+            for each in zip(*((one.chosen, one.probabilities.detach()) for one in of_routers), strict=True)
+        ]
+        total = self._messages.sum_of_stages(torch.cat(mine))
+        return loss_of(*total.split([len(each) for each in mine]))
+
+    def _with_auxiliary(self, output: Any, auxiliary: torch.Tensor) -> Any:
+        """``output`` as the model would have made it of the whole batch."""
+        assert self._routers is not None
+        fields = dict(output.items())
+        if "loss" in fields:
+            fields["loss"] = fields["loss"] + self._routers.coefficient * auxiliary
+        return type(output)(**fields, aux_loss=auxiliary)
 
     def _one_f_one_b(self, batches: MicroBatches) -> Any:
         """1F1B, from a unit gradient of the loss."""
@@ -178,12 +223,15 @@ class PipelineForward:
         loss = Computed.apply(gradients, self._gathered.gather, loss, *parameters)
         return self._output(outputs, batches, loss, spent=True)
 
-    def _late(self, batches: MicroBatches, seed: Any) -> Any:
+    def _late(self, batches: MicroBatches, seed: Any, compiler: Compiler) -> Any:
         """All forwards; the backwards run when autograd comes to the outputs."""
         executor, messages = self._executor, self._messages
-        with executor.shadows() as shadows:
+        with executor.shadows() as shadows, self._summing() as of_routers:
             passed = [executor.forward(at, call, True) for at, call in enumerate(batches.calls)]
         messages.finish()
+        auxiliary, slope = self._auxiliary(of_routers)
+        for one in passed:
+            one.output = one.output if auxiliary is None else _without_routers(one.output)
         first = passed[0].output
         names = [name for name, value in first.items() if name != "loss" and _is_rows(value, batches.rows[0])]
         made = [[_plain(one.output[name]) for name in names] for one in passed]
@@ -201,11 +249,18 @@ class PipelineForward:
         def backward(grads: Sequence[torch.Tensor | None]) -> Gradients:
             of_loss = grads[0] if loss is not None else None
             of_rows: list[Any] = [None] * len(sent)
-            for at, grad in zip(floats, grads[loss is not None :], strict=True):
+            *of_auxiliary, scale = grads if auxiliary is not None else (*grads, None)
+            for at, grad in zip(floats, of_auxiliary[loss is not None :], strict=True):
                 of_rows[at] = None if grad is None else grad.split(batches.rows)
             self._gathered.gather()
-            again = executor.running(), executor.with_shadows(shadows), executor.seeds.again(seed)
-            with self._gathered.passing(), again[0], again[1], again[2], torch.enable_grad():
+            with (
+                self._gathered.passing(),
+                executor.running(),
+                executor.with_shadows(shadows),
+                executor.seeds.again(seed),
+                self._compiled.by(compiler),
+                torch.enable_grad(),
+            ):
                 for at in range(len(batches.rows)):
                     one, outputs, own_loss = alive.pop(0)
                     pairs = [
@@ -213,16 +268,22 @@ class PipelineForward:
                     ]
                     if own_loss is not None and of_loss is not None:
                         pairs.append((own_loss, (of_loss * batches.shares[at]).to(own_loss.dtype)))
-                    executor.backward(at, one, [root for root, _ in pairs], [grad for _, grad in pairs])
+                    beside = []
+                    if scale is not None and slope is not None:
+                        beside = [(of_routers.pop(0).probabilities, scale * slope)]
+                    executor.backward(at, one, [root for root, _ in pairs], [grad for _, grad in pairs], beside)
             messages.finish()
             return self._gradients(shadows)[0]
 
         parameters = [p for p in self._model.parameters() if p.requires_grad]
         given = [*([] if loss is None else [loss]), *(sent[at] for at in floats)]
+        given += [] if auxiliary is None else [auxiliary]
         outputs = list(Late.apply(backward, len(given), *given, *parameters))
         fields = {} if loss is None else {"loss": outputs.pop(0)}
+        auxiliary = None if auxiliary is None else outputs.pop()
         found = dict(zip(names, sent, strict=True)) | {names[at]: one for at, one in zip(floats, outputs, strict=True)}
-        return kind(**fields, **found, **rest)
+        output = kind(**fields, **found, **rest)
+        return output if auxiliary is None else self._with_auxiliary(output, auxiliary)
 
     def _gradients(self, shadows: dict[str, torch.Tensor]) -> tuple[Gradients, list[torch.Tensor]]:
         """Of all trained parameters, those that this stage does not hold included: they have no elements.
@@ -268,6 +329,11 @@ class PipelineForward:
             else:
                 fields[name] = value
         return type(first)(**({} if loss is None else {"loss": loss}), **fields)
+
+
+def _without_routers(output: Any) -> Any:
+    """A part's output, less what is of its own layers and rows only."""
+    return type(output)(**{name: v for name, v in output.items() if name not in ("router_logits", "aux_loss")})
 
 
 def _is_rows(value: Any, rows: int) -> bool:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from tp_plugin.errors import TPError
 from tp_plugin.policy.packed import is_packed
+from tp_plugin.tensor.graphs import disable
 
 
 def meta_twin(module: nn.Module) -> Any:
@@ -58,6 +59,7 @@ class AbsentModule:
         self._twin = meta_twin(module)
         self._twin.requires_grad_(False)
 
+    @disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         _check(self._path, self._is_running())
         device = next(_tensors((args, kwargs))).device
@@ -91,6 +93,7 @@ class AbsentLayer:
         self._path, self._is_running = path, is_running
         self._number, self._returns_tuple, self._pass_on = number, returns_tuple, pass_on
 
+    @disable
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         _check(self._path, self._is_running())
         cache = kwargs.get("past_key_values") or kwargs.get("layer_past")

@@ -59,6 +59,10 @@ class Messages:
         found = torch.tensor(mine, dtype=torch.int32, device=device)
         return [bool(one) for one in self._forward.all_reduce(found, dist.ReduceOp.MAX).tolist()]
 
+    def sum_of_stages(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of all stages' tensors."""
+        return self._forward.all_reduce(tensor)
+
     def from_last(self, tensor: torch.Tensor) -> torch.Tensor:
         """The last stage's ``tensor``, in place, on every stage."""
         return self._forward.broadcast(tensor, src=self.stages - 1)

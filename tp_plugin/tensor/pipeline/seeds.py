@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tp_plugin.tensor.generators import DefaultGenerator
+from tp_plugin.tensor.graphs import disable
 
 Seed = tuple[torch.device, int] | None
 """The device whose generator is seeded, and from what; None: none is."""
@@ -64,14 +65,18 @@ class Seeds:
     def before_layer(self, number: int) -> Any:
         """A forward pre-hook of layer ``number``."""
 
+        place = str(number)  # a graph of the layer takes it for a constant
+
         def hook(layer: nn.Module, args: Any) -> None:
-            self._begin(str(number))
+            self._begin(place)
 
         return hook
 
     def _begin(self, place: str) -> None:
-        if self._seed is None:
-            return
-        device, base = self._seed
+        if self._seed is not None:
+            self._start_with(*self._seed, place)
+
+    @disable
+    def _start_with(self, device: torch.device, base: int, place: str) -> None:
         key = f"{base}/{self.micro_batch}/{place}".encode()
         DefaultGenerator(device).seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
