@@ -41,12 +41,18 @@ def reports(bench, folder, request):
     return split.report, bench.run("qlora", 1, 1, given, timeout=280).report
 
 
-@pytest.mark.parametrize("name", ["sft", "resumed", "eight bits", "saved", "merged", "prefixed"])
+@pytest.mark.parametrize("name", ["sft", "dpo", "resumed", "eight bits", "saved", "merged", "prefixed"])
 def test_script(reports, name):
     """TRL, a resumed Trainer, the same with the usual 8-bit optimizer, and bases that plain transformers loads."""
     got, expected = (report[name] for report in reports)
     if isinstance(got, str):
         assert name == "prefixed" and "PREFIX_TUNING gives keys and values to every layer" in got
+        return
+    if name == "dpo":  # TRL holds adapters of a quantized base in bf16: gradients have 8 bits, and rewards are small
+        known = ("loss", "entropy", "logps/chosen", "logps/rejected")
+        logs = [[[entry[key] for key in known] for entry in run["log"][:-1]] for run in (got, expected)]
+        close(logs[0][0], logs[1][0], LOGGED, name)
+        close(logs[0], logs[1], 1e-4, name)
         return
     close(got, expected, LOGGED, name)
     if "again" in got:

@@ -11,7 +11,7 @@ from common import arguments, logged, without_repacking
 from datasets import load_dataset
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
-from trl import SFTTrainer, get_peft_config, get_quantization_config
+from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 
 from tp_plugin.errors import TPError
 
@@ -27,7 +27,7 @@ COMMON = {
 WORDS = (
     "--dtype float32 --load_in_4bit true --use_bnb_nested_quant true --use_peft --lora_r 4 --lora_alpha 8 "
     f"--lora_dropout {given.dropout} --lora_target_modules all-linear --report_to none --gradient_checkpointing true "
-    "--completion_only_loss true --save_strategy no " + " ".join(f"--{key} {value}" for key, value in COMMON.items())
+    "--save_strategy no " + " ".join(f"--{key} {value}" for key, value in COMMON.items())
 )
 
 
@@ -38,16 +38,21 @@ def reloaded(folder, base):
         return model(input_ids=IDS, labels=IDS).loss.item()
 
 
-def sft():
-    parser = importlib.import_module("trl.scripts.sft").make_parser()
-    data, out = given.models / "completion", given.out / "sft"
-    words = [*WORDS.split(), "--model_name_or_path", str(MODEL), "--output_dir", str(out), "--dataset_name", str(data)]
-    _, settings, model, _ = parser.parse_args_and_config(words)
+def tuned(method, kind, data, *more):
+    """One of TRL's trainers with the arguments of its command line."""
+    parser = importlib.import_module(f"trl.scripts.{method}").make_parser()
+    data, out = given.models / data, given.out / method
+    words = [*WORDS.split(), *more, "--model_name_or_path", str(MODEL), "--output_dir", str(out)]
+    _, settings, model, _ = parser.parse_args_and_config([*words, "--dataset_name", str(data)])
     settings.model_init_kwargs = {"dtype": model.dtype}
     splits = load_dataset(str(data), cache_dir=str(given.out / "cache"))
     quantization, adapters = get_quantization_config(model), get_peft_config(model)
-    trainer = SFTTrainer(
-        str(MODEL), settings, train_dataset=splits["train"], quantization_config=quantization, peft_config=adapters
+    trainer = kind(
+        str(MODEL),
+        args=settings,
+        train_dataset=splits["train"],
+        quantization_config=quantization,
+        peft_config=adapters,
     )
     without_repacking(trainer.model)
     trainer.train()
@@ -133,7 +138,8 @@ def merged():
 
 
 report = {
-    "sft": sft(),
+    "sft": tuned("sft", SFTTrainer, "completion", "--completion_only_loss", "true"),
+    "dpo": tuned("dpo", DPOTrainer, "preference"),
     "resumed": resumed("resumed", 4, "adamw_torch_fused"),
     "eight bits": resumed("eight", 32, "paged_adamw_8bit"),  # of matrices with 4096 elements and more
     "saved": saved(),
