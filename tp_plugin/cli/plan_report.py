@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tp_plugin.cli import plan_plot
 from tp_plugin.cli.plan import planner
 from tp_plugin.cli.plan_arguments import job_and_cluster
 from tp_plugin.cli.plan_configs import config_of, write_configs
@@ -32,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     transformers.logging.set_verbosity_error()
     job, cluster = job_and_cluster(arguments)
+    if arguments.plot:
+        plan_plot.check(arguments.plot)
     found = planner(arguments.target, cluster, job, rates=_rates(arguments.rates))
     candidates = found.candidates()
     shown = distinct(candidates, max(arguments.top, 1))
@@ -39,9 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.write:
         write_configs(arguments.write, shown, job, cluster)
     if arguments.plot:
-        from tp_plugin.cli.plan_plot import draw
-
-        draw(arguments.plot, shown, found.gpu, timed=found.rates.is_measured)
+        plan_plot.draw(arguments.plot, shown, found.gpu, timed=found.rates.is_measured)
     if arguments.json:
         print(json.dumps(as_data(found, shown, questions, len(candidates)), indent=1))
         return 0
