@@ -14,7 +14,7 @@ from models import adapted, batch, build, config_for, unpatched
 from workers import run
 
 STEPS, MICRO, LAYERS = 6, 2, 2
-OPTIONS_OF_OURS = {"sequence_parallel", "expert_parallel", "overlap", "fuse", "fused_head"} | {
+OPTIONS_OF_OURS = {"sequence_parallel", "expert_parallel", "overlap", "fuse", "fused_head", "report_memory"} | {
     "pipeline_microbatches",
     "pipeline_schedule",
 }

@@ -253,7 +253,7 @@ def test_bad_input(config_file: str, tmp_path: Path, capsys: pytest.CaptureFixtu
         ([config_file, *ASKED, "--dtype", "int8"], "expected one of bf16"),
         ([config_file, "--gpus", "12", "--gpus-per-node", "8"], "no whole number of machines"),
         ([config_file, *ASKED, "--script-config", "nothing.yaml"], "no such file"),
-        ([config_file, *ASKED, "--rates", "nothing.json"], "--rates nothing.json"),
+        ([config_file, *ASKED, "--calibration", "nothing.json"], "--calibration nothing.json"),
     ):  # fmt: skip
         out = tmp_path / "written"
         assert main(["plan", *arguments, "--write", str(out)]) == 2, arguments
