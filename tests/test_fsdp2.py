@@ -15,7 +15,7 @@ from peft_methods import METHODS
 from workers import run
 
 STEPS, MICRO, LAYERS, CLIP = 6, 2, 2, 0.5
-OPTIONS_OF_OURS = {"sequence_parallel", "expert_parallel", "overlap", "fuse", "fused_head"} | {
+OPTIONS_OF_OURS = {"sequence_parallel", "expert_parallel", "overlap", "fuse", "fused_head", "report_memory"} | {
     "pipeline_microbatches",
     "pipeline_schedule",
 }

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,6 +195,43 @@ def test_data(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["candidates"][0]["memory"]["parts"]["weights"] > 0
 
 
+def test_a_picture(config_file: str, tmp_path: Path) -> None:
+    """Two axes: a stack of parts for each layout shown."""
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "layouts.png"
+    assert main(["plan", config_file, *ASKED, "--top", "2", "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    import matplotlib.pyplot as plt
+
+    from tp_plugin.cli.plan_plot import draw
+
+    shown = planned()[:3]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(plt, "close", lambda figure: None)
+        draw(picture, shown, GPUS["h100"], timed=False)
+    memory, time = plt.gcf().axes
+    for axes, parts in ((memory, [c.memory.parts for c in shown]), (time, [c.time for c in shown])):
+        assert len(axes.containers) == len(parts[0]) and all(len(stack) == 3 for stack in axes.containers)
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == list(parts[0])
+    tops = [sum(stack[at].get_height() for stack in memory.containers) for at in range(3)]
+    assert tops == pytest.approx([c.memory.total / GIB for c in shown])
+    plt.close()
+
+
+def test_a_picture_that_cannot_be_drawn(
+    config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before anything is written."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    given = ["plan", config_file, *ASKED, "--write", str(tmp_path / "out"), "--plot"]
+    assert main([*given, str(tmp_path / "layouts.png")]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    monkeypatch.setitem(sys.modules, "matplotlib", SimpleNamespace(use=lambda name: None))
+    for path in ("layouts", "no/such/folder/layouts.png"):
+        assert main([*given, path]) == 2
+        assert "in a folder that exists" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_bad_input(config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A message that says what could be written, exit 2, nothing written."""
     (tmp_path / "empty").mkdir()
@@ -215,7 +253,7 @@ def test_bad_input(config_file: str, tmp_path: Path, capsys: pytest.CaptureFixtu
         ([config_file, *ASKED, "--dtype", "int8"], "expected one of bf16"),
         ([config_file, "--gpus", "12", "--gpus-per-node", "8"], "no whole number of machines"),
         ([config_file, *ASKED, "--script-config", "nothing.yaml"], "no such file"),
-        ([config_file, *ASKED, "--rates", "nothing.json"], "--rates nothing.json"),
+        ([config_file, *ASKED, "--calibration", "nothing.json"], "--calibration nothing.json"),
     ):  # fmt: skip
         out = tmp_path / "written"
         assert main(["plan", *arguments, "--write", str(out)]) == 2, arguments

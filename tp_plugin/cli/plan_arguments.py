@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("target", help="model type, config.json or local checkpoint folder")
     add("--gpus", type=int, help="GPUs of the whole run; default 8")
     add("--gpus-per-node", type=int, default=0, help="GPUs of one machine; default 8")
-    add("--gpu", default="h100", help="a100-40, a100-80, h100, h200, b200, l40s, mi300x, rtx4090, or a JSON file")
+    add("--gpu", help="h100 (default), a100-40, a100-80, h200, b200, l40s, mi300x, rtx4090, or a JSON file")
     add("--sequence", type=int, help="tokens of a sequence; default 2048")
     add("--global-batch", type=int, help="sequences of an optimizer step; default 64")
     add("--micro-batch", type=int, help="sequences of a forward on one replica; default: any")
@@ -38,11 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--write", type=Path, metavar="DIR", help="write the configs of the layouts shown, ready to launch")
     add("--plot", type=Path, metavar="FILE.png", help="draw memory and time of the layouts shown")
     add(
-        "--rates",
+        "--calibrate",
         type=Path,
         metavar="FILE",
-        help="JSON with constants measured on the cluster; docs/howto/plan.md has the names",
+        help="measure the constants of times on this machine, a minute, into a file; nothing is planned",
     )
+    add("--calibration", type=Path, metavar="FILE", help="constants that --calibrate measured: the plan shows seconds")
 
 
 def job_and_cluster(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -81,7 +82,7 @@ def job_and_cluster(arguments: argparse.Namespace) -> tuple[Any, Any]:
         merged["global_batch"] = accumulation * merged["micro_batch"] * max(replicas, 1)
     known = {field.name for field in fields(Job)}
     job = Job(**{name: value for name, value in merged.items() if name in known})
-    return job, Cluster(gpus, arguments.gpus_per_node, arguments.gpu)
+    return job, Cluster(gpus, arguments.gpus_per_node, arguments.gpu or "h100")
 
 
 def _lora(text: str) -> dict[str, Any]:

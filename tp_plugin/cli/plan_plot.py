@@ -10,17 +10,23 @@ from tp_plugin.estimate.hardware import GIB, Gpu
 from tp_plugin.estimate.job import Candidate
 
 
-def draw(path: Path, shown: list[Candidate], gpu: Gpu, *, timed: bool) -> None:
-    """Write the picture.
+def check(path: Path) -> None:
+    """Whether :func:`draw` can write there.
 
     Raises:
-        TPError: matplotlib is not installed.
+        TPError: matplotlib is not installed, or it cannot.
     """
     try:
         import matplotlib
     except ImportError as error:
         raise TPError("--plot needs matplotlib: pip install matplotlib") from error
     matplotlib.use("agg")
+    if path.suffix.lower() not in (".png", ".pdf", ".svg") or not path.absolute().parent.is_dir():
+        raise TPError(f"--plot {path}: expected a .png, .pdf or .svg file in a folder that exists")
+
+
+def draw(path: Path, shown: list[Candidate], gpu: Gpu, *, timed: bool) -> None:
+    """Write the picture; :func:`check` was called."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))

@@ -12,11 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tp_plugin.cli import plan_plot
 from tp_plugin.cli.plan import planner
 from tp_plugin.cli.plan_arguments import job_and_cluster
 from tp_plugin.cli.plan_configs import config_of, write_configs
+from tp_plugin.estimate.calibration import NAMES, Calibration
 from tp_plugin.estimate.hardware import GIB
-from tp_plugin.estimate.job import Candidate, PlanError
+from tp_plugin.estimate.job import Candidate, Cluster, Job, PlanError
 from tp_plugin.estimate.questions import Questions
 from tp_plugin.estimate.search import Planner
 from tp_plugin.estimate.timing import Rates
@@ -32,16 +34,21 @@ def run(arguments: argparse.Namespace) -> int:
 
     transformers.logging.set_verbosity_error()
     job, cluster = job_and_cluster(arguments)
-    found = planner(arguments.target, cluster, job, rates=_rates(arguments.rates))
+    if arguments.plot:
+        plan_plot.check(arguments.plot)
+    rates = Rates()
+    if arguments.calibration:
+        rates, cluster = _calibrated(arguments, job, cluster)
+    found = planner(arguments.target, cluster, job, rates=rates)
+    if arguments.calibrate:
+        return _calibrate(found, arguments.calibrate)
     candidates = found.candidates()
     shown = distinct(candidates, max(arguments.top, 1))
     questions = Questions(found, candidates)
     if arguments.write:
         write_configs(arguments.write, shown, job, cluster)
     if arguments.plot:
-        from tp_plugin.cli.plan_plot import draw
-
-        draw(arguments.plot, shown, found.gpu, timed=found.rates.is_measured)
+        plan_plot.draw(arguments.plot, shown, found.gpu, timed=found.rates.is_measured)
     if arguments.json:
         print(json.dumps(as_data(found, shown, questions, len(candidates)), indent=1))
         return 0
@@ -51,18 +58,31 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _rates(path: Path | None) -> Rates | None:
-    if path is None:
-        return None
-    try:
-        values = {name: float(value) for name, value in json.loads(path.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise PlanError(f"--rates {path}: expected a JSON file of numbers by name: {error}") from error
-    known = [field.name for field in dataclasses.fields(Rates) if field.name != "source"]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise PlanError(f"--rates {path}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    return dataclasses.replace(Rates(), source=str(path), **values)
+def _calibrated(arguments: argparse.Namespace, job: Job, cluster: Cluster) -> tuple[Rates, Cluster]:
+    """The constants of the file, and the cluster with the device that they were measured on."""
+    path, found = arguments.calibration, Calibration.read(arguments.calibration)
+    if arguments.calibrate:
+        raise PlanError("--calibrate writes a file, --calibration reads one: give one of them")
+    if found.dtype and found.dtype != job.dtype:
+        raise PlanError(f"--calibration {path} was measured in {found.dtype}, the plan is for {job.dtype}: add --dtype")
+    if found.gpu is None:
+        return found.rates, cluster
+    if arguments.gpu:
+        raise PlanError(
+            f"--gpu {arguments.gpu}: --calibration {path} has the figures of {found.gpu.name}; leave it out"
+        )
+    return found.rates, dataclasses.replace(cluster, gpu=found.gpu)
+
+
+def _calibrate(planned: Planner, path: Path) -> int:
+    """Measure, and say what was found."""
+    from tp_plugin.cli.plan_calibrate import calibrate
+
+    found = calibrate(planned, path)
+    measured = ", ".join(f"{name} {getattr(found.rates, name):.3g}" for name in found.rates.measured)
+    assumed = ", ".join(name for name in NAMES if name not in found.rates.measured)
+    print(f"Wrote {path}. Measured: {measured}. Assumed: {assumed}.")
+    return 0
 
 
 def distinct(candidates: list[Candidate], count: int) -> list[Candidate]:
@@ -138,15 +158,15 @@ class Report:
         say(self.questions.inference_line())
         if job.tokens:
             say(self.questions.hours_line(best))
-        source = self.planned.rates.source if self.timed else "assumed"
+        source, measured = self.planned.rates.source, self.planned.rates.measured
         say(
             "Memory: parameters, gradients and states from the layout record, activations by tracing a layer of each "
             "kind; "
             f"context, communicators and fragmentation are assumed. Time: {source} constants"
             + (
-                "."
+                f". Measured: {', '.join(measured)}. Assumed: {', '.join(n for n in NAMES if n not in measured)}."
                 if self.timed
-                else f" for this ranking only ({self.planned.gpu.source}); measured --rates give seconds."
+                else f" for this ranking only ({self.planned.gpu.source}); a --calibration gives seconds."
             )
         )
 
@@ -160,7 +180,10 @@ class Report:
         for number, each in enumerate(self.shown, 1):
             colour = {"fits": "green", "tight": "yellow"}.get(each.verdict, "red")
             interval = f"{each.memory.low / GIB:.1f}–{each.memory.high / GIB:.1f} GiB"
-            step = [f"{each.seconds:.2f} s", f"{each.tokens_per_gpu:,.0f}"]
+            step = [
+                f"{each.seconds:.2f} s" if each.seconds > 1 else f"{1e3 * each.seconds:.1f} ms",
+                f"{each.tokens_per_gpu:,.0f}",
+            ]
             step = step if self.timed else [f"{each.seconds / self.shown[0].seconds:.2f} ×"]
             table.add_row(
                 str(number), each.layout.short, f"[{colour}]{each.verdict}[/{colour}]", interval,

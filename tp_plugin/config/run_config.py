@@ -31,6 +31,7 @@ class RunConfig:
         fuse: compute linears that share an input, such as q, k and v, as one matrix product.
         save_timeout: seconds that other ranks wait for one that saves, since it last read a tensor or wrote a file.
         report: print what the run will do, and how long its first step took.
+        report_memory: print predicted and measured memory of each rank, once, after the third optimizer step.
         fused_head: keep no logits: compute them block by block for the loss, and again for its gradient.
         dropout: ``exact``: the masks of one process, also on what is split over the TP group; ``sharded``: there each
             rank draws masks of its own.
@@ -55,6 +56,7 @@ class RunConfig:
     save_timeout: float = 3600.0
     fused_head: bool = False
     report: bool = True
+    report_memory: bool = False
     dropout: str = "exact"
     pp_size: int = 1
     pipeline_microbatches: int = 0
@@ -221,6 +223,7 @@ _VALIDATORS: dict[str, Callable[[object, str, str], Any]] = {
     "pipeline_schedule": _one_of("auto", "1f1b", "gpipe"),
     "pipeline_split": _split,
     "report": _on_or_off,
+    "report_memory": _switch,
     "dropout": _one_of("exact", "sharded"),
 }
 """Key in the ``tp_plugin`` mapping → what makes a field of ``RunConfig`` of its value, or refuses it."""

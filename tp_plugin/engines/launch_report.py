@@ -5,6 +5,7 @@ Where ranks are they said when they started, in the key-value store: no collecti
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import sys
@@ -16,22 +17,32 @@ from torch import nn
 
 from tp_plugin.mesh.hosts import places_of_ranks
 from tp_plugin.policy import Plan, policy_for
-from tp_plugin.runtime.first_step import FirstStep
+from tp_plugin.runtime.first_step import FirstStep, size
 from tp_plugin.runtime.runtime import Runtime
 
 WIDTH = 110
 
 
-def announce(runtime: Runtime, engine: str) -> None:
-    """Print the report, and have the first optimizer step measured; once for a Runtime. Called by every rank.
+def announce(runtime: Runtime, engine: str, zero_stage: int = 0) -> None:
+    """Print the report, and have the first optimizer step (and the third one's memory) measured; once for a Runtime.
+
+    Called by every rank.
 
     Args:
         engine: what does data parallelism, in words.
+        zero_stage: DeepSpeed's, where that does it.
     """
     states = [(state, model) for state in runtime.models if (model := state.model()) is not None]
-    if not runtime.config.report or runtime.reported or not states:
+    if runtime.reported or not states:
         return
     runtime.reported = True
+    runtime.crash_report.memory_advice = functools.partial(_advice, runtime, zero_stage)
+    if runtime.config.report_memory:
+        from tp_plugin.engines.memory_report import MemoryReport
+
+        runtime.progress.memory_report = MemoryReport(runtime)
+    if not runtime.config.report:
+        return
     mesh = runtime.mesh
     runtime.progress.first_step = FirstStep(mesh, say=mesh.rank == 0)
     if mesh.rank == 0:
@@ -41,6 +52,12 @@ def announce(runtime: Runtime, engine: str) -> None:
         if len(states) > 1:
             lines["also sharded"] = ", ".join(type(model).__name__ for _, model in states[1:])
         _print(lines)
+
+
+def _advice(runtime: Runtime, zero_stage: int) -> str:
+    from tp_plugin.engines.memory_advice import advice  # builds a model, which no run needs that goes well
+
+    return advice(runtime, zero_stage)
 
 
 def report(
@@ -113,14 +130,6 @@ def where(places: Iterable[tuple[str, str]], unit: int) -> str:
         first = last + 1
     hidden = [f"… {len(found) - 4} more machines"] if len(found) > 4 else []
     return ", ".join(found[:4] + hidden) + f"; each {unit} in a row hold one model"
-
-
-def size(count: int) -> str:
-    """Bytes in words."""
-    for unit, power in (("GiB", 30), ("MiB", 20)):
-        if count >= 2**power:
-            return f"{count / 2**power:.1f} {unit}"
-    return f"{count / 2**10:.1f} KiB"
 
 
 def _count(numel: int) -> str:

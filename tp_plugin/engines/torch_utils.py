@@ -169,6 +169,8 @@ def _steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
             mine = _by_script(closure, optimizer, runtime)
             return (args, {**kwargs, "closure": mine}) if "closure" in kwargs else ((args[0], mine, *args[2:]), kwargs)
         gradients.make_equal(gradients.stepped(optimizer), runtime)
+        if (report := runtime.progress.memory_report) is not None:
+            report.before_step(optimizer)
     return None
 
 
@@ -182,6 +184,8 @@ def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     own = next((tensor for tensor in sharded if id(tensor) in stepped), None)
     if own is not None:  # another model's optimizer may step on one rank alone
         runtime.progress.stepped(own.device)
+    if (report := runtime.progress.memory_report) is not None:
+        report.after_step(optimizer)
     runtime.region.leave_optimizer(optimizer)
     if runtime.models:
         from tp_plugin.shard.optimizer_view import show_states

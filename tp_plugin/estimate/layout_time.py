@@ -55,6 +55,7 @@ class LayoutTime:
             compute += float(product(b * scale[0], m * scale[1], k * scale[2], n, rates, gpu, size))
         traffic = work.traffic * (COMPILED_TRAFFIC if self.job.compiled and is_layer else 1.0)
         compute += traffic * batch / (gpu.bandwidth * rates.memory)
+        compute *= 1.0 if is_layer else rates.head
         sent: float = sum(
             n * float(ring(op, put * batch, self.layout.tp, rates, gpu, self.cluster.gpus_per_node))
             for (op, put), n in segment.sent.items()
@@ -137,4 +138,4 @@ class LayoutTime:
         split = self.layout.dp if self.layout.engine != "ddp" else 1
         trained = sum(p.numel for p in held if p.trained)
         moved = trained * 34.0 / split
-        return moved / (self.gpu.bandwidth * self.rates.memory)
+        return moved / (self.gpu.bandwidth * self.rates.optimizer)

@@ -94,13 +94,13 @@ def memory(
         gpu: what the run is on; None for the CPU, whose allocator holds nothing beside.
     """
     found = [
-        _of_stage(trace, held, layout, optimizer, mixed, layers_of_stage(layers, layout.pp, s), s, gpu)
+        of_stage(trace, held, layout, optimizer, mixed, layers_of_stage(layers, layout.pp, s), s, gpu)
         for s in range(layout.pp)
     ]
     return max(found, key=lambda each: each.high)
 
 
-def _of_stage(
+def of_stage(
     trace: Trace,
     held: list[Held],
     layout: Layout,
@@ -110,6 +110,7 @@ def _of_stage(
     stage: int,
     gpu: Gpu | None,
 ) -> Memory:
+    """Of one stage, which has ``layers``."""
     first, last = stage == 0, stage == layout.pp - 1
     mine = [p for p in held if any(in_stage(place, layers, first, last) for place in p.places)]
     fixed = states(mine, layout.engine, layout.dp, optimizer, mixed)

@@ -81,7 +81,7 @@ class Questions:
         return f"{least} × {name} would hold it, with checkpointing." if least else f"No 4096 × {name} hold it."
 
     def switches(self, best: Candidate) -> Iterator[Switch]:
-        """Checkpointing, sequence parallelism, other engines and half the micro-batch, each by itself."""
+        """Checkpointing, sequence parallelism, other engines, half the micro-batch and twice the tp, each by itself."""
         layout = best.layout
         changed: list[tuple[str, Layout]] = []
         without = "without" if layout.checkpointing else "with"
@@ -93,6 +93,11 @@ class Questions:
         if layout.dp > 1:
             engines = ("ddp", "zero1", "zero2", "zero3", "fsdp2") if layout.pp == 1 else ("ddp", "zero1")
             changed += [(WORDS[e], replace(layout, engine=e)) for e in engines if e != layout.engine]
+        if layout.micro_batch > 1:
+            half = replace(layout, micro_batch=layout.micro_batch // 2, accumulation=2 * layout.accumulation)
+            changed.append((f"micro-batch {half.micro_batch}", half))
+        if 2 * layout.tp in self.planner.legal and layout.dp % 2 == 0:
+            changed.append((f"tp {2 * layout.tp}", replace(layout, tp=2 * layout.tp, dp=layout.dp // 2)))
         for name, other in changed:
             found = self.planner.candidate(other)
             grown = found.memory.low - best.memory.low

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Planner:
         model: whole, on the meta device, in the job's dtype, adapters included.
         policy: how it is sharded.
         example: arguments of a forward on one sample beside the tokens (pictures, sounds), on the meta device.
+        options: the plugin's settings; sizes and sequence parallelism are each layout's own.
     """
 
     def __init__(
@@ -43,9 +45,10 @@ class Planner:
         cluster: Cluster,
         rates: Rates,
         example: Mapping[str, Any] | None = None,
+        options: RunConfig | None = None,
     ):
         self.model, self.policy, self.job, self.cluster, self.rates = model, policy, job, cluster, rates
-        self.example = example
+        self.example, self.options = example, options or RunConfig()
         self._known: Seconds = {}
         self.stacks = find_layers(model, make_plan(model, policy, 1))
         self._cut = cut(model, self.stacks)
@@ -107,6 +110,13 @@ class Planner:
             step, self.held(layout.tp), layout, job.optimizer, mixed=mixed, layers=self.layers, gpu=self.gpu
         )
 
+    def memory_of_stage(self, layout: Layout, stage: int) -> Memory:
+        """What is alive there, without what an allocator holds beside."""
+        step = self.trace(layout.tp, layout.sequence_parallel, layout.checkpointing)
+        layers = memories.layers_of_stage(self.layers, layout.pp, stage)
+        held = self.held(layout.tp)
+        return memories.of_stage(step, held, layout, self.job.optimizer, False, layers, stage, None)
+
     def time(self, layout: Layout) -> dict[str, float]:
         """Seconds of a step by part."""
         step = self.trace(layout.tp, layout.sequence_parallel, False)
@@ -126,7 +136,7 @@ class Planner:
         """A step of one sequence."""
         if checkpointing and not self.job.lora_rank:
             return memories.checkpointed(self.trace(tp, sequence_parallel, False))
-        options = RunConfig(tp, sequence_parallel=sequence_parallel)
+        options = replace(self.options, tp_size=tp, sequence_parallel=sequence_parallel)
         return trace(self._cut, self.policy, self.stacks, self._batch(), tp, options, checkpointing)
 
     def _batch(self) -> dict[str, Any]:

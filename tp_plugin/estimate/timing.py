@@ -32,6 +32,8 @@ class Rates:
         product, half: share of the peak that large products reach; the smallest dimension at which half of it is.
         attention: share of the peak that the attention kernel reaches.
         memory: share of the memory's rate that other kernels reach.
+        head: what computing around the layers takes (embedding, head, loss), relative to the formulas.
+        optimizer: share of the memory's rate that the optimizer reaches.
         kernel, collective: seconds for the host to start one.
         link, network: share of the links' rates that collectives reach.
         latency, hop: seconds of a collective in a machine, and for each rank of a group over machines.
@@ -43,12 +45,15 @@ class Rates:
         stage: seconds of a hop between stages beside its bytes.
         step: seconds of a step whatever it does.
         source: where they come from; ``assumed`` are good for ranking only.
+        measured: the names of those that are not assumed.
     """
 
     product: float = 0.60
     half: float = 64.0
     attention: float = 0.45
     memory: float = 0.80
+    head: float = 1.0
+    optimizer: float = 0.80
     kernel: float = 9e-6
     collective: float = 60e-6
     link: float = 0.64
@@ -63,6 +68,7 @@ class Rates:
     stage: float = 1e-3
     step: float = 0.06
     source: str = "assumed"
+    measured: tuple[str, ...] = ()
 
     @property
     def is_measured(self) -> bool:

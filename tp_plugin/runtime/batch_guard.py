@@ -113,6 +113,8 @@ class BatchGuard:
             self._runtime.progress.training_forwards += 1
             if (first := self._runtime.progress.first_step) is not None:
                 first.forward((*args, *kwargs.values()))
+            if (report := self._runtime.progress.memory_report) is not None:
+                report.forward(module, args, kwargs)
             if self.audit and self.audit_every and self.training_forwards % self.audit_every == 0:
                 self.audit()
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from tp_plugin.config.environment import is_summarised
@@ -30,10 +32,12 @@ class CrashReport:
 
     Attributes:
         crashed: whether this process is dying of an exception.
+        memory_advice: gives what could be done about a device that has no memory left.
     """
 
     def __init__(self, rank: int, hang_report: HangReport):
         self.crashed = False
+        self.memory_advice: Callable[[], str] | None = None
         self._rank, self._hang_report = rank, hang_report
         self._previous = sys.excepthook
         sys.excepthook = self._note
@@ -45,6 +49,9 @@ class CrashReport:
 
     def _note(self, kind: type[BaseException], value: BaseException, trace: Any) -> None:
         self.crashed = True
+        if isinstance(value, torch.OutOfMemoryError) and self.memory_advice is not None:
+            text, *rest = value.args or ("",)
+            value.args = (f"{text}\n(tp_plugin: {self.memory_advice()})", *rest)
         leave(self._rank, value)
         self._previous(kind, value, trace)
         words = f"{kind.__name__}: {value}"

@@ -17,18 +17,24 @@ class FirstStep:
 
     Args:
         say: whether this rank prints.
+
+    Attributes:
+        call: samples and tokens of a micro-batch, and how many there were.
     """
 
     def __init__(self, mesh: Mesh, say: bool):
         self._mesh, self._say = mesh, say
         self._began: float | None = None
         self._tokens = self._forwards = 0
+        self.call = (0, 0, 0)
 
     def forward(self, values: Iterable[Any]) -> None:
         """A training forward of these inputs begins."""
         self._began = self._began or time.monotonic()
         self._forwards += 1
-        self._tokens += next((value.shape[0] * value.shape[1] for value in values if _is_sequence(value)), 0)
+        samples, length = next((value.shape[:2] for value in values if _is_sequence(value)), (0, 0))
+        self._tokens += samples * length
+        self.call = samples, length, self._forwards
 
     def done(self) -> None:
         """The optimizer has stepped."""
@@ -51,6 +57,14 @@ class FirstStep:
             file=sys.stderr,
             flush=True,
         )
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    for unit, power in (("GiB", 30), ("MiB", 20)):
+        if count >= 2**power:
+            return f"{count / 2**power:.1f} {unit}"
+    return f"{count / 2**10:.1f} KiB"
 
 
 def _is_sequence(value: Any) -> bool:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from tp_plugin.runtime.first_step import FirstStep
+
+
+class StepWatcher(Protocol):
+    """What is told of training forwards and of optimizers' (or DeepSpeed's engine's) steps."""
+
+    def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None: ...
+
+    def before_step(self, stepper: Any) -> None: ...
+
+    def after_step(self, stepper: Any) -> None: ...
 
 
 class Progress:
@@ -20,6 +32,8 @@ class Progress:
         looks_for_drift: whether guards sample replicated weights; a proof compares all of them itself.
         optimizer_steps: steps of all optimizers. Fused kernels change weights without counting in-place versions.
         first_step: measures it, until it is done; None in a run that reports nothing.
+        call: samples and tokens of a micro-batch of the first step, and how many it had; zeros where it is not known.
+        memory_report: compares predicted with measured memory, until it has; None without ``report_memory``.
         weights_ready: on a device, recorded behind the last change of weights; None before any, and on the CPU.
     """
 
@@ -30,6 +44,8 @@ class Progress:
         self.looks_for_drift = True
         self.optimizer_steps = 0
         self.first_step: FirstStep | None = None
+        self.call = (0, 0, 0)
+        self.memory_report: StepWatcher | None = None
         self.weights_ready: torch.Event | None = None
 
     def stepped(self, device: torch.device) -> None:
@@ -42,6 +58,7 @@ class Progress:
         """An optimizer, or an engine that has one of its own, has stepped."""
         if self.first_step is not None:
             self.first_step.done()
+            self.call = self.first_step.call
             self.first_step = None
 
     def weights_changed(self, device: torch.device) -> None:

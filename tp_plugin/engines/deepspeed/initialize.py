@@ -121,7 +121,8 @@ def _initialize_sharded(original: Any, call: Any, config: dict[str, Any], option
     for parameter in model.parameters():
         if hasattr(parameter, "ds_id"):
             runtime.region.show_when(parameter, script_access.is_gathered)
-    launch_report.announce(runtime, f"DeepSpeed ZeRO {engine.zero_optimization_stage()}")
+    stage = engine.zero_optimization_stage()
+    launch_report.announce(runtime, f"DeepSpeed ZeRO {stage}", stage)
     checkpoint.link(engine, options, [root.tp_record for _, root in models_in(model) if is_sharded(root)])
     return (engine, *rest)
 

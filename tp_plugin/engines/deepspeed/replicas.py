@@ -37,9 +37,14 @@ def _take_model_step(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any
             agree_once(self.module.parameters(), runtime)
         else:
             _agree_on_parts(self.optimizer, averaged, runtime.mesh)
+    report = None if runtime is None else runtime.progress.memory_report
+    if report is not None:
+        report.before_step(self)
     result = original(self, *args, **kwargs)
     if runtime is not None:
         runtime.progress.end_first_step()
+    if report is not None:
+        report.after_step(self)
     return result
 
 
