@@ -166,6 +166,24 @@ def test_shards_are_counted_while_the_script_sees_whole_parameters() -> None:
     within(run(4, a_script_that_looks_at_whole_parameters)[0]["figures"][0], 4)
 
 
+def test_the_lines_of_a_device() -> None:
+    """Which has a peak; ranks of which the same is said share a line, and of one nothing was heard."""
+    from tp_plugin.engines.memory_report import Traced, lines
+
+    gib = 2.0**30
+    rank = {"weights": [gib, gib], "gradients": [gib, gib], "optimizer states": [-1, gib], "peak": [5 * gib]}
+    traced = Traced()
+    traced.stages = [(gib, 4 * gib)]
+    said = lines([rank, dict(rank), None], traced, 1, 1)
+    assert said[1:] == [
+        "  ranks 0–1: weights 1.0 GiB / 1.0 GiB, gradients 1.0 GiB / 1.0 GiB, optimizer states not known / 1.0 GiB, "
+        "activations 1.0 GiB / in the peak, peak 4.0 GiB / 5.0 GiB",
+        "  rank 2: nothing was heard",
+    ]
+    traced.why = "not predicted (ValueError: no)"
+    assert lines([rank], traced, 1, 1)[1].endswith("activations not predicted (ValueError: no), peak - / 5.0 GiB")
+
+
 def test_the_key() -> None:
     assert RunConfig.parse(2, {"report_memory": True}).report_memory and not RunConfig.parse(2).report_memory
     with pytest.raises(TPError, match=r"tp_plugin\.report_memory: expected true or false, found 'yes'"):

@@ -207,7 +207,8 @@ def activations(runtime: Runtime, state: ModelState, engine: str, batch: Batch, 
 def is_checkpointed(model: Any) -> bool:
     """By transformers, or by Accelerate's FSDP2."""
     wrapped = any("_checkpoint_wrapped_module" in name for name, _ in model.named_modules())
-    return wrapped or bool(getattr(model, "is_gradient_checkpointing", False))
+    name = "is_activation_checkpointing"  # its name from transformers 5.23 on
+    return wrapped or bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False))
 
 
 class alone:
@@ -227,9 +228,8 @@ def lines(found: list[Any], traced: Traced, tp: int, unit: int) -> list[str]:
         mine = found[rank]
         if mine is None:
             return "nothing was heard"
-        words = [f"{part} {'not known' if a < 0 else size(a)} / {size(b)}" for part, (a, b) in mine.items()][
-            : len(PARTS)
-        ]
+        pairs = [(part, *mine[part]) for part in PARTS]
+        words = [f"{part} {'not known' if said < 0 else size(said)} / {size(real)}" for part, said, real in pairs]
         measured = size(mine["peak"][0]) if "peak" in mine else "not counted on the CPU"
         if traced.why:
             return ", ".join([*words, f"activations {traced.why}", f"peak - / {measured}"])
