@@ -18,5 +18,7 @@ if [ -n "${CI:-}" ] && ! command -v ip >/dev/null; then
 fi
 # One thread per process: tests start several ranks, and the numbers must not depend on the machine's cores.
 export OMP_NUM_THREADS=1
+# What another environment's compiler has built for this user may not load here.
+export TORCHINDUCTOR_CACHE_DIR="$PWD/out/inductor"
 # Two at a time, each file by one: most tests start ranks that wait for each other, and leave a core idle.
 exec python -m pytest -q -n 2 --dist loadfile "$@"
