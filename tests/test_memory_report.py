@@ -9,6 +9,8 @@ import os
 import unittest.mock
 from typing import Any
 
+import accelerate.accelerator  # noqa: F401  (workers have more time for the imports of a module than for a case)
+import peft  # noqa: F401
 import pytest
 import torch
 from counted import ledger
@@ -18,6 +20,7 @@ from workers import run, sees_whole
 
 from tp_plugin.config.keys import ENV_OPTIONS
 from tp_plugin.config.run_config import RunConfig
+from tp_plugin.engines import memory_report
 from tp_plugin.errors import TPError
 
 LLAMA = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "use_cache": False}
@@ -26,7 +29,6 @@ STEPS = 4
 
 def steps_of(forward: Any, model: Any, optimizer: Any, zero: Any = None) -> dict[str, Any]:
     """STEPS steps of two micro-batches: losses, the report's figures and what was printed of it; collectives."""
-    from tp_plugin.engines import memory_report
     from tp_plugin.runtime.runtime import require
 
     figures: list[Any] = []
