@@ -142,6 +142,24 @@ def test_an_optimizer_that_the_plan_does_not_know() -> None:
     assert "optimizer states not known / 0.0 KiB" in first["said"]
 
 
+def failing_case() -> Any:
+    rank = torch.distributed.get_rank()
+
+    def fail(*args: Any) -> float:
+        raise KeyError("of another kind")
+
+    with unittest.mock.patch.object(memory_report, "_gradients", fail) if rank == 1 else contextlib.nullcontext():
+        return through_accelerate(True)
+
+
+def test_what_cannot_be_counted_is_said_and_training_goes_on() -> None:
+    first, second, *others = run(4, failing_case)
+    assert len(second["losses"]) == len(first["losses"]) == 2 * STEPS
+    assert "rank 1 could not count what it holds (KeyError: 'of another kind')" in second["said"]
+    assert first["figures"][0][0][1] is None and "memory of a rank" in first["said"]
+    assert not any("could not" in other["said"] for other in others)
+
+
 def stages_case() -> Any:
     import tp_plugin
     from tp_plugin.runtime.start import stop

@@ -6,9 +6,10 @@ the device's own statistics, which count at the host and wait for nothing. Ranks
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from itertools import groupby
 from typing import Any
@@ -41,6 +42,19 @@ PATIENCE = timedelta(seconds=60)
 PARTS = ("weights", "gradients", "optimizer states")
 
 
+def _never_fatal(method: Callable[..., None]) -> Callable[..., None]:
+    """A report does not end the run that it is about: what it cannot count, it says."""
+
+    @functools.wraps(method)
+    def run(self: MemoryReport, *args: Any) -> None:
+        try:
+            method(self, *args)
+        except Exception as error:
+            self.give_up(error)
+
+    return run
+
+
 class MemoryReport:
     """Is told of training forwards and optimizer steps until it has spoken.
 
@@ -57,12 +71,14 @@ class MemoryReport:
         self._optimizers: dict[int, Any] = {}
         self._found: dict[str, list[float]] = {}
 
+    @_never_fatal
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A training forward begins."""
         if not self.micro_batches or self._steps == STEP - 1:
             self.batch = Batch.of(module, args, kwargs)
         self.micro_batches += 1
 
+    @_never_fatal
     def before_step(self, stepper: Any) -> None:
         """An optimizer, or DeepSpeed's engine, is about to step: gradients are there."""
         inner = self._open is not None and self._open is not stepper  # the optimizer that an engine steps
@@ -74,6 +90,7 @@ class MemoryReport:
             with self._runtime.region.step():
                 self._found = self._parts()
 
+    @_never_fatal
     def after_step(self, stepper: Any) -> None:
         """It has stepped."""
         if self._open is not stepper:
@@ -91,6 +108,20 @@ class MemoryReport:
                 self._found["peak"] = [torch.accelerator.max_memory_allocated()]
             self._tell()
         self.micro_batches = 0
+
+    def give_up(self, error: Exception) -> None:
+        """Say why there is no report, also to the rank that would wait for this one."""
+        rank = self._runtime.mesh.rank
+        self._runtime.progress.memory_report = None
+        why = f"{type(error).__name__}: {error}"
+        print(
+            f"tp_plugin: report_memory: rank {rank} could not count what it holds ({why})", file=sys.stderr, flush=True
+        )
+        if rank:
+            dist.distributed_c10d._get_default_store().set(f"{self._key()}/{rank}", json.dumps(None))
+
+    def _key(self) -> str:
+        return f"tp_plugin/memory/{trained_models(self._runtime)[0].number}"
 
     def _parts(self) -> dict[str, list[float]]:
         """Predicted and measured bytes of this rank."""
@@ -113,7 +144,7 @@ class MemoryReport:
     def _tell(self) -> None:
         mesh, store = self._runtime.mesh, dist.distributed_c10d._get_default_store()
         models = trained_models(self._runtime)
-        key = f"tp_plugin/memory/{models[0].number}"
+        key = self._key()
         if mesh.rank:
             store.set(f"{key}/{mesh.rank}", json.dumps(self._found))
             return
