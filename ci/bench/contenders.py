@@ -109,6 +109,17 @@ class Fuse(Plugin):
     environment: ClassVar[dict[str, str]] = {**Plugin.environment, "TP_PLUGIN_OPTIONS": '{"fuse": true}'}
 
 
+class Stages(Plugin):
+    """The same script with ``pp_size: 2`` in place of it: as many micro-batches as rows, at most 8."""
+
+    environment: ClassVar[dict[str, str]] = {
+        "TP_PLUGIN_TP_SIZE": "1",
+        "TP_PLUGIN_PP_SIZE": "2",
+        "TP_PLUGIN_OPTIONS": '{"pipeline_microbatches": 8}',
+        "ACCELERATE_USE_CPU": "true",
+    }
+
+
 class Silent(Plugin):
     """The same with every collective left out: the time that would remain if communication were free."""
 
@@ -222,6 +233,7 @@ CONTENDERS: dict[str, type[Contender]] = {
     "DeepSpeed AutoTP": AutoTP,
     "tp_plugin, no overlap": Waiting,
     "tp_plugin, fuse": Fuse,
+    "tp_plugin, two stages": Stages,
     "tp_plugin, no communication": Silent,
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A training step of a small Llama, contender against contender, in one run.
+r"""A training step of a small Llama, contender against contender, in one run.
 
 Every contender lives in processes of its own, one thread each, and all take turns (A B C A B C …), so that what else
 the machine does hits all alike. Reported are medians, and their ratios to one process of one thread: of the time on the
@@ -8,6 +8,8 @@ clock, and of the processor time of the busier rank, which other programs hardly
     pip install -e '.[bench]'                    # for the plot
     python ci/bench/step.py                      # all; writes ci/bench/results/step.json, step.md and step.png
     python ci/bench/step.py --only "tp_plugin" --rounds 20 --profile
+    python ci/bench/step.py --batch 8 --length 512 --only "one process" --only "tp_plugin" \
+        --only "tp_plugin, two stages" --out ci/bench/results/stages     # rows as long as a pipeline wants them
 """
 
 from __future__ import annotations
