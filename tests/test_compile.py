@@ -119,11 +119,38 @@ def test_one_graph_up_to_the_head(name: str) -> None:
 
 @pytest.mark.parametrize("change", ["", pytest.param("checkpoints", marks=pytest.mark.full)])
 def test_regions(change: str) -> None:
-    """Accelerate's use_regional_compilation: each layer a graph, which the layers share."""
+    """Accelerate's use_regional_compilation: each layer a graph."""
     results = run(2, case, "llama", {}, {}, "aot_eager", True, change)
     assert_exact(results)
     for found in results:
         assert found["graphs"][0] <= 5, "embedding, angles, layer, norm, head"
+
+
+def layers_case(layers: int) -> list[int]:
+    """Sizes of the graphs of a model whose layers are compiled one by one."""
+    from accelerate.utils import compile_regions
+
+    import tp_plugin
+    from tp_plugin.runtime.start import stop
+
+    stop()
+    torch._dynamo.reset()
+    sizes: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    config = config_for("llama", num_hidden_layers=layers, use_cache=False)
+    model = compile_regions(tp_plugin.parallelize(build(config).train(), tp_size=2), backend=backend)
+    model(**batch(0)).loss.backward()
+    return sizes
+
+
+def test_no_layer_is_left_to_eager_mode() -> None:
+    """dynamo's limit of graphs for one function, 8, is below the number of layers."""
+    for sizes in run(2, layers_case, 10):
+        assert sum(size == max(sizes) for size in sizes) == 10
 
 
 def test_checkpoints() -> None:

@@ -138,7 +138,7 @@ def shard_model(
 ) -> None:
     """Carry out ``plan`` on ``model``, whose parameters with ids in ``shared`` are shares. Collective over the unit."""
     mesh = runtime.mesh
-    tell_dynamo()
+    tell_dynamo(model)
     warn_of_topology(model, plan, mesh, runtime.transport.machines)
     split = stacks(model, plan) if options.sequence_parallel else {}
     plan.partial |= between(plan, [layer for layers in split.values() for layer in layers])

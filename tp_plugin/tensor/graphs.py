@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch._C._dynamo.eval_frame import (
     _FrameAction,
     _FrameExecStrategy,
@@ -21,6 +22,9 @@ from torch._C._dynamo.eval_frame import (
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+GRAPHS = 4
+"""Of a layer: for training and evaluation, for lengths that stay and that change."""
 
 _untraced_classes: set[type] = set()
 
@@ -72,9 +76,18 @@ def untraced(kind: type) -> None:
         tell_dynamo()
 
 
-def tell_dynamo() -> None:
-    """Import dynamo and tell it of these classes: when a model is sharded, before any of their tensors is seen."""
-    torch._dynamo.config.nontraceable_tensor_subclasses.update(_untraced_classes)
+def tell_dynamo(model: nn.Module | None = None) -> None:
+    """Import dynamo and tell it of these classes: when a model is sharded, before any of their tensors is seen.
+
+    Layers of a sharded ``model`` that are compiled one by one share no graph, as dynamo guards the numbers of hooks.
+    By default it gives up after 8 graphs of one function, and would leave the other layers to eager mode.
+    """
+    config = torch._dynamo.config
+    config.nontraceable_tensor_subclasses.update(_untraced_classes)
+    if model is not None:
+        layers = max((len(stack) for stack in model.modules() if isinstance(stack, nn.ModuleList)), default=0)
+        config.recompile_limit = max(config.recompile_limit, GRAPHS * layers)
+        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 2 * GRAPHS * layers)
 
 
 def refuse_tracer() -> None:
