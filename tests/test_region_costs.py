@@ -159,7 +159,7 @@ def communication() -> dict[str, Any]:
 def test_communication() -> None:
     for found in run(2, communication):
         assert all(found[what] == {} for what in ("elements", "whole operand", "whole data", "shapes", "row again"))
-        header = 11 * 8
+        header = 12 * 8
         assert found["norm"] == {"all_gather/unit_cpu": (2, header + 4)}  # the meeting, and one fp32 number
         assert found["sum"] == {"all_gather/unit_cpu": (1, header), "all_reduce/unit_cpu": (1, 4)}
         for what in ("row", "write"):  # the meeting and the shards

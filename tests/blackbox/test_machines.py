@@ -12,11 +12,17 @@ from . import hosts
 from .compare import LOSS, NORM, checkpoints_equal, close, same
 from .harness import BIN, SCRIPTS, Layout, Run
 
-CONFIG = Path(__file__).parents[2] / "examples" / "configs" / "tp2_two_machines.yaml"
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 PORT = "29577"  # nobody else's, in namespaces of their own
 
 
-def launch(tmp_path: Path, checkpoints: dict[str, Path], launcher: str, layout: Layout) -> Run:
+def launch(
+    tmp_path: Path,
+    checkpoints: dict[str, Path],
+    launcher: str,
+    layout: Layout,
+    config: str = "tp2_two_machines.yaml",
+) -> Run:
     """``loop.py`` on two hosts, with half of the processes each."""
     unlike = ("ACCELERATE_", "TP_PLUGIN_", "PARALLELISM_")
     env = {k: v for k, v in os.environ.items() if not k.startswith(unlike)} | {"OMP_NUM_THREADS": "1"}
@@ -24,7 +30,7 @@ def launch(tmp_path: Path, checkpoints: dict[str, Path], launcher: str, layout: 
     commands, local = [], str(layout.tp * layout.dp // 2)
     for number in ("0", "1"):
         if launcher == "accelerate":
-            command = [str(BIN / "accelerate"), "launch", "--config_file", str(CONFIG)]
+            command = [str(BIN / "accelerate"), "launch", "--config_file", str(CONFIGS / config)]
             command += ["--main_process_ip", f"{hosts.NETWORK}.1", "--machine_rank", number]
         else:
             env |= {"TP_PLUGIN_TP_SIZE": str(layout.tp), "ACCELERATE_USE_CPU": "true"}
@@ -58,6 +64,13 @@ def test_a_model_inside_each_machine(launcher, bench, checkpoints, tmp_path):
     run = launch(tmp_path, checkpoints, launcher, Layout(2, 2))
     agrees(run, bench.run("loop", 1, 2, ("--models", str(checkpoints["llama"].parent), "--model", "llama")))
     assert "spans machines" not in run.output
+
+
+def test_a_stage_on_each_machine(bench, checkpoints, tmp_path):
+    """The TP groups stay inside, so nothing is warned of."""
+    run = launch(tmp_path, checkpoints, "accelerate", Layout(4, 1), "tp2_pp2_two_machines.yaml")
+    agrees(run, bench.run("loop", 1, 1, ("--models", str(checkpoints["llama"].parent), "--model", "llama")))
+    assert "spans machines" not in run.output and "tp 2 × pp 2" in run.output
 
 
 def test_a_model_over_both_machines_is_warned_about(bench, checkpoints, tmp_path):

@@ -107,7 +107,7 @@ def measure(planner: Planner, device: torch.device, memory: float, watch: Stopwa
     whole = watch("step", lambda: (long.forward_and_backward(), optimizer.step(), optimizer.zero_grad()))
     layers = long.layers_like_it() * at_long.seconds
     return Samples(
-        torch.empty((), dtype=dtype).element_size(), products, copied, _attention(planner, dtype, device, watch),
+        dtype.itemsize, products, copied, _attention(planner, dtype, device, watch),
         at_short, at_long, Timed(long.around(), max(model - layers, 0.01 * model)),
         (float(sum(p.numel() for p in long.model.parameters())), stepped), whole - model - stepped,
         _collectives(planner, device),

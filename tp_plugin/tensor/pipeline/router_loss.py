@@ -103,8 +103,8 @@ def loss_of(chosen: torch.Tensor, probabilities: torch.Tensor) -> tuple[torch.Te
 def _is_known(own: Callable[..., Any]) -> bool:
     """Whether it gives what the sums give; tried, as every model has a copy of its own."""
     generator = torch.Generator().manual_seed(0)
-    logits = tuple(torch.randn(6, 4, generator=generator) for _ in range(2))
-    for mask in (None, torch.tensor([[1, 1, 0], [0, 1, 1]])):
+    logits = tuple(torch.randn(6, 4, generator=generator, device="cpu") for _ in range(2))
+    for mask in (None, torch.tensor([[1, 1, 0], [0, 1, 1]], device="cpu")):
         found = sums(logits, 4, 2, mask)
         if abs(float(own(logits, 4, 2, mask)) / float(loss_of(found.chosen, found.probabilities)[0]) - 1) > 1e-5:
             return False
