@@ -117,7 +117,7 @@ class MemoryReport:
         print(
             f"tp_plugin: report_memory: rank {rank} could not count what it holds ({why})", file=sys.stderr, flush=True
         )
-        if rank:
+        if rank and trained_models(self._runtime):
             dist.distributed_c10d._get_default_store().set(f"{self._key()}/{rank}", json.dumps(None))
 
     def _key(self) -> str:
